@@ -1,0 +1,185 @@
+"""Attention over a flat row: each document attends to itself alone, at a cost of sum(L_i^2) instead of N^2.
+
+`register_varlen_attention()` adds "varlen" to transformers' attention implementations; an unmodified model
+then takes the row's boundaries (collators.py) as keyword arguments of its forward.
+"""
+
+import inspect
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+
+try:
+    from flash_attn import flash_attn_varlen_func
+except ImportError:
+    flash_attn_varlen_func = None
+
+
+def register_varlen_attention():
+    """Make attn_implementation="varlen" known to transformers. Calling it twice changes nothing."""
+    AttentionInterface.register("varlen", varlen_attention_forward)
+    # The boundaries say all that a mask would say, without its N x N bytes.
+    AttentionMaskInterface.register("varlen", lambda *args, **kwargs: None)
+
+
+def varlen_attention_forward(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    dropout=0.0,
+    sliding_window=None,
+    cu_seq_lens_q=None,
+    cu_seq_lens_k=None,
+    max_length_q=None,
+    max_length_k=None,
+    kv_index=None,
+    **kwargs,
+):
+    """Causal attention within the segments of one flat row; called by transformers in every layer.
+
+    Args:    query (1, H, N, D), key and value (1, Hkv, N, D); cu_seq_lens_q, cu_seq_lens_k (S+1,) int32;
+             kv_index (Nk,) int64 or None: which tokens are keys and values, segment by segment;
+             sliding_window: a token sees itself and the sliding_window - 1 tokens before it.
+    Returns: (1, N, H, D), None (no attention weights).
+    Raises:  ValueError for what would otherwise be ignored: no boundaries, a mask, softcap, attention sinks.
+    Notes:   causal masks align bottom-right: a segment's last query sees all of the segment's keys.
+             On CUDA, half precision runs flash-attn if installed, else torch's varlen_attn; fp32 and CPU run
+             SDPA segment by segment.
+    """
+    if cu_seq_lens_q is None or cu_seq_lens_k is None:
+        raise ValueError(
+            'attn_implementation="varlen" needs cu_seq_lens_q and cu_seq_lens_k: pass a flat row '
+            "(collators.flatten), or use sdpa for padded batches and generation. If a flat row was passed, "
+            "this model does not hand keyword arguments on to its attention, and cannot keep documents apart."
+        )
+    if attention_mask is not None:
+        raise ValueError("a flat row has boundaries, not an attention_mask: leave the mask out.")
+    for name in ("softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"varlen attention does not support {name}, which {type(module).__name__} uses.")
+    if kv_index is not None:
+        # backward of index_select adds up a shared prompt's gradients from all its completions
+        key, value = key.index_select(2, kv_index), value.index_select(2, kv_index)
+    if torch.is_autocast_enabled(query.device.type):
+        # autocast leaves the rotated queries and keys in fp32 beside bf16 values; kernels want one dtype
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        output = _varlen_kernel(
+            *(x[0].transpose(0, 1) for x in (query, key, value)),  # (N, H, D)
+            (cu_seq_lens_q, cu_seq_lens_k),
+            (max_length_q, max_length_k),
+            scaling,
+            # (-1, 0): everything to the left, nothing to the right
+            (-1 if sliding_window is None else sliding_window - 1, 0),
+            dropout,
+        )
+        return output[None], None
+    outputs = []
+    bounds_q, bounds_k = cu_seq_lens_q.tolist(), cu_seq_lens_k.tolist()
+    for i in range(len(bounds_q) - 1):
+        q = query[:, :, bounds_q[i] : bounds_q[i + 1]]
+        k, v = (x[:, :, bounds_k[i] : bounds_k[i + 1]] for x in (key, value))
+        mask = _causal_mask(q.shape[2], k.shape[2], sliding_window, q.device)
+        outputs.append(
+            scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                mask,
+                dropout,
+                is_causal=mask is None,
+                scale=scaling,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
+        )
+    # joined along tokens in (1, N, H, D) order, which is what the layer reads: no copy after this one
+    return torch.cat([x.transpose(1, 2) for x in outputs], dim=1), None
+
+
+def _causal_mask(length_q, length_k, sliding_window, device):
+    """(length_q, length_k) bool, aligned bottom-right; None where SDPA's own is_causal says the same."""
+    if length_q == length_k and (sliding_window is None or sliding_window >= length_k):
+        return None
+    position_q = torch.arange(length_k - length_q, length_k, device=device)[:, None]
+    position_k = torch.arange(length_k, device=device)
+    mask = position_k <= position_q
+    if sliding_window is not None:
+        mask &= position_k > position_q - sliding_window
+    return mask
+
+
+def _varlen_kernel(query, key, value, offsets, longest, scaling, window_size, dropout):
+    """One CUDA kernel for all segments. Shapes: query (N, H, D), key and value (Nk, Hkv, D)."""
+    if flash_attn_varlen_func is not None:
+        return flash_attn_varlen_func(
+            query, key, value, *offsets, *longest, dropout, scaling, causal=True, window_size=window_size
+        )
+    from torch.nn.attention.varlen import varlen_attn  # imported here: the module wants a CUDA build
+
+    if dropout:
+        raise ValueError(
+            "torch's varlen_attn has no dropout: install flash-attn, or set attention_dropout to 0."
+        )
+    options = {}
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # torch 2.13
+        options["enable_gqa"] = query.shape[1] != key.shape[1]
+    elif query.shape[1] != key.shape[1]:  # torch 2.11 wants one key head for each query head
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    return varlen_attn(
+        query, key, value, *offsets, *longest, scale=scaling, window_size=window_size, **options
+    )
+
+
+@torch.no_grad()
+def check_isolation(model, row, max_tokens=64):
+    """Prove on a few tokens of `row` that this model keeps documents apart.
+
+    Two documents are put into one flat row; the second one's logits must be what it gives alone. Always two
+    forwards of at most 2 * max_tokens tokens, whatever the row holds, so that sharded ranks stay in step.
+
+    Args:    model: a transformers causal LM with the attention implementation that training will use.
+             row: a flat row on the model's device (collators.flatten); a single document is cut into two.
+    Returns: the worst absolute difference of logits, packed against alone.
+    Raises:  ValueError if it is above 1e-4 (fp32) or 5e-2 (half precision) of the largest logit.
+    """
+    ids, offsets = row["input_ids"][0], row["cu_seq_lens_q"].tolist()
+    if len(offsets) > 2:
+        first, second = ids[offsets[0] : offsets[1]], ids[offsets[1] : offsets[2]]
+    else:
+        first, second = ids[: (len(ids) + 1) // 2], ids[len(ids) // 2 :]
+    first, second = first[:max_tokens], second[:max_tokens]
+    training = model.training
+    model.eval()
+    packed = _logits(model, [first, second])[len(first) :]
+    alone = _logits(model, [second])
+    model.train(training)
+    worst = (packed - alone).abs().max().item()
+    tolerance = (1e-4 if packed.dtype == torch.float32 else 5e-2) * alone.abs().max().clamp(min=1.0).item()
+    if not worst <= tolerance:  # written so that NaN fails
+        raise ValueError(
+            f"{type(model).__name__} mixes the documents of a flat row: logits differ by {worst:.3g} "
+            f"between packed and alone, tolerance {tolerance:.3g}. "
+            "Use --no_packing --no_padding_free for this model."
+        )
+    return worst
+
+
+def _logits(model, documents):
+    """Logits (N, V) of documents in one flat row."""
+    lengths = [len(ids) for ids in documents]
+    device = documents[0].device
+    offsets = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+    row = {
+        "input_ids": torch.cat(documents)[None],
+        "position_ids": torch.cat([torch.arange(length, device=device) for length in lengths])[None],
+        "cu_seq_lens_q": offsets,
+        "cu_seq_lens_k": offsets,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }
+    return model(**row, use_cache=False).logits[0]

@@ -1,0 +1,86 @@
+"""Datasets by name: a Hub name, a local file, or a folder written by save_to_disk; errors name file and
+line.
+"""
+
+import json
+from pathlib import Path
+
+from datasets import DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetNotFoundError
+
+BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+def load_rows(name, split="train"):
+    """Load one split.
+
+    Args:    name: a Hub name, a .json, .jsonl, .parquet or .csv file, or a folder written by save_to_disk.
+             split: which split of a Hub dataset or of a saved DatasetDict; a local file is one split.
+    Returns: a datasets.Dataset with at least one row.
+    Raises:  ValueError for a missing or empty dataset, and for a malformed line (with its file and number).
+    """
+    path = Path(name)
+    if path.is_dir():
+        rows = _load_folder(path, split)
+    elif path.is_file():
+        rows = _load_file(path)
+    elif path.suffix in BUILDERS or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ValueError(f"dataset {name} does not exist: no such file or folder.")
+    else:
+        rows = _load_from_hub(name, split)
+    if len(rows) == 0:
+        raise ValueError(f"dataset {name} is empty.")
+    return rows
+
+
+def _load_folder(path, split):
+    try:
+        rows = load_from_disk(str(path))
+    except FileNotFoundError as error:
+        raise ValueError(f"folder {path} was not written by save_to_disk: {error}") from error
+    if isinstance(rows, DatasetDict):
+        if split not in rows:
+            raise ValueError(f"{path} has no split {split!r}, only {', '.join(rows)}.")
+        rows = rows[split]
+    return rows
+
+
+def _load_from_hub(name, split):
+    try:
+        return load_dataset(name, split=split)
+    except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError) as error:
+        raise ValueError(
+            f"dataset {name} is neither a local path nor to be had from the Hub: {error}"
+        ) from error
+
+
+def _load_file(path):
+    builder = BUILDERS.get(path.suffix)
+    if builder is None:
+        raise ValueError(f"{path} has suffix {path.suffix!r}; known are {', '.join(BUILDERS)}.")
+    if path.stat().st_size == 0:
+        raise ValueError(f"dataset {path} is empty.")
+    try:
+        return load_dataset(builder, data_files=str(path), split="train")
+    except (
+        Exception
+    ) as error:  # pyarrow, pandas and datasets raise a dozen types for a bad file, none with its line
+        if path.suffix == ".jsonl":
+            _find_bad_line(path)
+        raise ValueError(f"{path} cannot be read as {builder}: {error.__cause__ or error}") from error
+
+
+def _find_bad_line(path):
+    """Raise ValueError with the number of the first line that is not a JSON object."""
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not valid JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(
+                    f"{path}, line {number}: a {type(row).__name__}, but each line must be an object."
+                )

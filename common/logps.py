@@ -1,0 +1,226 @@
+"""Log-probabilities without the [N, V] logits: the head runs over chunks of tokens, and no chunk is kept.
+
+N = 16,384 tokens over V = 151,936 is 9.3 GiB of fp32 logits, and as much again for their gradient; a chunk
+of 256 tokens is 0.15 GiB. Results are exact: every chunk sees the whole vocabulary.
+"""
+
+from contextlib import contextmanager
+
+import torch
+
+VOCAB_BLOCK = 8192  # rows of the weight's gradient made at once where they need a cast: block * H elements
+
+
+def token_logps(hidden, weight, target_ids, *, bias=None, temperature=1.0, chunk_size=256):
+    """log softmax(hidden @ weight.T / temperature + bias / temperature)[target_ids], chunk by chunk.
+
+    The logits are computed again in backward (4 matrix products in all), because their gradient depends on
+    what the loss does with the log-probabilities. For a plain sum, `nll_sum` needs 3.
+
+    Args:    hidden (N, H), weight (V, H), bias (V,) or None; target_ids (N,) int64; chunk_size in tokens.
+             N = 0 is fine. The products run in hidden's dtype, softmax and sums in fp32.
+    Returns: (N,) float32, with gradients for hidden, weight and bias.
+    Raises:  ValueError for shapes that do not fit, or a chunk below 1.
+    Memory:  chunk_size * V fp32 elements (and as many in hidden's dtype) beyond inputs and gradients.
+    """
+    _check(hidden, weight, target_ids, chunk_size)
+    return _TokenLogps.apply(hidden, weight, bias, target_ids, temperature, chunk_size)
+
+
+def nll_sum(hidden, weight, target_ids, *, bias=None, chunk_size=256):
+    """Sum of negative log-probabilities of target_ids; the gradient is taken in forward (3 products, not 4).
+
+    The sum's gradient in every logit is known up to one factor, so forward can finish each chunk while its
+    logits are there, and backward only multiplies by that factor. Hence backward runs once: retain_graph is
+    refused.
+
+    Args:    as for `token_logps`.
+    Returns: () float32, with gradients for hidden, weight and bias. Divide it by the number of items
+             yourself.
+    Memory:  chunk_size * V fp32 elements (and as many in hidden's dtype), and from forward to backward the
+             gradients themselves: N * H in hidden's dtype and V * H in weight's (fp32 until the last chunk
+             is done).
+    Source:  the idea of Liger's fused linear cross entropy, arXiv 2410.10989.
+    """
+    _check(hidden, weight, target_ids, chunk_size)
+    return _NllSum.apply(hidden, weight, bias, target_ids, chunk_size, torch.is_grad_enabled())
+
+
+@contextmanager
+def head_computes(model, function):
+    """While inside, the model's output head returns function(hidden, weight, bias) instead of logits.
+
+    The weight may be sharded (FSDP, ZeRO-3): it is whole only while the head's own forward runs, so the loss
+    has to be computed there. Call the whole model as usual and read the result from `outputs.logits`.
+    """
+    head = model.get_output_embeddings()
+    head.forward = lambda hidden: function(hidden, head.weight, head.bias)
+    try:
+        yield
+    finally:
+        del head.forward  # the class's own method shows again
+
+
+@torch.no_grad()
+def check_head(model, inputs):
+    """Raise ValueError for a model that changes the logits after its head (softcap, scale): it would not be
+    exact.
+
+    Args:    inputs: keyword arguments for the model; they should hold few tokens, for all logits are made
+             twice.
+    """
+    passed = []
+
+    def keep(hidden, weight, bias):
+        passed.append(torch.nn.functional.linear(hidden, weight, bias))
+        return passed[0]
+
+    with head_computes(model, keep):
+        logits = model(**inputs, use_cache=False).logits
+    if not torch.equal(passed[0], logits):
+        settings = {
+            name: getattr(model.config, name, None)
+            for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")
+        }
+        raise ValueError(
+            f"{type(model).__name__} changes its logits after the output head ({settings}), which the "
+            "chunked loss does not follow. Choose another model, or write the change into common/logps.py."
+        )
+
+
+def _check(hidden, weight, target_ids, chunk_size):
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be (N, H) and (V, H)."
+        )
+    if target_ids.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"target_ids {tuple(target_ids.shape)} must be one per hidden state: ({hidden.shape[0]},)."
+        )
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}; give a number of tokens >= 1.")
+
+
+def _chunk_logits(hidden, weight, bias, temperature):
+    """fp32 logits (chunk, V). The bias is added in fp32."""
+    logits = (hidden @ weight.to(hidden.dtype).T).float()
+    if bias is not None:
+        logits += bias
+    return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def _softmax_(logits):
+    """Turn logits (chunk, V) into their softmax, in their own storage; returns log Z (chunk, 1)."""
+    largest = logits.amax(1, keepdim=True)
+    total = logits.sub_(largest).exp_().sum(1, keepdim=True)
+    logits.div_(total)
+    return largest + total.log()
+
+
+class _Gradients:
+    """Buffers for the gradients of hidden, weight and bias, filled chunk by chunk from the logits'
+    gradient.
+    """
+
+    def __init__(self, hidden, weight, bias, needs_grad):
+        self.weight = weight
+        self.grad_hidden = torch.empty_like(hidden) if needs_grad[0] else None
+        # fp32 even for bf16 weights: a sum over many chunks would lose small addends in bf16
+        fp32 = {"dtype": torch.float32, "device": weight.device}
+        self.grad_weight = torch.zeros(weight.shape, **fp32) if needs_grad[1] else None
+        self.grad_bias = torch.zeros(bias.shape, **fp32) if bias is not None and needs_grad[2] else None
+
+    def add(self, chunk, hidden, grad_logits):
+        """chunk: slice of tokens; hidden (chunk, H); grad_logits (chunk, V) fp32."""
+        if self.grad_bias is not None:
+            self.grad_bias += grad_logits.sum(0)
+        grad_logits = grad_logits.to(hidden.dtype)
+        if self.grad_hidden is not None:
+            self.grad_hidden[chunk] = grad_logits @ self.weight.to(hidden.dtype)
+        if self.grad_weight is None:
+            return
+        if hidden.dtype == torch.float32:
+            self.grad_weight.addmm_(grad_logits.T, hidden)
+        else:
+            for grad, block in zip(
+                self.grad_weight.split(VOCAB_BLOCK), grad_logits.split(VOCAB_BLOCK, dim=1)
+            ):
+                grad += block.T @ hidden
+
+    def result(self, bias):
+        return (
+            self.grad_hidden,
+            None if self.grad_weight is None else self.grad_weight.to(self.weight.dtype),
+            None if self.grad_bias is None else self.grad_bias.to(bias.dtype),
+        )
+
+
+def _chunks(n, chunk_size):
+    return [slice(i, min(i + chunk_size, n)) for i in range(0, n, chunk_size)]
+
+
+class _TokenLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, target_ids, temperature, chunk_size):
+        ctx.save_for_backward(hidden, weight, bias, target_ids)
+        ctx.temperature, ctx.chunk_size = temperature, chunk_size
+        logps = hidden.new_empty(len(hidden), dtype=torch.float32)
+        for chunk in _chunks(len(hidden), chunk_size):
+            logits = _chunk_logits(hidden[chunk], weight, bias, temperature)
+            logps[chunk] = logits.gather(1, target_ids[chunk, None])[:, 0]
+            logps[chunk] -= _softmax_(logits)[:, 0]
+            del logits  # or it would live on while the next chunk's logits are made
+        return logps
+
+    @staticmethod
+    def backward(ctx, grad_logps):
+        hidden, weight, bias, target_ids = ctx.saved_tensors
+        gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
+        for chunk in _chunks(len(hidden), ctx.chunk_size):
+            logits = _chunk_logits(hidden[chunk], weight, bias, ctx.temperature)
+            _softmax_(logits)
+            # d logp / d logits = onehot(target) - softmax
+            factor = grad_logps[chunk, None] / ctx.temperature
+            grad_logits = logits.mul_(-factor)
+            grad_logits.scatter_add_(1, target_ids[chunk, None], factor)
+            gradients.add(chunk, hidden[chunk], grad_logits)
+            del logits, grad_logits
+        return *gradients.result(bias), None, None, None
+
+
+class _NllSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, target_ids, chunk_size, grad_enabled):
+        # under no_grad (evaluation) needs_input_grad still says True for a parameter
+        needs_grad = [needs and grad_enabled for needs in ctx.needs_input_grad[:3]]
+        gradients = _Gradients(hidden, weight, bias, needs_grad)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for chunk in _chunks(len(hidden), chunk_size):
+            logits = _chunk_logits(hidden[chunk], weight, bias, 1.0)
+            target = target_ids[chunk, None]
+            target_logits = logits.gather(1, target)
+            log_z = _softmax_(logits)
+            total += (log_z - target_logits).sum()
+            if any(needs_grad):
+                # d nll / d logits = softmax - onehot(target)
+                grad_logits = logits.scatter_add_(1, target, torch.full_like(log_z, -1.0))
+                gradients.add(chunk, hidden[chunk], grad_logits)
+                del grad_logits
+            del logits  # or it would live on while the next chunk's logits are made
+        # plain attributes, not save_for_backward: offloading hooks must not carry these to the host and back
+        ctx.gradients = gradients.result(bias)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total):
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "nll_sum's backward runs once: its gradients were made in forward and are given away."
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.mul_(
+                    grad_total
+                )  # in place: a second V * H buffer would cost as much as the head itself
+        return *gradients, None, None, None

@@ -1,0 +1,244 @@
+"""The memory ledger: what a training step holds, measured in bytes, beside what the configuration
+predicts.
+"""
+
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch.distributed._tools.mem_tracker import (
+    MemTracker,
+)  # private API: the only exact byte counter on a CPU
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+GIB = 2**30
+
+
+def _local(tensor):
+    """This rank's part of a sharded tensor (DTensor); the tensor itself otherwise."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _bytes(tensors):
+    return sum(_local(t).numel() * t.element_size() for t in tensors)
+
+
+class MemoryMeter:
+    """Measures training steps: on CUDA every step, from the allocator's statistics; on a CPU one step, by
+    MemTracker.
+
+    Args:    model, optimizer; device: where the model runs; track: count on a CPU as well (slows that step).
+             track_step: which call of `step` MemTracker watches; the second one finds the optimizer's state
+             there.
+    After:   measured: dict with parameters, gradients, optimizer, activations (held when the loss head
+             starts), loss_head (its own peak beyond that) and peak, in bytes of this rank; empty if nothing
+             was measured.
+    """
+
+    def __init__(self, model, optimizer, device, track=False, track_step=2):
+        self.model, self.optimizer, self.device = model, optimizer, device
+        self.track, self.track_step, self.calls = track and device.type == "cpu", track_step, 0
+        self.measured = {}
+        self.tracker = None
+
+    @contextmanager
+    def step(self, batches):
+        """Wrap one optimizer step: all forwards and backwards, and the update. batches: its inputs, if on
+        the CPU.
+        """
+        self.calls += 1
+        tracked = self.track and self.calls == self.track_step
+        if self.device.type != "cuda" and not tracked:
+            yield
+            return
+        if tracked:
+            self.tracker = MemTracker()
+            tensors = [v for batch in batches for v in batch.values() if torch.is_tensor(v)]
+            self.tracker.track_external(self.model, self.optimizer, *tensors)
+        now = {"activations": 0, "loss_head": 0, "peak": 0}
+        start = {}
+
+        def forward_starts(module, _):
+            if module is self.model and self.tracker is not None:
+                self.tracker.reset_mod_stats()  # MemTracker takes a second forward for a mistake otherwise
+            if module is embedding:  # by now FSDP has gathered the outer weights: they are no activations
+                start["forward"] = self._allocated()
+
+        def head_starts(*_):
+            now["peak"] = max(now["peak"], self._peak())
+            start["head"] = self._reset_peak()
+            now["activations"] = max(now["activations"], start["head"] - start["forward"])
+
+        def head_ends(*_):
+            now["loss_head"] = max(now["loss_head"], self._peak() - start["head"])
+
+        def update_starts(*_):
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            now["gradients"] = _bytes(gradients)
+
+        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        hooks = [
+            # global, and registered before MemTracker enters: it has to run before MemTracker's own hooks
+            register_module_forward_pre_hook(forward_starts),
+            head.register_forward_pre_hook(head_starts),
+            head.register_forward_hook(head_ends),
+            self.optimizer.register_step_pre_hook(update_starts),
+        ]
+        try:
+            with self.tracker or nullcontext():
+                self._reset_peak()
+                yield
+                now["peak"] = max(now["peak"], self._peak())
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self.tracker = None
+        states = [v for state in self.optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
+        self.measured = {
+            "parameters": _bytes(self.model.parameters()),
+            "gradients": now["gradients"],
+            "optimizer": _bytes(states),
+            "activations": now["activations"],
+            "loss_head": now["loss_head"],
+            "peak": max(now["peak"], self.measured.get("peak", 0)),
+        }
+
+    def _allocated(self):
+        if self.tracker is None:
+            return torch.cuda.memory_allocated(self.device)
+        return self.tracker.get_tracker_snapshot("current")[self.device]["Total"]
+
+    def _peak(self):
+        if self.tracker is None:
+            return torch.cuda.max_memory_allocated(self.device)
+        return self.tracker._peak_mem[self.device]
+
+    def _reset_peak(self):
+        """Forget the peak so far; returns the bytes allocated now."""
+        if self.tracker is None:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            self.tracker._peak_mem[self.device] = self._allocated()
+        return self._allocated()
+
+
+def predict_ledger(
+    config,
+    num_tokens,
+    num_scored,
+    *,
+    num_parameters,
+    gradient_checkpointing,
+    bf16,
+    chunk_size,
+    padded=False,
+    accumulates=False,
+    world=1,
+):
+    """What one step of a Llama-like decoder (rotary, RMSNorm, gated MLP) will hold, from its configuration
+    alone.
+
+    Args:    config: a transformers configuration. num_tokens, num_scored: of the largest forward, padding
+             included. num_parameters: tied weights counted once. accumulates: whether a step has several
+             forwards.
+    Returns: {name: (formula, bytes)} for one rank, in the ledger's order; {} for other architectures.
+    """
+    fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps", "num_key_value_heads")
+    experts = ("num_experts", "num_local_experts", "n_routed_experts")
+    if any(not hasattr(config, name) for name in fields) or any(
+        getattr(config, name, None) for name in experts
+    ):
+        return {}
+    h, inner, layers, vocabulary = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_hidden_layers,
+        config.vocab_size,
+    )
+    head_dim = getattr(config, "head_dim", None) or h // config.num_attention_heads
+    q = config.num_attention_heads * head_dim
+    kv = (
+        q if padded else config.num_key_value_heads * head_dim
+    )  # a mask makes SDPA repeat keys and values per head
+    c = 2 if bf16 else 4  # bytes of an activation
+    head_weight = vocabulary * h
+    in_layers = num_parameters - head_weight * (1 if config.tie_word_embeddings else 2)
+
+    # Saved by one layer for each token. Norms compute in fp32: in bf16 they keep an fp32 copy of their input.
+    norms = 2 * (8 * h if bf16 else 12 * h)  # input, normalised, scaled
+    attention = c * (2 * q + 2 * kv + q)  # q, k, v, its output, and o_proj's input, joined from the documents
+    mlp = c * 4 * inner  # gate, silu(gate), up, their product
+    one_layer = num_tokens * (norms + attention + mlp)
+    outside = num_tokens * (norms // 2 + 2 * c * head_dim)  # the last norm, and the rotary cosines and sines
+    if gradient_checkpointing:
+        formula = f"layer inputs {c} N h L"
+        activations = num_tokens * c * h * layers + outside
+        recomputed = one_layer
+    else:
+        formula = (
+            f"all L layers (with checkpointing: {format_gib(num_tokens * c * h * layers + outside).strip()})"
+        )
+        activations = layers * one_layer + outside
+        recomputed = 0
+    logits = 4 * num_scored * vocabulary
+    chunk = min(chunk_size, num_scored) * vocabulary * (6 if bf16 else 4)
+    # scored hidden states and their gradient, the weight's gradient, one chunk of logits
+    loss_head = 2 * num_scored * h * c + 4 * head_weight + chunk
+
+    states = 12 * num_parameters // world
+    gradients = 4 * num_parameters // world
+    sharded = bf16 or world > 1
+    # FSDP gathers what lies outside the layers for the whole step, and two layers at a time (one is
+    # prefetched)
+    gathered = c * ((num_parameters - in_layers) + 2 * in_layers // layers) if sharded else 0
+    before = states + gathered + (gradients if accumulates else 0)
+    at_head = before + activations + loss_head
+    # the last layer's backward: everything is still there, plus the gradients that flow
+    in_backward = before + activations + recomputed + c * head_weight + c * num_tokens * (h + inner)
+    # the embedding's backward: a gradient of V * h of its own, added to the head's where the two are tied
+    extra = (2 if config.tie_word_embeddings else 0) + (1 if accumulates else 0)
+    at_end = states + gathered + gradients + c * head_weight * extra
+    moments = {
+        "at the loss head": at_head,
+        "in the last layer's backward": in_backward,
+        "in the embedding's backward": at_end,
+    }
+    return {
+        "parameters": ("fp32   4 P" + (" / W" if world > 1 else ""), 4 * num_parameters // world),
+        "gradients": ("fp32   4 P" + (" / W" if world > 1 else ""), gradients),
+        "optimizer": ("AdamW  8 P" + (" / W" if world > 1 else ""), 8 * num_parameters // world),
+        "activations": (formula, activations),
+        "loss_head": (f"chunk x V + 4 V h (all at once: {format_gib(logits).strip()})", loss_head),
+        "peak": (max(moments, key=moments.get), max(moments.values())),
+    }
+
+
+def format_gib(count):
+    """Bytes as GiB, with enough digits for a model of a few megabytes."""
+    if count is None:
+        return f"{'-':>10}"
+    return f"{count / GIB:10.2f}" if count >= GIB / 10 else f"{count / GIB:10.4f}"
+
+
+def memory_ledger(predicted, measured):
+    """Join the two sides into rows: dicts with name, formula, predicted and measured (bytes, or None)."""
+    names = list(predicted) or list(measured)
+    return [
+        {
+            "name": name,
+            "formula": predicted[name][0] if name in predicted else "",
+            "predicted": predicted[name][1] if name in predicted else None,
+            "measured": measured.get(name),
+        }
+        for name in names
+    ]
+
+
+def format_ledger(title, rows):
+    """The table that a run ends with."""
+    lines = [f"memory ledger  {title:<52}  predicted   measured   (GiB)"]
+    for row in rows:
+        name = row["name"].replace("_", " ")
+        lines.append(
+            f"{name:<13}{row['formula']:<54}{format_gib(row['predicted'])} {format_gib(row['measured'])}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,984 @@
+"""SFT with packing: pay for tokens, not for padding.
+
+Padded, a step computes B * max(T_i) tokens; packed, sum(T_i), in rows filled to max_length by
+best-fit-decreasing. Attention costs sum(T_i^2), the loss head chunk * V elements instead of N * V, and the
+result is the same to the last rounding: each document sees itself alone, and each scored token of the step
+weighs the same. Left out to stay readable: LoRA, vision inputs, tools in chats, mixture-of-experts balancing.
+
+laptop   python sft_packing.py
+1 GPU    python sft_packing.py --model_name_or_path Qwen/Qwen3-0.6B --dataset_name trl-lib/Capybara --bf16
+8 GPUs   torchrun --standalone --nproc_per_node 8 sft_packing.py --model_name_or_path Qwen/Qwen3-8B ...
+Sources: arXiv 2107.02027 (histogram packing), arXiv 2404.10830 (best-fit packing)
+"""
+
+import bisect
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import transformers
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, get_scheduler
+
+from common.attention import check_isolation, register_varlen_attention
+from common.checkpoints import (
+    commit_files,
+    commit_folder,
+    find_checkpoint,
+    fresh_folder,
+    list_checkpoints,
+    rotate_checkpoints,
+)
+from common.collators import IGNORE, flatten, pad
+from common.data import load_rows
+from common.logps import check_head, head_computes, nll_sum
+from common.memory import MemoryMeter, format_ledger, memory_ledger, predict_ledger
+from common.truncation import OVERFLOW, check_limit, fit_to_length
+
+HERE = Path(__file__).resolve().parent
+
+
+# --- 1. Arguments ---
+
+
+def flag(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Arguments:
+    model_name_or_path: str = flag(str(HERE / "demo/model"), "Hub name or folder of a causal language model")
+    attn_implementation: str | None = flag(
+        None, "varlen (flat rows, default), flash_attention_2, sdpa (padded, default)"
+    )
+    dataset_name: str = flag(
+        str(HERE / "demo/sft.jsonl"), "Hub name, .json/.jsonl/.parquet/.csv, save_to_disk folder"
+    )
+    dataset_train_split: str = flag("train", "split of a Hub dataset to train on")
+    eval_dataset_name: str | None = flag(None, "dataset for evaluation, named like dataset_name")
+    dataset_test_split: str = flag("test", "split of a Hub dataset to evaluate on")
+    dataset_num_proc: int | None = flag(None, "processes that tokenise")
+    output_dir: str = flag("outputs/sft", "folder for model, checkpoints, metrics.jsonl and summary.json")
+    overwrite_output_dir: bool = flag(False, "replace the run that output_dir holds")
+
+    max_length: int = flag(512, "tokens: the longest document, and the length of a packed row")
+    overflow: str | None = flag(
+        None, "over-long examples: truncate, split, drop, error; default by packing_strategy"
+    )
+    packing: bool = flag(True, "fill rows of max_length with whole documents")
+    packing_strategy: str = flag(
+        "bfd", "bfd (truncates by default), bfd_split (bfd, splitting), wrapped (one stream)"
+    )
+    padding_free: bool = flag(
+        True, "without packing: join the batch's examples into one flat row instead of padding"
+    )
+    assistant_only_loss: bool = flag(False, "score assistant turns only; the template must mark them")
+    per_device_train_batch_size: int = flag(4, "rows (packed) or examples (not packed) per forward and rank")
+    gradient_accumulation_steps: int = flag(1, "forwards and backwards per optimizer step")
+
+    learning_rate: float = flag(5e-4, "peak of the schedule")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = flag(
+        "linear", "schedule"
+    )
+    warmup_steps: int = flag(0, "steps of linear warm-up")
+    weight_decay: float = flag(0.0, "AdamW's")
+    max_grad_norm: float = flag(1.0, "clip the global gradient norm to this; 0 = no clipping")
+    num_train_epochs: float = flag(1.0, "passes over the data")
+    max_steps: int = flag(-1, "optimizer steps, overriding num_train_epochs; -1 = off")
+    gradient_checkpointing: bool = flag(
+        True, "keep only the layers' inputs, compute the rest again in backward"
+    )
+    bf16: bool = flag(False, "compute in bfloat16; weights, gradients and optimizer states stay in fp32")
+    loss_chunk_size: int = flag(256, "tokens per chunk of the loss head")
+    seed: int = flag(0, "order of the data and dropout")
+
+    eval_steps: int | None = flag(
+        None, "evaluate every so many steps, and at the end; None = at the end only"
+    )
+    logging_steps: int = flag(1, "refresh the progress bar every so many steps; metrics.jsonl has each step")
+    save_steps: int | None = flag(None, "write a checkpoint every so many steps; None = only on SIGTERM")
+    save_total_limit: int | None = flag(None, "keep this many newest checkpoints; None = all")
+    resume_from_checkpoint: str | None = flag(None, "a folder checkpoint-<step>, or 'latest' in output_dir")
+    check_isolation: bool = flag(True, "before training, prove on the first row that documents do not mix")
+    measure_memory: bool = flag(False, "without CUDA: count every byte of one (slower) step, for the ledger")
+
+
+def check_arguments(args):
+    """Raise ValueError for values and combinations that would be wrong or ignored."""
+    positive = ("max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "loss_chunk_size")
+    for name in (*positive, "logging_steps"):
+        check_limit(f"--{name}", getattr(args, name) or 0)
+    for name in ("eval_steps", "save_steps", "save_total_limit", "dataset_num_proc"):
+        check_limit(f"--{name}", getattr(args, name))
+    for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise ValueError(f"--{name} is {getattr(args, name)}; it must be a finite number >= 0.")
+    if args.max_steps != -1 and args.max_steps < 1 or not args.num_train_epochs > 0:
+        raise ValueError(
+            f"--max_steps {args.max_steps} and --num_train_epochs {args.num_train_epochs}: nothing to do."
+        )
+    if args.overflow not in (None, *OVERFLOW):
+        raise ValueError(f"--overflow is {args.overflow!r}; choose one of {', '.join(OVERFLOW)}.")
+    if args.packing_strategy not in ("bfd", "bfd_split", "wrapped"):
+        raise ValueError(
+            f"--packing_strategy is {args.packing_strategy!r}; choose bfd, bfd_split or wrapped."
+        )
+    if args.packing_strategy != "bfd" and not args.packing:
+        raise ValueError(
+            f"--packing_strategy {args.packing_strategy} needs packing: drop --no_packing, or the strategy."
+        )
+    if args.packing_strategy != "bfd" and args.overflow not in (None, "split"):
+        raise ValueError(
+            f"--packing_strategy {args.packing_strategy} splits long examples, "
+            f"--overflow {args.overflow} does not: drop one of the two."
+        )
+    if args.packing and not args.padding_free:
+        raise ValueError("--no_padding_free pads, packing never does: add --no_packing for padded batches.")
+    if not (args.packing or args.padding_free) and args.attn_implementation == "varlen":
+        raise ValueError(
+            "--attn_implementation varlen is for flat rows: drop --no_padding_free, or choose sdpa."
+        )
+    if args.attn_implementation == "flash_attention_2" and not args.bf16:
+        raise ValueError("--attn_implementation flash_attention_2 rejects fp32: add --bf16.")
+    if args.eval_steps and not args.eval_dataset_name:
+        raise ValueError("--eval_steps needs --eval_dataset_name.")
+
+
+def check_output_dir(args):
+    """Raise ValueError for a folder that holds another run, before anything in it is touched."""
+    folder = Path(args.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is a file.")
+    taken = [name for name in ("metrics.jsonl", "summary.json", "config.json") if (folder / name).exists()]
+    taken += [path.name for _, path in list_checkpoints(folder)]
+    if taken and not args.overwrite_output_dir and not args.resume_from_checkpoint:
+        raise ValueError(
+            f"--output_dir {folder} holds another run ({', '.join(taken[:4])}): choose another folder, "
+            "continue it with --resume_from_checkpoint latest, or replace it with --overwrite_output_dir."
+        )
+    if args.overwrite_output_dir and args.resume_from_checkpoint:
+        raise ValueError(
+            "--overwrite_output_dir removes what --resume_from_checkpoint needs: drop one of the two."
+        )
+
+
+# --- 2. Data ---
+
+
+def tokenize(example, tokenizer, assistant_only_loss):
+    """One example of any supported type -> (input_ids, labels), of one length; labels -100 = not scored."""
+    if "messages" in example:
+        input_ids, scored = render_chat(example["messages"], tokenizer, assistant_only_loss)
+    elif "text" in example:
+        input_ids = tokenizer(example["text"])["input_ids"]
+        input_ids = end_with_eos(input_ids, tokenizer)
+        scored = [True] * len(input_ids)
+    else:
+        prompt, completion = example["prompt"], example["completion"]
+        if isinstance(prompt, list):
+            prompt_ids, _ = render_chat(prompt, tokenizer, False, add_generation_prompt=True)
+            input_ids, scored = render_chat([*prompt, *completion], tokenizer, assistant_only_loss)
+        else:
+            prompt_ids = tokenizer(prompt)["input_ids"]
+            input_ids = end_with_eos(tokenizer(prompt + completion)["input_ids"], tokenizer)
+            scored = [True] * len(input_ids)
+        # A tokenizer may join the prompt's last characters to the completion's first: the prompt ends, for
+        # the loss, at the last token that both ways of tokenising share.
+        shared = 0
+        while shared < min(len(prompt_ids), len(input_ids)) and prompt_ids[shared] == input_ids[shared]:
+            shared += 1
+        scored[:shared] = [False] * shared
+    return input_ids, [token if keep else IGNORE for token, keep in zip(input_ids, scored)]
+
+
+def render_chat(messages, tokenizer, assistant_only_loss, add_generation_prompt=False):
+    """Messages -> (input_ids, scored), with scored True for all tokens or for the assistant's only."""
+    encoded = tokenizer.apply_chat_template(
+        messages,
+        return_dict=True,
+        add_generation_prompt=add_generation_prompt,
+        return_assistant_tokens_mask=assistant_only_loss,
+    )
+    input_ids = encoded["input_ids"]
+    if not assistant_only_loss:
+        return input_ids, [True] * len(input_ids)
+    return input_ids, [bool(mark) for mark in encoded["assistant_masks"]]
+
+
+def end_with_eos(input_ids, tokenizer):
+    eos = tokenizer.eos_token_id
+    return input_ids if eos is None or input_ids[-1:] == [eos] else [*input_ids, eos]
+
+
+def check_columns(rows, name, tokenizer, args):
+    """Raise ValueError for columns, templates and flags that do not go together."""
+    columns, first = rows.column_names, rows[0]
+    wanted = "messages, or text, or prompt and completion"
+    if not ("messages" in columns or "text" in columns or {"prompt", "completion"} <= set(columns)):
+        raise ValueError(f"{name} has the columns {', '.join(columns)}; wanted: {wanted}.")
+    chat = "messages" in columns or "text" not in columns and isinstance(first["prompt"], list)
+    if chat and tokenizer.chat_template is None:
+        raise ValueError(f"{name} holds conversations, but {args.model_name_or_path} has no chat template.")
+    if args.assistant_only_loss and not chat:
+        raise ValueError(f"--assistant_only_loss needs conversations; {name} holds plain text.")
+    if args.assistant_only_loss and not re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.chat_template):
+        raise ValueError(
+            f"--assistant_only_loss: the chat template of {args.model_name_or_path} marks no assistant "
+            f"turns with {{% generation %}}; it begins {tokenizer.chat_template[:60]!r}."
+        )
+
+
+def load_examples(name, split, tokenizer, args, overflow):
+    """Tokenised examples, none longer than max_length unless `wrapped` cuts them later, none without a
+    scored token.
+
+    Returns: a datasets.Dataset with input_ids, labels, num_tokens and num_scored; and the counts for
+             summary.json.
+    """
+    rows = load_rows(name, split)
+    check_columns(rows, name, tokenizer, args)
+    # datasets caches a map under a hash of what its function refers to: plain values here, not the whole of
+    # args
+    assistant_only_loss = args.assistant_only_loss
+    limit = None if args.packing_strategy == "wrapped" else args.max_length
+
+    def encode(example, index):
+        try:
+            input_ids, labels = tokenize(example, tokenizer, assistant_only_loss)
+        except Exception as error:  # a null, a number, a role that the template refuses: say in which example
+            raise ValueError(f"{name}, example {index}: {type(error).__name__}: {error}") from error
+        return {"input_ids": input_ids, "labels": labels, "num_tokens": len(input_ids)}
+
+    def fit(batch):
+        pairs = [
+            pair
+            for input_ids, labels in zip(batch["input_ids"], batch["labels"])
+            for pair in fit_to_length(input_ids, labels, limit, overflow)
+        ]
+        return {
+            "input_ids": [input_ids for input_ids, _ in pairs],
+            "labels": [labels for _, labels in pairs],
+            "num_tokens": [len(input_ids) for input_ids, _ in pairs],
+            # a document's first token is never predicted
+            "num_scored": [sum(label != IGNORE for label in labels[1:]) for _, labels in pairs],
+        }
+
+    options = {"remove_columns": rows.column_names, "num_proc": args.dataset_num_proc}
+    encoded = rows.map(encode, with_indices=True, desc=f"Tokenising {name}", **options)
+    examples = encoded.map(fit, batched=True, desc="Fitting to max_length", num_proc=args.dataset_num_proc)
+    lengths = np.array(encoded["num_tokens"])
+    scored = np.array(examples["num_scored"], dtype=np.int64)
+    too_long = int((lengths > args.max_length).sum())
+    data = {
+        "examples_read": len(rows),
+        "examples_used": int((scored > 0).sum()),
+        "examples_unscored": int((scored == 0).sum()),
+        "examples_truncated": too_long if overflow == "truncate" else 0,
+        "examples_split": too_long if overflow == "split" else 0,
+        "examples_dropped": too_long if overflow == "drop" else 0,
+    }
+    examples = examples.select(np.flatnonzero(scored > 0))
+    if len(examples) == 0:
+        raise ValueError(
+            f"{name} has no example with a scored token within max_length {args.max_length}: {data}."
+        )
+    data["tokens_kept"] = int(sum(examples["num_tokens"]))
+    data["tokens_cut"] = int(lengths.sum()) - data["tokens_kept"]
+    return examples, data
+
+
+# --- 3. The technique ---
+
+
+def plan_rows(lengths, max_length, strategy="bfd", seed=0):
+    """Decide which documents share a row, without touching a token.
+
+    Args:    lengths: (E,) tokens of each example, >= 1. max_length: tokens in a row.
+             strategy: "bfd" = best-fit-decreasing over all examples; one longer than max_length is first cut
+             into pieces of max_length tokens. "wrapped" = all examples as one stream, cut every max_length
+             tokens. seed: shuffles equal lengths and rows (bfd), or the examples (wrapped).
+    Returns: row_offsets (R+1,) int64 and spans (S, 3) int64: row r holds
+             spans[row_offsets[r]:row_offsets[r+1]], each (example, start, stop). Every token is in exactly
+             one span.
+    Raises:  ValueError for lengths or a limit below 1, or an unknown strategy.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    check_limit("max_length", max_length)
+    if lengths.ndim != 1 or len(lengths) and lengths.min() < 1:
+        raise ValueError("lengths must be one number >= 1 for each example.")
+    if strategy not in ("bfd", "wrapped"):
+        raise ValueError(f"strategy is {strategy!r}; choose bfd or wrapped.")
+    rng = np.random.default_rng(seed)
+    if strategy == "wrapped":
+        order = rng.permutation(len(lengths))
+        ends = lengths[order].cumsum()
+        spans = cut_spans(ends - lengths[order], ends, max_length)
+        spans[:, 0] = order[spans[:, 0]]
+        # a span starts a row where the tokens before it fill whole rows
+        starts = (spans[:, 2] - spans[:, 1]).cumsum() - (spans[:, 2] - spans[:, 1])
+        return np.append(np.flatnonzero(starts % max_length == 0), len(spans)), spans
+    spans = cut_spans(np.zeros_like(lengths), lengths, max_length)
+    order, row, slot, row_sizes = best_fit_decreasing(spans[:, 2] - spans[:, 1], max_length, rng)
+    # best-fit-decreasing puts long documents into the first rows: shuffle
+    shuffled = rng.permutation(len(row_sizes))
+    row_offsets = np.zeros(len(row_sizes) + 1, dtype=np.int64)
+    row_offsets[1 + shuffled] = row_sizes
+    row_offsets = row_offsets.cumsum()
+    ordered = np.empty_like(spans)
+    ordered[row_offsets[shuffled][row] + slot] = spans[order]
+    return row_offsets, ordered
+
+
+def cut_spans(begins, ends, max_length):
+    """Cut stretches of a stream, [begins, ends) of each example, at every multiple of max_length.
+
+    Returns: spans (S, 3) int64, each (example, start, stop) counted from the example's own begin, in stream
+             order.
+    """
+    first_cell = begins // max_length
+    pieces = (ends - 1) // max_length - first_cell + 1
+    example = np.repeat(np.arange(len(begins)), pieces)
+    piece = np.arange(len(example)) - np.repeat(pieces.cumsum() - pieces, pieces)
+    cell = (first_cell[example] + piece) * max_length
+    starts = np.maximum(cell, begins[example]) - begins[example]
+    stops = np.minimum(cell + max_length, ends[example]) - begins[example]
+    return np.stack([example, starts, stops], axis=1)
+
+
+def best_fit_decreasing(lengths, max_length, rng):
+    """Pack items, longest first, each into the fullest row that still holds it; whole lengths at a time.
+
+    An item put into the row with the smallest fitting residual leaves a residual smaller still, so the next
+    equal item goes to the same row: each open row takes residual // length of them at once. The work grows
+    with the number of distinct lengths and residuals, not with the number of items, and the rows are those
+    of the item-by-item rule.
+
+    Args:    lengths (S,) int64, 1 <= length <= max_length.
+    Returns: order (S,): the items, longest first; row, slot (S,): the row of each item of `order`, and its
+             place there; row_sizes (R,): items in each row.
+    """
+    # Equal lengths are shuffled first, or examples that stand together in the data would stand together in a
+    # row.
+    order = rng.permutation(len(lengths))
+    key = max_length - lengths[order]
+    # numpy sorts 16-bit keys by radix: 10 times faster
+    order = order[np.argsort(key.astype(np.uint16) if max_length < 2**16 else key, kind="stable")]
+    row, slot = np.empty(len(lengths), dtype=np.int32), np.empty(len(lengths), dtype=np.int32)
+    row_sizes = np.zeros(len(lengths), dtype=np.int64)  # trimmed to the rows opened
+    num_rows = 0
+    residuals, rows_with = (
+        [],
+        defaultdict(list),
+    )  # sorted residuals of open rows; residual -> arrays of row numbers
+    counts = np.bincount(lengths, minlength=max_length + 1)
+    placed = 0
+    for length in np.flatnonzero(counts)[::-1].tolist():
+        remaining = int(counts[length])
+        while remaining:
+            fits = bisect.bisect_left(residuals, length)
+            if fits < len(residuals):
+                residual = residuals[fits]
+                rows = rows_with[residual].pop()
+                if not rows_with[residual]:
+                    del residuals[fits]
+            else:
+                residual = max_length
+                new = -(-remaining // (max_length // length))
+                rows = np.arange(num_rows, num_rows + new)
+                num_rows += new
+            each = residual // length
+            full = min(len(rows), remaining // each)  # rows that take `each` items
+            last = min(remaining - full * each, each) if full < len(rows) else 0  # items of one more row
+            for taken, items in ((rows[:full], each), (rows[full : full + 1], last)):
+                if len(taken) == 0 or items == 0:
+                    continue
+                here = slice(placed, placed + len(taken) * items)
+                row[here] = np.repeat(taken, items)
+                slot[here] = (row_sizes[taken][:, None] + np.arange(items)).ravel()
+                row_sizes[taken] += items
+                keep_rows(residuals, rows_with, residual - items * length, taken)
+                placed = here.stop
+                remaining -= len(taken) * items
+            keep_rows(residuals, rows_with, residual, rows[full + (last > 0) :])
+    return order, row, slot, row_sizes[:num_rows]
+
+
+def keep_rows(residuals, rows_with, residual, rows):
+    """Note that `rows` have `residual` tokens left."""
+    if residual > 0 and len(rows):
+        if not rows_with[residual]:
+            bisect.insort(residuals, residual)
+        rows_with[residual].append(rows)
+
+
+class Rows:
+    """Rows of a plan, joined from the tokenised examples when a batch needs them: nothing is copied in
+    advance.
+    """
+
+    def __init__(self, examples, data, args, overflow):
+        lengths = np.array(examples["num_tokens"])
+        if args.packing:
+            strategy = args.packing_strategy.removesuffix("_split")
+            self.row_offsets, self.spans = plan_rows(lengths, args.max_length, strategy, args.seed)
+        else:
+            self.row_offsets = np.arange(len(lengths) + 1)
+            self.spans = np.stack([self.row_offsets[:-1], np.zeros_like(lengths), lengths], axis=1)
+        if overflow == "split" and args.packing_strategy == "wrapped":
+            data["examples_split"] = int((np.bincount(self.spans[:, 0]) > 1).sum())
+        data["rows"] = len(self)
+        data["fill_fraction"] = int(lengths.sum()) / (len(self) * args.max_length)
+        self.examples, self.args = examples, args
+
+    def __len__(self):
+        return len(self.row_offsets) - 1
+
+    def fingerprint(self):
+        """Names this data and plan: a position in it means nothing in another one."""
+        name = hashlib.sha256(self.spans.tobytes() + self.row_offsets.tobytes())
+        for column in ("input_ids", "labels"):
+            for batch in self.examples.with_format("arrow").iter(10_000):
+                values = batch[column].combine_chunks().flatten()
+                name.update(values.to_numpy(zero_copy_only=False).tobytes())
+        return name.hexdigest()
+
+    def example_numbers(self, row_numbers):
+        spans = [self.spans[self.row_offsets[r] : self.row_offsets[r + 1], 0] for r in row_numbers]
+        return np.unique(np.concatenate(spans)).tolist()
+
+    def batch(self, row_numbers, pad_token_id):
+        """The batch of these rows: flat (no padding), or padded. No rows: one dummy without a scored
+        token.
+        """
+        if len(row_numbers) == 0:
+            # Ranks must run equally many forwards, or collectives stall. Two tokens, none scored: weight
+            # zero.
+            input_ids = self.examples[0]["input_ids"][:2]
+            sequences = [{"input_ids": input_ids, "labels": [IGNORE] * len(input_ids)}]
+        else:
+            spans = np.concatenate(
+                [self.spans[self.row_offsets[r] : self.row_offsets[r + 1]] for r in row_numbers]
+            )
+            rows = self.examples[spans[:, 0].tolist()]
+            sequences = [
+                {"input_ids": rows["input_ids"][i][start:stop], "labels": rows["labels"][i][start:stop]}
+                for i, (_, start, stop) in enumerate(spans.tolist())
+            ]
+        flat = self.args.packing or self.args.padding_free
+        return flatten(sequences) if flat else pad(sequences, pad_token_id)
+
+    def micro_batches(self, row_numbers, rank, world, pad_token_id):
+        """Deal rows out: rank r takes every world-th micro-batch, and all ranks equally many."""
+        size = self.args.per_device_train_batch_size
+        chunks = [row_numbers[i : i + size] for i in range(0, len(row_numbers), size)]
+        chunks += [[]] * (-len(chunks) % world)
+        for chunk in chunks[rank::world]:
+            yield self.batch(chunk, pad_token_id)
+
+
+# --- 4. Loss ---
+
+
+def batch_nll_sum(model, batch, chunk_size):
+    """Sum of the negative log-likelihood over the batch's scored tokens, () float32; no logits are kept.
+
+    The hidden state at position t predicts the label at t + 1. Collators have set each document's first
+    label to -100, so no document is asked to predict the next one's beginning.
+    """
+    targets = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE).flatten()
+    scored = (targets != IGNORE).nonzero()[:, 0]
+
+    def head(hidden, weight, bias):
+        # only scored positions reach the head: a prompt costs no logits
+        hidden = hidden.flatten(0, 1).index_select(0, scored)
+        return nll_sum(hidden, weight, targets[scored], bias=bias, chunk_size=chunk_size)
+
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    with head_computes(model, head):
+        # A cache or a mask makes transformers ignore the resets of position_ids: documents would read each
+        # other.
+        return model(**inputs, use_cache=False).logits
+
+
+def count_scored(batch):
+    return int((batch["labels"][:, 1:] != IGNORE).sum())
+
+
+def count_tokens(batch):
+    return batch["input_ids"].numel()
+
+
+def count_padding(batch):
+    return int((batch["attention_mask"] == 0).sum()) if "attention_mask" in batch else 0
+
+
+def to_device(batch, device):
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+@torch.no_grad()
+def evaluate(model, rows, args, rank, world, device, pad_token_id):
+    """Mean negative log-likelihood per scored token over all rows and ranks."""
+    model.eval()
+    sums = torch.zeros(2, dtype=torch.float64)
+    for batch in rows.micro_batches(np.arange(len(rows)), rank, world, pad_token_id):
+        sums[0] += batch_nll_sum(model, to_device(batch, device), args.loss_chunk_size).item()
+        sums[1] += count_scored(batch)
+    model.train()
+    total, count = all_sum(sums, device).tolist()
+    return total / count
+
+
+# --- 5. Training ---
+
+
+def start_distributed(args):
+    """Returns rank, local rank, world size and device. FSDP2 wants a process group, which torchrun describes
+    in the environment; a bf16 run on one process makes a group of one."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if (world > 1 or args.bf16) and not dist.is_initialized():
+        alone = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        # generous, for the other ranks wait while the first one tokenises; finite, so that a lost rank ends
+        # the run
+        dist.init_process_group(backend, timeout=timedelta(hours=1), **alone)
+    return int(os.environ.get("RANK", 0)), local_rank, world, device
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_sum(values, device):
+    """Sum of a float64 CPU tensor over all ranks."""
+    if not dist.is_initialized():
+        return values
+    values = values.to(device)
+    dist.all_reduce(values)
+    return values.cpu()
+
+
+def load_model(args, device, attn_implementation):
+    """The model in fp32, sharded by FSDP2 if there are several ranks or if it computes in bf16."""
+    register_varlen_attention()
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model_name_or_path, dtype=torch.float32, attn_implementation=attn_implementation
+    )
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if dist.is_initialized():
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        # Each rank keeps a slice of the weights in fp32 and gathers a layer's, in bf16, while the layer
+        # runs. So the hidden states are bf16 too; autocast would keep them, and the layers' inputs with
+        # them, in fp32.
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if args.bf16 else MixedPrecisionPolicy()
+        layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
+        for layer in [*layers, model]:
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+    return model.to(device).train()
+
+
+def training_state(model, optimizer):
+    """What a checkpoint holds of the tensors: name -> weight, exp_avg or exp_avg_sq, whole or sharded."""
+    state = {}
+    for name, parameter in model.named_parameters():  # a tied weight once
+        moments = optimizer.state[parameter]
+        if not moments:  # before the first step: loading wants tensors to load into
+            moments["step"] = torch.tensor(0.0, device=parameter.device if parameter.is_cuda else None)
+            moments["exp_avg"] = torch.zeros_like(parameter)
+            moments["exp_avg_sq"] = torch.zeros_like(parameter)
+        state[f"weight.{name}"] = parameter.detach()
+        state[f"exp_avg.{name}"] = moments["exp_avg"]
+        state[f"exp_avg_sq.{name}"] = moments["exp_avg_sq"]
+    return state
+
+
+def save_checkpoint(args, model, optimizer, scheduler, progress, rank):
+    """checkpoint-<step>/: the tensors as safetensors (each rank its shards), progress.json, and random
+    states.
+    """
+    path = Path(args.output_dir) / f"checkpoint-{progress['step']}"
+    if path.exists():
+        return
+    temporary = path.with_suffix(".tmp")
+    if rank == 0:
+        fresh_folder(temporary)
+    barrier()
+    dcp.save(
+        training_state(model, optimizer),
+        storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True),
+        no_dist=not dist.is_initialized(),
+    )
+    random_state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        random_state["cuda"] = torch.cuda.get_rng_state()
+    save_file(random_state, temporary / f"random_state_{rank}.rng")
+    if rank == 0:
+        text = json.dumps({**progress, "scheduler": scheduler.state_dict()}, indent=1)
+        (temporary / "progress.json").write_text(text)
+    barrier()
+    if rank == 0:
+        commit_folder(temporary, path)
+        rotate_checkpoints(args.output_dir, args.save_total_limit)
+
+
+def load_checkpoint(path, model, optimizer, scheduler, fingerprint, rank):
+    """Restore everything save_checkpoint saved, on any number of ranks. Returns the progress."""
+    progress = json.loads((path / "progress.json").read_text())
+    if progress["fingerprint"] != fingerprint:
+        raise ValueError(
+            f"{path} was written for other data or another plan: use its dataset, max_length and seed."
+        )
+    state = training_state(model, optimizer)
+    # loads in place; plain safetensors files, whatever the number of ranks that wrote them
+    dcp.load(state, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=not dist.is_initialized())
+    for moments in optimizer.state.values():
+        moments["step"].fill_(progress["step"])
+    scheduler.load_state_dict(progress.pop("scheduler"))
+    random_state_file = path / f"random_state_{rank}.rng"
+    if random_state_file.exists():  # a rank that the earlier run did not have starts from its seed
+        random_state = load_file(random_state_file)
+        torch.set_rng_state(random_state["cpu"])
+        if "cuda" in random_state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(random_state["cuda"])
+    return progress
+
+
+def save_model(args, model, tokenizer, rank):
+    """The final model in Hugging Face format, in the dtype that it came in."""
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank == 0:
+        config = AutoConfig.from_pretrained(args.model_name_or_path)
+        dtype = config.dtype or torch.float32
+        with torch.device("meta"):  # a shell that knows names, ties and config; the weights are handed to it
+            shell = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        temporary = fresh_folder(Path(args.output_dir) / "model.tmp")
+        shell.save_pretrained(temporary, state_dict={k: v.to(dtype) for k, v in weights.items()})
+        tokenizer.save_pretrained(temporary)
+        commit_files(temporary, args.output_dir)
+    barrier()
+
+
+def load_tokenizer_and_config(args):
+    """Raise ValueError for a model that is not there, or that max_length does not fit."""
+    try:
+        config = AutoConfig.from_pretrained(args.model_name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--model_name_or_path {args.model_name_or_path} cannot be loaded: {error}"
+        ) from error
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and args.max_length > positions:
+        raise ValueError(
+            f"--max_length {args.max_length} is over the model's {positions} positions: lower it."
+        )
+    return tokenizer, config
+
+
+def check_token_ids(rows, config, name):
+    batches = rows.examples.with_format("numpy").iter(1_000)
+    largest = max(int(np.concatenate(list(batch["input_ids"])).max()) for batch in batches)
+    if largest >= config.vocab_size:
+        raise ValueError(
+            f"{name}: token id {largest} is outside the vocabulary of {config.vocab_size}. "
+            "Tokenizer and model do not belong together, or the embedding was not resized after adding tokens."
+        )
+
+
+def prepare_data(args, tokenizer, local_rank):
+    """Returns the training rows, the evaluation rows (None without --eval_dataset_name), and counts for the
+    summary.
+    """
+    overflow = args.overflow or ("truncate" if args.packing_strategy == "bfd" else "split")
+    if local_rank != 0:
+        barrier()  # the first rank of each machine tokenises; the others then read its cache
+    examples, data = load_examples(args.dataset_name, args.dataset_train_split, tokenizer, args, overflow)
+    rows, eval_rows = Rows(examples, data, args, overflow), None
+    if args.eval_dataset_name:
+        examples, counts = load_examples(
+            args.eval_dataset_name, args.dataset_test_split, tokenizer, args, overflow
+        )
+        eval_rows = Rows(examples, counts, args, overflow)
+        data["eval_examples"] = counts["examples_used"]
+    if local_rank == 0:
+        barrier()
+    return rows, eval_rows, data
+
+
+def prepare_output_dir(args, step):
+    """Remove what a replaced run left, or the metrics that a resumed run will write again."""
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics = folder / "metrics.jsonl"
+    if args.overwrite_output_dir:
+        for _, path in list_checkpoints(folder):
+            shutil.rmtree(path)
+        metrics.unlink(missing_ok=True)
+    if args.resume_from_checkpoint and metrics.exists():
+        lines = metrics.read_text().splitlines(keepends=True)
+        metrics.write_text(
+            "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
+        )
+    (folder / "summary.json").unlink(missing_ok=True)
+
+
+def clip_gradients(model, max_grad_norm):
+    """Scale the gradients to a global norm of at most max_grad_norm (0 = no clipping). Returns the norm
+    before.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
+    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+
+
+def first_tokens(rows, flat):
+    """A tiny input for the model: up to 64 tokens of the first example."""
+    ids = rows.examples[0]["input_ids"][:64]
+    batch = flatten([{"input_ids": ids, "labels": ids}]) if flat else {"input_ids": torch.tensor([ids])}
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def peak_memory_bytes(device):
+    """Highest so far: on CUDA allocated by tensors, on a CPU resident in the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def log(metrics, args, bar):
+    with open(Path(args.output_dir) / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(metrics) + "\n")
+    bar.update()
+    if metrics["step"] % args.logging_steps == 0:
+        shown = {"loss": f"{metrics['loss']:.4f}", "tok/s": f"{metrics['tokens_per_second']:.0f}"}
+        shown["mem"] = f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB"
+        if "eval_loss" in metrics:
+            tqdm.write(f"step {metrics['step']}: eval_loss {metrics['eval_loss']:.4f}")
+        bar.set_postfix(shown)
+
+
+def predict(args, model, batch, world):
+    """The ledger's predicted side for the largest batch that this run saw."""
+    return predict_ledger(
+        model.config,
+        num_tokens=count_tokens(batch),
+        num_scored=count_scored(batch),
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        gradient_checkpointing=args.gradient_checkpointing,
+        bf16=args.bf16,
+        chunk_size=args.loss_chunk_size,
+        padded=not (args.packing or args.padding_free),
+        accumulates=args.gradient_accumulation_steps > 1,
+        world=world,
+    )
+
+
+def report(summary, args):
+    """What a run says at its end."""
+    data, name = summary["data"], Path(args.model_name_or_path).name
+    title = f"{name}  {summary['device']}  world {summary['world_size']}"
+    examples = "  ".join(
+        f"{key.removeprefix('examples_')} {data[key]}" for key in data if key.startswith("examples_")
+    )
+    return "\n".join(
+        [
+            f"examples  {examples}",
+            f"tokens    kept {data['tokens_kept']}  cut {data['tokens_cut']}",
+            f"rows      {data['rows']}, filled {data['fill_fraction']:.1%} of max_length {args.max_length}, "
+            f"padding {data['padding_fraction']:.1%} of the tokens computed",
+            f"speed     {summary['throughput']['tokens_per_second']:.0f} tokens/s",
+            format_ledger(title, summary["ledger"]),
+        ]
+    )
+
+
+def versions():
+    return {
+        "python": platform.python_version(),
+        **{m.__name__: m.__version__ for m in (torch, transformers, datasets)},
+    }
+
+
+def main(args):
+    """Train. Returns what summary.json holds; after SIGTERM, {"stopped_at_step": step}.
+
+    Raises: ValueError for what the arguments, the data or the model make impossible, before output_dir is
+            touched; FloatingPointError for a non-finite loss or gradient, before the weights and the
+            checkpoints are.
+    """
+    check_arguments(args)
+    check_output_dir(args)
+    rank, local_rank, world, device = start_distributed(args)
+    sigterm = []
+    previous_handler = signal.signal(signal.SIGTERM, lambda *_: sigterm.append(True))
+    try:
+        return train(args, rank, local_rank, world, device, sigterm)
+    finally:
+        signal.signal(signal.SIGTERM, previous_handler)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def train(args, rank, local_rank, world, device, sigterm):
+    torch.manual_seed(args.seed + rank)  # for dropout; the order of the data has a generator of its own
+    flat = args.packing or args.padding_free
+    tokenizer, config = load_tokenizer_and_config(args)
+    rows, eval_rows, data = prepare_data(args, tokenizer, local_rank)
+    check_token_ids(rows, config, args.dataset_name)
+    pad_token_id = tokenizer.pad_token_id or 0  # masked: any id will do
+    rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
+    steps_per_epoch = math.ceil(len(rows) / rows_per_step)
+    total_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+
+    model = load_model(args, device, args.attn_implementation or ("varlen" if flat else "sdpa"))
+    first_batch = to_device(rows.batch([0], pad_token_id), device)
+    if args.check_isolation and flat:
+        check_isolation(model, first_batch)
+    check_head(model, to_device(first_tokens(rows, flat), device))
+    # fused: the default makes temporaries as large as the weights while it updates
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
+    )
+    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, total_steps)
+
+    progress = {"step": 0, "epoch": 0, "rows_done": 0, "fingerprint": rows.fingerprint()}
+    if args.resume_from_checkpoint:
+        path = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+        progress = load_checkpoint(path, model, optimizer, scheduler, progress["fingerprint"], rank)
+    if rank == 0:
+        prepare_output_dir(args, progress["step"])
+    metrics, totals, largest_batch = {}, {"seconds": 0.0, "tokens": 0, "padding": 0}, None
+    meter = MemoryMeter(model, optimizer, device, args.measure_memory, min(2, total_steps - progress["step"]))
+    bar = tqdm(total=total_steps, initial=progress["step"], desc="SFT", unit="step", disable=rank != 0)
+
+    while progress["step"] < total_steps:
+        order = np.random.default_rng([args.seed, progress["epoch"]]).permutation(len(rows))
+        step_rows = order[progress["rows_done"] : progress["rows_done"] + rows_per_step]
+        step_started = time.perf_counter()
+        batches = list(rows.micro_batches(step_rows, rank, world, pad_token_id))
+
+        # The mean runs over the scored tokens of the whole step, all micro-batches and all ranks: one batch
+        # of 8, 8 batches of 1 and 2 ranks of 4 take the same step.
+        counts = [sum(map(count, batches)) for count in (count_scored, count_tokens, count_padding)]
+        num_scored, num_tokens, num_padding = map(
+            int, all_sum(torch.tensor(counts, dtype=torch.float64), device)
+        )
+        num_items_in_batch = max(num_scored, 1)
+        nll_total = 0.0
+        with meter.step(batches):
+            for batch in batches:
+                nll_sum = batch_nll_sum(model, to_device(batch, device), args.loss_chunk_size)
+                # FSDP averages gradients over ranks: times world cancels that
+                (nll_sum * (world / num_items_in_batch)).backward()
+                nll_total += nll_sum.item()
+            grad_norm = clip_gradients(model, args.max_grad_norm)
+            nll_total, stop = all_sum(
+                torch.tensor([nll_total, len(sigterm)], dtype=torch.float64), device
+            ).tolist()
+            loss = nll_total / num_items_in_batch
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                raise FloatingPointError(
+                    f"step {progress['step'] + 1}: loss {loss}, gradient norm {grad_norm}; stopped before "
+                    f"the update. Rows {step_rows.tolist()}, examples {rows.example_numbers(step_rows)}."
+                )
+            learning_rate = scheduler.get_last_lr()[0]
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+
+        seconds = time.perf_counter() - step_started
+        progress["step"] += 1
+        progress["rows_done"] += len(step_rows)
+        metrics = {
+            "step": progress["step"],
+            "epoch": progress["epoch"] + progress["rows_done"] / len(rows),
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "num_tokens": num_tokens,
+            "num_scored_tokens": num_scored,
+            "tokens_per_second": num_tokens / seconds,
+            "step_seconds": seconds,
+            "peak_memory_bytes": peak_memory_bytes(device),
+        }
+        if progress["rows_done"] == len(rows):
+            progress["epoch"], progress["rows_done"] = progress["epoch"] + 1, 0
+        last = progress["step"] == total_steps
+        if eval_rows and (last or args.eval_steps and progress["step"] % args.eval_steps == 0):
+            metrics["eval_loss"] = evaluate(model, eval_rows, args, rank, world, device, pad_token_id)
+        totals["seconds"] += seconds
+        totals["tokens"] += num_tokens
+        totals["padding"] += num_padding
+        largest_batch = max(
+            [largest_batch, *batches], key=lambda b: 0 if b is None else b["input_ids"].numel()
+        )
+        if rank == 0:
+            log(metrics, args, bar)
+        if stop or args.save_steps and progress["step"] % args.save_steps == 0:
+            save_checkpoint(args, model, optimizer, scheduler, progress, rank)
+        if stop:
+            if rank == 0:
+                remedy = "continue with --resume_from_checkpoint latest"
+                tqdm.write(f"SIGTERM: saved checkpoint-{progress['step']}; {remedy}", file=sys.stderr)
+            return {"stopped_at_step": progress["step"]}
+    bar.close()
+
+    save_model(args, model, tokenizer, rank)
+    ledger = memory_ledger(predict(args, model, largest_batch, world), meter.measured)
+    data["padding_fraction"] = totals["padding"] / max(totals["tokens"], 1)
+    summary = {
+        "args": asdict(args),
+        "versions": versions(),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu {platform.machine()}",
+        "world_size": world,
+        "data": data,
+        "throughput": {
+            "tokens_per_second": totals["tokens"] / max(totals["seconds"], 1e-9),
+            "seconds": totals["seconds"],
+            "num_tokens": totals["tokens"],
+        },
+        "ledger": ledger,
+        "final_metrics": metrics,
+    }
+    if rank == 0:
+        (Path(args.output_dir) / "summary.json").write_text(json.dumps(summary, indent=1))
+        print(report(summary, args))
+    return summary
+
+
+if __name__ == "__main__":
+    try:
+        main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])
+    except (ValueError, FloatingPointError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(2)

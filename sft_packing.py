@@ -16,10 +16,7 @@ import hashlib
 import json
 import math
 import os
-import platform
 import re
-import resource
-import shutil
 import signal
 import sys
 import time
@@ -29,14 +26,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
-import datasets
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-import transformers
-from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -45,17 +37,21 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgu
 
 from common.attention import check_isolation, register_varlen_attention
 from common.checkpoints import (
+    check_output_dir,
     commit_files,
     commit_folder,
     find_checkpoint,
     fresh_folder,
-    list_checkpoints,
+    prepare_output_dir,
+    read_training_state,
     rotate_checkpoints,
+    write_training_state,
 )
 from common.collators import IGNORE, flatten, pad
-from common.data import load_rows
+from common.data import end_with_eos, load_rows, render_chat, shared_prefix_length
 from common.logps import check_head, head_computes, nll_sum
 from common.memory import MemoryMeter, format_ledger, memory_ledger, predict_ledger
+from common.report import describe_data, device_name, peak_memory_bytes, versions, write_metrics
 from common.truncation import OVERFLOW, check_limit, fit_to_length
 
 HERE = Path(__file__).resolve().parent
@@ -96,10 +92,10 @@ class Arguments:
         True, "without packing: join the batch's examples into one flat row instead of padding"
     )
     assistant_only_loss: bool = flag(False, "score assistant turns only; the template must mark them")
-    per_device_train_batch_size: int = flag(4, "rows (packed) or examples (not packed) per forward and rank")
+    per_device_train_batch_size: int = flag(2, "rows (packed) or examples (not packed) per forward and rank")
     gradient_accumulation_steps: int = flag(1, "forwards and backwards per optimizer step")
 
-    learning_rate: float = flag(5e-4, "peak of the schedule")
+    learning_rate: float = flag(1e-4, "peak of the schedule")
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = flag(
         "linear", "schedule"
     )
@@ -128,61 +124,60 @@ class Arguments:
 
 def check_arguments(args):
     """Raise ValueError for values and combinations that would be wrong or ignored."""
-    positive = ("max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "loss_chunk_size")
-    for name in (*positive, "logging_steps"):
+    required = ("max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "loss_chunk_size")
+    for name in (*required, "logging_steps"):
         check_limit(f"--{name}", getattr(args, name) or 0)
     for name in ("eval_steps", "save_steps", "save_total_limit", "dataset_num_proc"):
         check_limit(f"--{name}", getattr(args, name))
     for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
         if not 0 <= getattr(args, name) < math.inf:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be a finite number >= 0.")
-    if args.max_steps != -1 and args.max_steps < 1 or not args.num_train_epochs > 0:
-        raise ValueError(
-            f"--max_steps {args.max_steps} and --num_train_epochs {args.num_train_epochs}: nothing to do."
-        )
-    if args.overflow not in (None, *OVERFLOW):
-        raise ValueError(f"--overflow is {args.overflow!r}; choose one of {', '.join(OVERFLOW)}.")
-    if args.packing_strategy not in ("bfd", "bfd_split", "wrapped"):
-        raise ValueError(
-            f"--packing_strategy is {args.packing_strategy!r}; choose bfd, bfd_split or wrapped."
-        )
-    if args.packing_strategy != "bfd" and not args.packing:
-        raise ValueError(
-            f"--packing_strategy {args.packing_strategy} needs packing: drop --no_packing, or the strategy."
-        )
-    if args.packing_strategy != "bfd" and args.overflow not in (None, "split"):
-        raise ValueError(
-            f"--packing_strategy {args.packing_strategy} splits long examples, "
-            f"--overflow {args.overflow} does not: drop one of the two."
-        )
-    if args.packing and not args.padding_free:
-        raise ValueError("--no_padding_free pads, packing never does: add --no_packing for padded batches.")
-    if not (args.packing or args.padding_free) and args.attn_implementation == "varlen":
-        raise ValueError(
-            "--attn_implementation varlen is for flat rows: drop --no_padding_free, or choose sdpa."
-        )
-    if args.attn_implementation == "flash_attention_2" and not args.bf16:
-        raise ValueError("--attn_implementation flash_attention_2 rejects fp32: add --bf16.")
-    if args.eval_steps and not args.eval_dataset_name:
-        raise ValueError("--eval_steps needs --eval_dataset_name.")
-
-
-def check_output_dir(args):
-    """Raise ValueError for a folder that holds another run, before anything in it is touched."""
-    folder = Path(args.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder} is a file.")
-    taken = [name for name in ("metrics.jsonl", "summary.json", "config.json") if (folder / name).exists()]
-    taken += [path.name for _, path in list_checkpoints(folder)]
-    if taken and not args.overwrite_output_dir and not args.resume_from_checkpoint:
-        raise ValueError(
-            f"--output_dir {folder} holds another run ({', '.join(taken[:4])}): choose another folder, "
-            "continue it with --resume_from_checkpoint latest, or replace it with --overwrite_output_dir."
-        )
-    if args.overwrite_output_dir and args.resume_from_checkpoint:
-        raise ValueError(
-            "--overwrite_output_dir removes what --resume_from_checkpoint needs: drop one of the two."
-        )
+    flat = args.packing or args.padding_free
+    splits = args.packing_strategy != "bfd"
+    strategy, overflow = args.packing_strategy, args.overflow
+    refused = [
+        (
+            args.max_steps < 1 and args.max_steps != -1,
+            f"--max_steps {args.max_steps}: give a number >= 1, or -1 for num_train_epochs.",
+        ),
+        (not args.num_train_epochs > 0, f"--num_train_epochs {args.num_train_epochs}: it must be above 0."),
+        (
+            overflow not in (None, *OVERFLOW),
+            f"--overflow {overflow}: choose one of {', '.join(OVERFLOW)}.",
+        ),
+        (
+            strategy not in ("bfd", "bfd_split", "wrapped"),
+            f"--packing_strategy {strategy}: choose bfd, bfd_split or wrapped.",
+        ),
+        (
+            splits and not args.packing,
+            f"--packing_strategy {strategy} needs packing: drop it, or drop --no_packing.",
+        ),
+        (
+            splits and overflow not in (None, "split"),
+            f"--packing_strategy {strategy} splits long examples, --overflow {overflow} does not: drop one.",
+        ),
+        (
+            args.packing and not args.padding_free,
+            "--no_padding_free pads, packing never does: add --no_packing for padded batches.",
+        ),
+        (
+            not flat and args.attn_implementation == "varlen",
+            "--attn_implementation varlen is for flat rows: drop --no_padding_free, or choose sdpa.",
+        ),
+        (
+            not args.bf16 and args.attn_implementation == "flash_attention_2",
+            "--attn_implementation flash_attention_2 rejects fp32: add --bf16.",
+        ),
+        (args.eval_steps and not args.eval_dataset_name, "--eval_steps needs --eval_dataset_name."),
+        (
+            args.measure_memory and torch.cuda.is_available(),
+            "--measure_memory is for CPUs: on CUDA every step is measured, drop it.",
+        ),
+    ]
+    for wrong, message in refused:
+        if wrong:
+            raise ValueError(message)
 
 
 # --- 2. Data ---
@@ -207,30 +202,9 @@ def tokenize(example, tokenizer, assistant_only_loss):
             scored = [True] * len(input_ids)
         # A tokenizer may join the prompt's last characters to the completion's first: the prompt ends, for
         # the loss, at the last token that both ways of tokenising share.
-        shared = 0
-        while shared < min(len(prompt_ids), len(input_ids)) and prompt_ids[shared] == input_ids[shared]:
-            shared += 1
+        shared = shared_prefix_length(prompt_ids, input_ids)
         scored[:shared] = [False] * shared
     return input_ids, [token if keep else IGNORE for token, keep in zip(input_ids, scored)]
-
-
-def render_chat(messages, tokenizer, assistant_only_loss, add_generation_prompt=False):
-    """Messages -> (input_ids, scored), with scored True for all tokens or for the assistant's only."""
-    encoded = tokenizer.apply_chat_template(
-        messages,
-        return_dict=True,
-        add_generation_prompt=add_generation_prompt,
-        return_assistant_tokens_mask=assistant_only_loss,
-    )
-    input_ids = encoded["input_ids"]
-    if not assistant_only_loss:
-        return input_ids, [True] * len(input_ids)
-    return input_ids, [bool(mark) for mark in encoded["assistant_masks"]]
-
-
-def end_with_eos(input_ids, tokenizer):
-    eos = tokenizer.eos_token_id
-    return input_ids if eos is None or input_ids[-1:] == [eos] else [*input_ids, eos]
 
 
 def check_columns(rows, name, tokenizer, args):
@@ -465,6 +439,10 @@ class Rows:
                 name.update(values.to_numpy(zero_copy_only=False).tobytes())
         return name.hexdigest()
 
+    def order(self, epoch):
+        """The epoch's shuffle: a function of seed and epoch, so that a checkpoint need not store it."""
+        return np.random.default_rng([self.args.seed, epoch]).permutation(len(self))
+
     def example_numbers(self, row_numbers):
         spans = [self.spans[self.row_offsets[r] : self.row_offsets[r + 1], 0] for r in row_numbers]
         return np.unique(np.concatenate(spans)).tolist()
@@ -523,16 +501,11 @@ def batch_nll_sum(model, batch, chunk_size):
         return model(**inputs, use_cache=False).logits
 
 
-def count_scored(batch):
-    return int((batch["labels"][:, 1:] != IGNORE).sum())
-
-
-def count_tokens(batch):
-    return batch["input_ids"].numel()
-
-
-def count_padding(batch):
-    return int((batch["attention_mask"] == 0).sum()) if "attention_mask" in batch else 0
+def count(batch):
+    """Scored tokens, tokens computed, and padding among them."""
+    scored = (batch["labels"][:, 1:] != IGNORE).sum().item()
+    padding = (batch["attention_mask"] == 0).sum().item() if "attention_mask" in batch else 0
+    return scored, batch["input_ids"].numel(), padding
 
 
 def to_device(batch, device):
@@ -543,21 +516,24 @@ def to_device(batch, device):
 def evaluate(model, rows, args, rank, world, device, pad_token_id):
     """Mean negative log-likelihood per scored token over all rows and ranks."""
     model.eval()
-    sums = torch.zeros(2, dtype=torch.float64)
+    nll_total, num_scored = 0.0, 0
     for batch in rows.micro_batches(np.arange(len(rows)), rank, world, pad_token_id):
-        sums[0] += batch_nll_sum(model, to_device(batch, device), args.loss_chunk_size).item()
-        sums[1] += count_scored(batch)
+        nll_total += batch_nll_sum(model, to_device(batch, device), args.loss_chunk_size).item()
+        num_scored += count(batch)[0]
     model.train()
-    total, count = all_sum(sums, device).tolist()
-    return total / count
+    nll_total, num_scored = all_sum([nll_total, num_scored], device)
+    return nll_total / num_scored
 
 
 # --- 5. Training ---
 
 
 def start_distributed(args):
-    """Returns rank, local rank, world size and device. FSDP2 wants a process group, which torchrun describes
-    in the environment; a bf16 run on one process makes a group of one."""
+    """Returns rank, local rank, world size and device.
+
+    FSDP2 wants a process group: torchrun describes it in the environment; a bf16 run on one process makes
+    its own.
+    """
     world = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
@@ -566,8 +542,8 @@ def start_distributed(args):
     if (world > 1 or args.bf16) and not dist.is_initialized():
         alone = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         backend = "nccl" if device.type == "cuda" else "gloo"
-        # generous, for the other ranks wait while the first one tokenises; finite, so that a lost rank ends
-        # the run
+        # long, for the other ranks wait while the first one tokenises; finite, so that a lost rank ends the
+        # run
         dist.init_process_group(backend, timeout=timedelta(hours=1), **alone)
     return int(os.environ.get("RANK", 0)), local_rank, world, device
 
@@ -578,12 +554,12 @@ def barrier():
 
 
 def all_sum(values, device):
-    """Sum of a float64 CPU tensor over all ranks."""
+    """Sum each of a list of numbers over all ranks, in float64."""
     if not dist.is_initialized():
         return values
-    values = values.to(device)
+    values = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(values)
-    return values.cpu()
+    return values.tolist()
 
 
 def load_model(args, device, attn_implementation):
@@ -622,9 +598,7 @@ def training_state(model, optimizer):
 
 
 def save_checkpoint(args, model, optimizer, scheduler, progress, rank):
-    """checkpoint-<step>/: the tensors as safetensors (each rank its shards), progress.json, and random
-    states.
-    """
+    """checkpoint-<step>/: weights and moments, the schedule, the position in the data, random states."""
     path = Path(args.output_dir) / f"checkpoint-{progress['step']}"
     if path.exists():
         return
@@ -632,18 +606,8 @@ def save_checkpoint(args, model, optimizer, scheduler, progress, rank):
     if rank == 0:
         fresh_folder(temporary)
     barrier()
-    dcp.save(
-        training_state(model, optimizer),
-        storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True),
-        no_dist=not dist.is_initialized(),
-    )
-    random_state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        random_state["cuda"] = torch.cuda.get_rng_state()
-    save_file(random_state, temporary / f"random_state_{rank}.rng")
-    if rank == 0:
-        text = json.dumps({**progress, "scheduler": scheduler.state_dict()}, indent=1)
-        (temporary / "progress.json").write_text(text)
+    state = training_state(model, optimizer)
+    write_training_state(temporary, state, {**progress, "scheduler": scheduler.state_dict()}, rank)
     barrier()
     if rank == 0:
         commit_folder(temporary, path)
@@ -651,24 +615,16 @@ def save_checkpoint(args, model, optimizer, scheduler, progress, rank):
 
 
 def load_checkpoint(path, model, optimizer, scheduler, fingerprint, rank):
-    """Restore everything save_checkpoint saved, on any number of ranks. Returns the progress."""
+    """Restore everything that save_checkpoint saved, on any number of ranks. Returns the progress."""
     progress = json.loads((path / "progress.json").read_text())
     if progress["fingerprint"] != fingerprint:
         raise ValueError(
-            f"{path} was written for other data or another plan: use its dataset, max_length and seed."
+            f"{path} belongs to other data or another plan: use its dataset, max_length and seed."
         )
-    state = training_state(model, optimizer)
-    # loads in place; plain safetensors files, whatever the number of ranks that wrote them
-    dcp.load(state, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=not dist.is_initialized())
+    read_training_state(path, training_state(model, optimizer), rank)
     for moments in optimizer.state.values():
         moments["step"].fill_(progress["step"])
     scheduler.load_state_dict(progress.pop("scheduler"))
-    random_state_file = path / f"random_state_{rank}.rng"
-    if random_state_file.exists():  # a rank that the earlier run did not have starts from its seed
-        random_state = load_file(random_state_file)
-        torch.set_rng_state(random_state["cpu"])
-        if "cuda" in random_state and torch.cuda.is_available():
-            torch.cuda.set_rng_state(random_state["cuda"])
     return progress
 
 
@@ -715,7 +671,7 @@ def check_token_ids(rows, config, name):
 
 
 def prepare_data(args, tokenizer, local_rank):
-    """Returns the training rows, the evaluation rows (None without --eval_dataset_name), and counts for the
+    """Returns training rows, evaluation rows (None without --eval_dataset_name), and counts for the
     summary.
     """
     overflow = args.overflow or ("truncate" if args.packing_strategy == "bfd" else "split")
@@ -724,35 +680,17 @@ def prepare_data(args, tokenizer, local_rank):
     examples, data = load_examples(args.dataset_name, args.dataset_train_split, tokenizer, args, overflow)
     rows, eval_rows = Rows(examples, data, args, overflow), None
     if args.eval_dataset_name:
-        examples, counts = load_examples(
-            args.eval_dataset_name, args.dataset_test_split, tokenizer, args, overflow
-        )
-        eval_rows = Rows(examples, counts, args, overflow)
-        data["eval_examples"] = counts["examples_used"]
+        name, split = args.eval_dataset_name, args.dataset_test_split
+        examples, eval_data = load_examples(name, split, tokenizer, args, overflow)
+        eval_rows = Rows(examples, eval_data, args, overflow)
+        data["eval"] = eval_data
     if local_rank == 0:
         barrier()
     return rows, eval_rows, data
 
 
-def prepare_output_dir(args, step):
-    """Remove what a replaced run left, or the metrics that a resumed run will write again."""
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    metrics = folder / "metrics.jsonl"
-    if args.overwrite_output_dir:
-        for _, path in list_checkpoints(folder):
-            shutil.rmtree(path)
-        metrics.unlink(missing_ok=True)
-    if args.resume_from_checkpoint and metrics.exists():
-        lines = metrics.read_text().splitlines(keepends=True)
-        metrics.write_text(
-            "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
-        )
-    (folder / "summary.json").unlink(missing_ok=True)
-
-
 def clip_gradients(model, max_grad_norm):
-    """Scale the gradients to a global norm of at most max_grad_norm (0 = no clipping). Returns the norm
+    """Scale the gradients to a global norm of at most max_grad_norm (0 = as they are); returns the norm
     before.
     """
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
@@ -766,31 +704,12 @@ def first_tokens(rows, flat):
     return {name: value for name, value in batch.items() if name != "labels"}
 
 
-def peak_memory_bytes(device):
-    """Highest so far: on CUDA allocated by tensors, on a CPU resident in the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def log(metrics, args, bar):
-    with open(Path(args.output_dir) / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(metrics) + "\n")
-    bar.update()
-    if metrics["step"] % args.logging_steps == 0:
-        shown = {"loss": f"{metrics['loss']:.4f}", "tok/s": f"{metrics['tokens_per_second']:.0f}"}
-        shown["mem"] = f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB"
-        if "eval_loss" in metrics:
-            tqdm.write(f"step {metrics['step']}: eval_loss {metrics['eval_loss']:.4f}")
-        bar.set_postfix(shown)
-
-
 def predict(args, model, batch, world):
-    """The ledger's predicted side for the largest batch that this run saw."""
+    """The ledger's predicted side, for the batch that its measured side saw."""
     return predict_ledger(
         model.config,
-        num_tokens=count_tokens(batch),
-        num_scored=count_scored(batch),
+        num_tokens=count(batch)[1],
+        num_scored=count(batch)[0],
         num_parameters=sum(p.numel() for p in model.parameters()),
         gradient_checkpointing=args.gradient_checkpointing,
         bf16=args.bf16,
@@ -801,32 +720,6 @@ def predict(args, model, batch, world):
     )
 
 
-def report(summary, args):
-    """What a run says at its end."""
-    data, name = summary["data"], Path(args.model_name_or_path).name
-    title = f"{name}  {summary['device']}  world {summary['world_size']}"
-    examples = "  ".join(
-        f"{key.removeprefix('examples_')} {data[key]}" for key in data if key.startswith("examples_")
-    )
-    return "\n".join(
-        [
-            f"examples  {examples}",
-            f"tokens    kept {data['tokens_kept']}  cut {data['tokens_cut']}",
-            f"rows      {data['rows']}, filled {data['fill_fraction']:.1%} of max_length {args.max_length}, "
-            f"padding {data['padding_fraction']:.1%} of the tokens computed",
-            f"speed     {summary['throughput']['tokens_per_second']:.0f} tokens/s",
-            format_ledger(title, summary["ledger"]),
-        ]
-    )
-
-
-def versions():
-    return {
-        "python": platform.python_version(),
-        **{m.__name__: m.__version__ for m in (torch, transformers, datasets)},
-    }
-
-
 def main(args):
     """Train. Returns what summary.json holds; after SIGTERM, {"stopped_at_step": step}.
 
@@ -835,7 +728,7 @@ def main(args):
             checkpoints are.
     """
     check_arguments(args)
-    check_output_dir(args)
+    check_output_dir(args.output_dir, args.overwrite_output_dir, args.resume_from_checkpoint)
     rank, local_rank, world, device = start_distributed(args)
     sigterm = []
     previous_handler = signal.signal(signal.SIGTERM, lambda *_: sigterm.append(True))
@@ -873,36 +766,35 @@ def train(args, rank, local_rank, world, device, sigterm):
     if args.resume_from_checkpoint:
         path = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
         progress = load_checkpoint(path, model, optimizer, scheduler, progress["fingerprint"], rank)
+        if progress["step"] >= total_steps:
+            raise ValueError(
+                f"{path} is at the end, step {total_steps}: raise --max_steps or --num_train_epochs."
+            )
     if rank == 0:
-        prepare_output_dir(args, progress["step"])
-    metrics, totals, largest_batch = {}, {"seconds": 0.0, "tokens": 0, "padding": 0}, None
+        prepare_output_dir(args.output_dir, args.overwrite_output_dir, progress["step"])
+    totals = {"seconds": 0.0, "tokens": 0, "padding": 0}
     meter = MemoryMeter(model, optimizer, device, args.measure_memory, min(2, total_steps - progress["step"]))
     bar = tqdm(total=total_steps, initial=progress["step"], desc="SFT", unit="step", disable=rank != 0)
+    order = rows.order(progress["epoch"])
 
     while progress["step"] < total_steps:
-        order = np.random.default_rng([args.seed, progress["epoch"]]).permutation(len(rows))
-        step_rows = order[progress["rows_done"] : progress["rows_done"] + rows_per_step]
         step_started = time.perf_counter()
+        step_rows = order[progress["rows_done"] : progress["rows_done"] + rows_per_step]
         batches = list(rows.micro_batches(step_rows, rank, world, pad_token_id))
 
         # The mean runs over the scored tokens of the whole step, all micro-batches and all ranks: one batch
         # of 8, 8 batches of 1 and 2 ranks of 4 take the same step.
-        counts = [sum(map(count, batches)) for count in (count_scored, count_tokens, count_padding)]
-        num_scored, num_tokens, num_padding = map(
-            int, all_sum(torch.tensor(counts, dtype=torch.float64), device)
-        )
+        num_scored, num_tokens, num_padding = all_sum([sum(n) for n in zip(*map(count, batches))], device)
         num_items_in_batch = max(num_scored, 1)
         nll_total = 0.0
         with meter.step(batches):
             for batch in batches:
-                nll_sum = batch_nll_sum(model, to_device(batch, device), args.loss_chunk_size)
+                nll = batch_nll_sum(model, to_device(batch, device), args.loss_chunk_size)
                 # FSDP averages gradients over ranks: times world cancels that
-                (nll_sum * (world / num_items_in_batch)).backward()
-                nll_total += nll_sum.item()
+                (nll * (world / num_items_in_batch)).backward()
+                nll_total += nll.item()
             grad_norm = clip_gradients(model, args.max_grad_norm)
-            nll_total, stop = all_sum(
-                torch.tensor([nll_total, len(sigterm)], dtype=torch.float64), device
-            ).tolist()
+            nll_total, stop = all_sum([nll_total, len(sigterm)], device)  # SIGTERM on one rank stops all
             loss = nll_total / num_items_in_batch
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 raise FloatingPointError(
@@ -923,25 +815,22 @@ def train(args, rank, local_rank, world, device, sigterm):
             "loss": loss,
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
-            "num_tokens": num_tokens,
-            "num_scored_tokens": num_scored,
+            "num_tokens": int(num_tokens),
+            "num_scored_tokens": int(num_scored),
             "tokens_per_second": num_tokens / seconds,
             "step_seconds": seconds,
             "peak_memory_bytes": peak_memory_bytes(device),
         }
+        for name, value in (("seconds", seconds), ("tokens", num_tokens), ("padding", num_padding)):
+            totals[name] += value
         if progress["rows_done"] == len(rows):
             progress["epoch"], progress["rows_done"] = progress["epoch"] + 1, 0
-        last = progress["step"] == total_steps
-        if eval_rows and (last or args.eval_steps and progress["step"] % args.eval_steps == 0):
+            order = rows.order(progress["epoch"])
+        at_end = progress["step"] == total_steps
+        if eval_rows and (at_end or args.eval_steps and progress["step"] % args.eval_steps == 0):
             metrics["eval_loss"] = evaluate(model, eval_rows, args, rank, world, device, pad_token_id)
-        totals["seconds"] += seconds
-        totals["tokens"] += num_tokens
-        totals["padding"] += num_padding
-        largest_batch = max(
-            [largest_batch, *batches], key=lambda b: 0 if b is None else b["input_ids"].numel()
-        )
         if rank == 0:
-            log(metrics, args, bar)
+            write_metrics(metrics, args.output_dir, bar, args.logging_steps)
         if stop or args.save_steps and progress["step"] % args.save_steps == 0:
             save_checkpoint(args, model, optimizer, scheduler, progress, rank)
         if stop:
@@ -952,27 +841,28 @@ def train(args, rank, local_rank, world, device, sigterm):
     bar.close()
 
     save_model(args, model, tokenizer, rank)
-    ledger = memory_ledger(predict(args, model, largest_batch, world), meter.measured)
-    data["padding_fraction"] = totals["padding"] / max(totals["tokens"], 1)
+    ledger = memory_ledger(predict(args, model, meter.largest_batch, world), meter.measured)
+    data["padding_fraction"] = totals["padding"] / totals["tokens"]
     summary = {
         "args": asdict(args),
         "versions": versions(),
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu {platform.machine()}",
+        "device": device_name(device),
         "world_size": world,
         "data": data,
         "throughput": {
-            "tokens_per_second": totals["tokens"] / max(totals["seconds"], 1e-9),
+            "tokens_per_second": totals["tokens"] / totals["seconds"],
+            "num_tokens": int(totals["tokens"]),
             "seconds": totals["seconds"],
-            "num_tokens": totals["tokens"],
         },
         "ledger": ledger,
         "final_metrics": metrics,
     }
     if rank == 0:
         (Path(args.output_dir) / "summary.json").write_text(json.dumps(summary, indent=1))
-        print(report(summary, args))
+        title = f"{Path(args.model_name_or_path).name}  {summary['device']}  world {world}"
+        print(describe_data(data, args.max_length))
+        print(f"speed     {summary['throughput']['tokens_per_second']:.0f} tokens/s")
+        print(format_ledger(title, ledger))
     return summary
 
 

@@ -2,12 +2,52 @@
 from.
 """
 
+import json
 import os
 import re
 import shutil
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
 NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def check_output_dir(output_dir, overwrite, resume):
+    """Raise ValueError for a folder that holds another run, before anything in it is touched."""
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is a file.")
+    taken = [name for name in ("metrics.jsonl", "summary.json", "config.json") if (folder / name).exists()]
+    taken += [path.name for _, path in list_checkpoints(folder)]
+    if taken and not overwrite and not resume:
+        raise ValueError(
+            f"--output_dir {folder} holds another run ({', '.join(taken[:4])}): choose another folder, "
+            "continue it with --resume_from_checkpoint latest, or replace it with --overwrite_output_dir."
+        )
+    if overwrite and resume:
+        raise ValueError(
+            "--overwrite_output_dir removes what --resume_from_checkpoint needs: drop one of the two."
+        )
+
+
+def prepare_output_dir(output_dir, overwrite, step):
+    """Remove what a replaced run left, and the metrics of steps after `step`, which will be written again."""
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if overwrite:
+        for _, path in list_checkpoints(folder):
+            shutil.rmtree(path)
+    metrics = folder / "metrics.jsonl"
+    if metrics.exists():
+        lines = metrics.read_text().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]  # a killed run may have left half a line
+        metrics.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+    (folder / "summary.json").unlink(missing_ok=True)
 
 
 def fresh_folder(path):
@@ -74,6 +114,40 @@ def rotate_checkpoints(output_dir, limit):
         shutil.rmtree(trash, ignore_errors=True)
         os.rename(path, trash)
         shutil.rmtree(trash)
+
+
+def write_training_state(folder, tensors, progress, rank):
+    """Write one rank's part of a checkpoint into an existing folder; the first rank adds what all share.
+
+    Args:    tensors: name -> plain or sharded tensor, the same names on all ranks; progress: anything JSON
+             holds.
+    Files:   shard-*.safetensors, random_state_<rank>.rng (safetensors too), progress.json. Nothing is
+    pickled.
+    """
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+    random_state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        random_state["cuda"] = torch.cuda.get_rng_state()
+    save_file(random_state, folder / f"random_state_{rank}.rng")
+    if rank == 0:
+        (folder / "progress.json").write_text(json.dumps(progress, indent=1))
+
+
+def read_training_state(folder, tensors, rank):
+    """Fill `tensors` in place, whatever the number of ranks that wrote them, and set this rank's random
+    state.
+
+    A rank that the earlier run did not have keeps the random state of its seed.
+    """
+    reader = HuggingFaceStorageReader(str(folder))
+    dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    file = folder / f"random_state_{rank}.rng"
+    if file.exists():
+        random_state = load_file(file)
+        torch.set_rng_state(random_state["cpu"])
+        if "cuda" in random_state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(random_state["cuda"])
 
 
 def _sync(path):

@@ -84,3 +84,35 @@ def _find_bad_line(path):
                 raise ValueError(
                     f"{path}, line {number}: a {type(row).__name__}, but each line must be an object."
                 )
+
+
+def render_chat(messages, tokenizer, assistant_only_loss=False, add_generation_prompt=False):
+    """Conversation -> (input_ids, scored): lists of one length, scored True for all tokens or the
+    assistant's only.
+    """
+    encoded = tokenizer.apply_chat_template(
+        messages,
+        return_dict=True,
+        add_generation_prompt=add_generation_prompt,
+        return_assistant_tokens_mask=assistant_only_loss,
+    )
+    input_ids = encoded["input_ids"]
+    if not assistant_only_loss:
+        return input_ids, [True] * len(input_ids)
+    return input_ids, [bool(mark) for mark in encoded["assistant_masks"]]
+
+
+def end_with_eos(input_ids, tokenizer):
+    """Append the end-of-sequence token, unless there is none or it is there."""
+    eos = tokenizer.eos_token_id
+    return input_ids if eos is None or input_ids[-1:] == [eos] else [*input_ids, eos]
+
+
+def shared_prefix_length(first, second):
+    """How many leading tokens two lists share: where a prompt ends if joint tokenisation differs at its
+    border.
+    """
+    length = 0
+    while length < min(len(first), len(second)) and first[length] == second[length]:
+        length += 1
+    return length

@@ -38,15 +38,19 @@ class MemoryMeter:
         self.model, self.optimizer, self.device = model, optimizer, device
         self.track, self.track_step, self.calls = track and device.type == "cpu", track_step, 0
         self.measured = {}
+        self.largest_batch = None  # of the measured steps; of all steps if none was measured
         self.tracker = None
 
     @contextmanager
     def step(self, batches):
-        """Wrap one optimizer step: all forwards and backwards, and the update. batches: its inputs, if on
-        the CPU.
-        """
+        """Wrap one optimizer step: forwards, backwards and update; batches: its inputs, dicts of tensors."""
         self.calls += 1
         tracked = self.track and self.calls == self.track_step
+        if tracked:
+            self.largest_batch = None
+        if tracked or not self.track or self.calls < self.track_step:
+            seen = batches if self.largest_batch is None else [self.largest_batch, *batches]
+            self.largest_batch = max(seen, key=lambda batch: batch["input_ids"].numel())
         if self.device.type != "cuda" and not tracked:
             yield
             return

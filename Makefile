@@ -1,0 +1,23 @@
+# make demo: set up, then train the embedded demo, offline. make test: set up, then test. make lint: ruff.
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test lint
+demo: .venv/.installed
+	$(BIN)/python sft_packing.py --learning_rate 1e-3 --measure_memory \
+		--eval_dataset_name demo/sft_eval.jsonl --output_dir outputs/demo/sft --overwrite_output_dir
+
+test: .venv/.installed
+	$(BIN)/python -m pytest -q
+
+lint: .venv/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+# made again when requirements.txt changes, and at once otherwise
+.venv/.installed: requirements.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed"'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@

@@ -578,7 +578,10 @@ def load_model(args, device, attn_implementation):
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if args.bf16 else MixedPrecisionPolicy()
         layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
         for layer in [*layers, model]:
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
+            # True for the outermost as well: after a forward without backward (checks, evaluation) its
+            # weights would stay gathered, and the optimizer and the checkpoints would take those for the
+            # shards.
+            fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     return model.to(device).train()
 
 
@@ -666,7 +669,7 @@ def check_token_ids(rows, config, name):
     if largest >= config.vocab_size:
         raise ValueError(
             f"{name}: token id {largest} is outside the vocabulary of {config.vocab_size}. "
-            "Tokenizer and model do not belong together, or the embedding was not resized after adding tokens."
+            "Tokenizer and model do not belong together, or the embedding was not resized for added tokens."
         )
 
 

@@ -640,7 +640,12 @@ def save_model(args, model, tokenizer, rank):
         with torch.device("meta"):  # a shell that knows names, ties and config; the weights are handed to it
             shell = AutoModelForCausalLM.from_config(config, dtype=dtype)
         temporary = fresh_folder(Path(args.output_dir) / "model.tmp")
-        shell.save_pretrained(temporary, state_dict={k: v.to(dtype) for k, v in weights.items()})
+        names = {
+            name for name, _ in (*model.named_parameters(), *model.named_buffers())
+        }  # a tied weight once
+        shell.save_pretrained(
+            temporary, state_dict={k: v.to(dtype) for k, v in weights.items() if k in names}
+        )
         tokenizer.save_pretrained(temporary)
         commit_files(temporary, args.output_dir)
     barrier()

@@ -146,23 +146,17 @@ def predict_ledger(
              forwards.
     Returns: {name: (formula, bytes)} for one rank, in the ledger's order; {} for other architectures.
     """
-    fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps", "num_key_value_heads")
+    needs = ("hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps", "num_key_value_heads")
     experts = ("num_experts", "num_local_experts", "n_routed_experts")
-    if any(not hasattr(config, name) for name in fields) or any(
-        getattr(config, name, None) for name in experts
-    ):
+    known = all(hasattr(config, name) for name in needs)
+    if not known or any(getattr(config, name, None) for name in experts):
         return {}
-    h, inner, layers, vocabulary = (
-        config.hidden_size,
-        config.intermediate_size,
-        config.num_hidden_layers,
-        config.vocab_size,
-    )
+    h, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    vocabulary = config.vocab_size
     head_dim = getattr(config, "head_dim", None) or h // config.num_attention_heads
     q = config.num_attention_heads * head_dim
-    kv = (
-        q if padded else config.num_key_value_heads * head_dim
-    )  # a mask makes SDPA repeat keys and values per head
+    # a mask makes SDPA repeat keys and values for each query head
+    kv = q if padded else config.num_key_value_heads * head_dim
     c = 2 if bf16 else 4  # bytes of an activation
     head_weight = vocabulary * h
     in_layers = num_parameters - head_weight * (1 if config.tie_word_embeddings else 2)
@@ -178,9 +172,8 @@ def predict_ledger(
         activations = num_tokens * c * h * layers + outside
         recomputed = one_layer
     else:
-        formula = (
-            f"all L layers (with checkpointing: {format_gib(num_tokens * c * h * layers + outside).strip()})"
-        )
+        checkpointed = format_gib(num_tokens * c * h * layers + outside).strip()
+        formula = f"all L layers (with checkpointing: {checkpointed})"
         activations = layers * one_layer + outside
         recomputed = 0
     logits = 4 * num_scored * vocabulary
@@ -198,6 +191,8 @@ def predict_ledger(
     at_head = before + activations + loss_head
     # the last layer's backward: everything is still there, plus the gradients that flow
     in_backward = before + activations + recomputed + c * head_weight + c * num_tokens * (h + inner)
+    if sharded:  # one layer's gradient: as computed, in fp32 for the reduce-scatter, and this rank's part
+        in_backward += (c + 4 + 4 // world) * in_layers // layers
     # the embedding's backward: a gradient of V * h of its own, added to the head's where the two are tied
     extra = (2 if config.tie_word_embeddings else 0) + (1 if accumulates else 0)
     at_end = states + gathered + gradients + c * head_weight * extra

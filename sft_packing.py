@@ -60,6 +60,9 @@ HERE = Path(__file__).resolve().parent
 # --- 1. Arguments ---
 
 
+Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
+
+
 def flag(default, text):
     return field(default=default, metadata={"help": text})
 
@@ -67,12 +70,8 @@ def flag(default, text):
 @dataclass
 class Arguments:
     model_name_or_path: str = flag(str(HERE / "demo/model"), "Hub name or folder of a causal language model")
-    attn_implementation: str | None = flag(
-        None, "varlen (flat rows, default), flash_attention_2, sdpa (padded, default)"
-    )
-    dataset_name: str = flag(
-        str(HERE / "demo/sft.jsonl"), "Hub name, .json/.jsonl/.parquet/.csv, save_to_disk folder"
-    )
+    attn_implementation: str | None = flag(None, "default: varlen for flat rows, sdpa for padded ones")
+    dataset_name: str = flag(str(HERE / "demo/sft.jsonl"), "Hub name, file, or folder by save_to_disk")
     dataset_train_split: str = flag("train", "split of a Hub dataset to train on")
     eval_dataset_name: str | None = flag(None, "dataset for evaluation, named like dataset_name")
     dataset_test_split: str = flag("test", "split of a Hub dataset to evaluate on")
@@ -81,39 +80,27 @@ class Arguments:
     overwrite_output_dir: bool = flag(False, "replace the run that output_dir holds")
 
     max_length: int = flag(512, "tokens: the longest document, and the length of a packed row")
-    overflow: str | None = flag(
-        None, "over-long examples: truncate, split, drop, error; default by packing_strategy"
-    )
+    overflow: str | None = flag(None, "over-long examples: truncate (default), split, drop, error")
     packing: bool = flag(True, "fill rows of max_length with whole documents")
-    packing_strategy: str = flag(
-        "bfd", "bfd (truncates by default), bfd_split (bfd, splitting), wrapped (one stream)"
-    )
-    padding_free: bool = flag(
-        True, "without packing: join the batch's examples into one flat row instead of padding"
-    )
+    packing_strategy: str = flag("bfd", "bfd, bfd_split (bfd with overflow split), wrapped (one stream)")
+    padding_free: bool = flag(True, "without packing: join the batch's examples into one flat row")
     assistant_only_loss: bool = flag(False, "score assistant turns only; the template must mark them")
     per_device_train_batch_size: int = flag(2, "rows (packed) or examples (not packed) per forward and rank")
     gradient_accumulation_steps: int = flag(1, "forwards and backwards per optimizer step")
 
     learning_rate: float = flag(1e-4, "peak of the schedule")
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = flag(
-        "linear", "schedule"
-    )
+    lr_scheduler_type: Schedule = flag("linear", "how the learning rate decays")
     warmup_steps: int = flag(0, "steps of linear warm-up")
     weight_decay: float = flag(0.0, "AdamW's")
     max_grad_norm: float = flag(1.0, "clip the global gradient norm to this; 0 = no clipping")
     num_train_epochs: float = flag(1.0, "passes over the data")
     max_steps: int = flag(-1, "optimizer steps, overriding num_train_epochs; -1 = off")
-    gradient_checkpointing: bool = flag(
-        True, "keep only the layers' inputs, compute the rest again in backward"
-    )
+    gradient_checkpointing: bool = flag(True, "keep the layers' inputs only; compute the rest again")
     bf16: bool = flag(False, "compute in bfloat16; weights, gradients and optimizer states stay in fp32")
     loss_chunk_size: int = flag(256, "tokens per chunk of the loss head")
     seed: int = flag(0, "order of the data and dropout")
 
-    eval_steps: int | None = flag(
-        None, "evaluate every so many steps, and at the end; None = at the end only"
-    )
+    eval_steps: int | None = flag(None, "evaluate every so many steps as well as at the end")
     logging_steps: int = flag(1, "refresh the progress bar every so many steps; metrics.jsonl has each step")
     save_steps: int | None = flag(None, "write a checkpoint every so many steps; None = only on SIGTERM")
     save_total_limit: int | None = flag(None, "keep this many newest checkpoints; None = all")
@@ -569,7 +556,11 @@ def load_model(args, device, attn_implementation):
         args.model_name_or_path, dtype=torch.float32, attn_implementation=attn_implementation
     )
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # newer releases of transformers call it activation checkpointing
+        enable = (
+            getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        )
+        enable({"use_reentrant": False})
     if dist.is_initialized():
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         # Each rank keeps a slice of the weights in fp32 and gathers a layer's, in bf16, while the layer

@@ -48,10 +48,10 @@ from common.checkpoints import (
     write_training_state,
 )
 from common.collators import IGNORE, flatten, pad
-from common.data import end_with_eos, load_rows, render_chat, shared_prefix_length
+from common.data import check_token_ids, end_with_eos, load_rows, render_chat, shared_prefix_length
 from common.logps import check_head, head_computes, nll_sum
 from common.memory import MemoryMeter, format_ledger, memory_ledger, predict_ledger
-from common.report import describe_data, device_name, peak_memory_bytes, versions, write_metrics
+from common.report import describe_data, device_name, versions, write_metrics
 from common.truncation import OVERFLOW, check_limit, fit_to_length
 
 HERE = Path(__file__).resolve().parent
@@ -659,16 +659,6 @@ def load_tokenizer_and_config(args):
     return tokenizer, config
 
 
-def check_token_ids(rows, config, name):
-    batches = rows.examples.with_format("numpy").iter(1_000)
-    largest = max(int(np.concatenate(list(batch["input_ids"])).max()) for batch in batches)
-    if largest >= config.vocab_size:
-        raise ValueError(
-            f"{name}: token id {largest} is outside the vocabulary of {config.vocab_size}. "
-            "Tokenizer and model do not belong together, or the embedding was not resized for added tokens."
-        )
-
-
 def prepare_data(args, tokenizer, local_rank):
     """Returns training rows, evaluation rows (None without --eval_dataset_name), and counts for the
     summary.
@@ -694,13 +684,6 @@ def clip_gradients(model, max_grad_norm):
     """
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
     return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
-
-
-def first_tokens(rows, flat):
-    """A tiny input for the model: up to 64 tokens of the first example."""
-    ids = rows.examples[0]["input_ids"][:64]
-    batch = flatten([{"input_ids": ids, "labels": ids}]) if flat else {"input_ids": torch.tensor([ids])}
-    return {name: value for name, value in batch.items() if name != "labels"}
 
 
 def predict(args, model, batch, world):
@@ -744,7 +727,7 @@ def train(args, rank, local_rank, world, device, sigterm):
     flat = args.packing or args.padding_free
     tokenizer, config = load_tokenizer_and_config(args)
     rows, eval_rows, data = prepare_data(args, tokenizer, local_rank)
-    check_token_ids(rows, config, args.dataset_name)
+    check_token_ids(rows.examples, config.vocab_size, args.dataset_name)
     pad_token_id = tokenizer.pad_token_id or 0  # masked: any id will do
     rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
     steps_per_epoch = math.ceil(len(rows) / rows_per_step)
@@ -754,7 +737,7 @@ def train(args, rank, local_rank, world, device, sigterm):
     first_batch = to_device(rows.batch([0], pad_token_id), device)
     if args.check_isolation and flat:
         check_isolation(model, first_batch)
-    check_head(model, to_device(first_tokens(rows, flat), device))
+    check_head(model, first_batch)
     # fused: the default makes temporaries as large as the weights while it updates
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
@@ -818,7 +801,7 @@ def train(args, rank, local_rank, world, device, sigterm):
             "num_scored_tokens": int(num_scored),
             "tokens_per_second": num_tokens / seconds,
             "step_seconds": seconds,
-            "peak_memory_bytes": peak_memory_bytes(device),
+            "peak_memory_bytes": meter.peak_bytes(),
         }
         for name, value in (("seconds", seconds), ("tokens", num_tokens), ("padding", num_padding)):
             totals[name] += value

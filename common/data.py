@@ -5,6 +5,7 @@ line.
 import json
 from pathlib import Path
 
+import numpy as np
 from datasets import DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
 
@@ -86,10 +87,21 @@ def _find_bad_line(path):
                 )
 
 
-def render_chat(messages, tokenizer, assistant_only_loss=False, add_generation_prompt=False):
-    """Conversation -> (input_ids, scored): lists of one length, scored True for all tokens or the
-    assistant's only.
+def check_token_ids(examples, vocab_size, name):
+    """Raise ValueError if a datasets.Dataset with input_ids holds an id that the model has no embedding
+    for.
     """
+    batches = examples.with_format("numpy").iter(1_000)
+    largest = max(int(np.concatenate(list(batch["input_ids"])).max()) for batch in batches)
+    if largest >= vocab_size:
+        raise ValueError(
+            f"{name}: token id {largest} is outside the vocabulary of {vocab_size}. Tokenizer and model do not "
+            "belong together, or the embedding was not resized for added tokens."
+        )
+
+
+def render_chat(messages, tokenizer, assistant_only_loss=False, add_generation_prompt=False):
+    """Conversation -> (input_ids, scored), lists of one length; scored marks all tokens or the assistant's."""
     encoded = tokenizer.apply_chat_template(
         messages,
         return_dict=True,

@@ -62,13 +62,23 @@ def head_computes(model, function):
 
 
 @torch.no_grad()
-def check_head(model, inputs):
+def check_head(model, batch, max_tokens=64):
     """Raise ValueError for a model that changes the logits after its head (softcap, scale): it would not be
     exact.
 
-    Args:    inputs: keyword arguments for the model; they should hold few tokens, for all logits are made
-             twice.
+    Args:    batch: padded or flat (collators.py), on the model's device; only its first tokens are looked at.
     """
+    inputs = {"input_ids": batch["input_ids"][:1, :max_tokens]}
+    if "cu_seq_lens_q" in batch:
+        length = min(max_tokens, int(batch["cu_seq_lens_q"][1]))
+        offsets = batch["cu_seq_lens_q"][:2].clamp(max=length)
+        inputs = {name: batch[name][:, :length] for name in ("input_ids", "position_ids")}
+        inputs |= {
+            "cu_seq_lens_q": offsets,
+            "cu_seq_lens_k": offsets,
+            "max_length_q": length,
+            "max_length_k": length,
+        }
     passed = []
 
     def keep(hidden, weight, bias):
@@ -78,10 +88,8 @@ def check_head(model, inputs):
     with head_computes(model, keep):
         logits = model(**inputs, use_cache=False).logits
     if not torch.equal(passed[0], logits):
-        settings = {
-            name: getattr(model.config, name, None)
-            for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")
-        }
+        names = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+        settings = {name: getattr(model.config, name, None) for name in names}
         raise ValueError(
             f"{type(model).__name__} changes its logits after the output head ({settings}), which the "
             "chunked loss does not follow. Choose another model, or write the change into common/logps.py."

@@ -2,6 +2,8 @@
 predicts.
 """
 
+import resource
+import sys
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -29,9 +31,9 @@ class MemoryMeter:
     Args:    model, optimizer; device: where the model runs; track: count on a CPU as well (slows that step).
              track_step: which call of `step` MemTracker watches; the second one finds the optimizer's state
              there.
-    After:   measured: dict with parameters, gradients, optimizer, activations (held when the loss head
-             starts), loss_head (its own peak beyond that) and peak, in bytes of this rank; empty if nothing
-             was measured.
+    After:   measured: the most that any measured step held: parameters, gradients, optimizer, activations
+             (held when the loss head starts), loss_head (its own peak beyond that) and peak, in bytes of
+             this rank; empty if nothing was measured.
     """
 
     def __init__(self, model, optimizer, device, track=False, track_step=2):
@@ -101,10 +103,17 @@ class MemoryMeter:
             "parameters": _bytes(self.model.parameters()),
             "gradients": now["gradients"],
             "optimizer": _bytes(states),
-            "activations": now["activations"],
-            "loss_head": now["loss_head"],
-            "peak": max(now["peak"], self.measured.get("peak", 0)),
+            **{
+                name: max(now[name], self.measured.get(name, 0))
+                for name in ("activations", "loss_head", "peak")
+            },
         }
+
+    def peak_bytes(self):
+        """Highest so far: on CUDA allocated by tensors, on a CPU resident in the process."""
+        if self.device.type == "cuda":
+            return self.measured["peak"]
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
     def _allocated(self):
         if self.tracker is None:

@@ -4,21 +4,12 @@ screen.
 
 import json
 import platform
-import resource
-import sys
 from pathlib import Path
 
 import datasets
 import torch
 import transformers
 from tqdm import tqdm
-
-
-def peak_memory_bytes(device):
-    """Highest so far: on CUDA allocated by tensors since the last reset, on a CPU resident in the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def write_metrics(metrics, output_dir, bar, every):

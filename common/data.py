@@ -95,13 +95,13 @@ def check_token_ids(examples, vocab_size, name):
     largest = max(int(np.concatenate(list(batch["input_ids"])).max()) for batch in batches)
     if largest >= vocab_size:
         raise ValueError(
-            f"{name}: token id {largest} is outside the vocabulary of {vocab_size}. Tokenizer and model do not "
-            "belong together, or the embedding was not resized for added tokens."
+            f"{name}: token id {largest} is outside the vocabulary of {vocab_size}. Tokenizer and model do "
+            "not belong together, or the embedding was not resized for added tokens."
         )
 
 
 def render_chat(messages, tokenizer, assistant_only_loss=False, add_generation_prompt=False):
-    """Conversation -> (input_ids, scored), lists of one length; scored marks all tokens or the assistant's."""
+    """Conversation -> (input_ids, scored), lists of one length; scored marks all or the assistant's."""
     encoded = tokenizer.apply_chat_template(
         messages,
         return_dict=True,

@@ -29,7 +29,11 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
@@ -552,28 +556,47 @@ def all_sum(values, device):
 def load_model(args, device, attn_implementation):
     """The model in fp32, sharded by FSDP2 if there are several ranks or if it computes in bf16."""
     register_varlen_attention()
-    model = AutoModelForCausalLM.from_pretrained(
-        args.model_name_or_path, dtype=torch.float32, attn_implementation=attn_implementation
-    )
+    options = {"dtype": torch.float32, "attn_implementation": attn_implementation}
+    if not dist.is_initialized():
+        model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **options).to(device)
+    else:
+        # The first rank reads the weights and hands out the shards: no other holds the whole model, even for
+        # a moment.
+        first = dist.get_rank() == 0
+        whole = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **options) if first else None
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(args.model_name_or_path)
+            model = AutoModelForCausalLM.from_config(config, **options)
+        shard(model, device, args.bf16)
+        model.to_empty(device=device)
+        spread = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(model, whole.state_dict() if first else {}, options=spread)
+        for (
+            name,
+            buffer,
+        ) in model.named_buffers():  # rotary frequencies and the like, which no state dict holds
+            if first:
+                buffer.copy_(whole.get_buffer(name))
+            dist.broadcast(buffer, src=0)
     if args.gradient_checkpointing:
-        # newer releases of transformers call it activation checkpointing
-        enable = (
-            getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        )
-        enable({"use_reentrant": False})
-    if dist.is_initialized():
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        # Each rank keeps a slice of the weights in fp32 and gathers a layer's, in bf16, while the layer
-        # runs. So the hidden states are bf16 too; autocast would keep them, and the layers' inputs with
-        # them, in fp32.
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if args.bf16 else MixedPrecisionPolicy()
-        layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
-        for layer in [*layers, model]:
-            # True for the outermost as well: after a forward without backward (checks, evaluation) its
-            # weights would stay gathered, and the optimizer and the checkpoints would take those for the
-            # shards.
-            fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    return model.to(device).train()
+        newer = getattr(model, "activation_checkpointing_enable", None)  # its name in newer releases
+        (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    return model.train()
+
+
+def shard(model, device, bf16):
+    """FSDP2: each rank keeps a slice of the weights in fp32 and gathers a layer's while the layer runs.
+
+    In bf16, a layer's weights are cast as they are gathered. So the hidden states are bf16 too; autocast
+    would keep them, and with them the layers' inputs that wait for backward, in fp32.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
+    layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
+    for module in [*layers, model]:
+        # True for the outermost as well: after a forward without backward (checks, evaluation) its weights
+        # would stay gathered, and the optimizer and the checkpoints would take those for the shards.
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
 def training_state(model, optimizer):

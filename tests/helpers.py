@@ -1,0 +1,81 @@
+"""Tiny random models of five families, and random documents."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from common.attention import register_varlen_attention
+
+VOCAB = 64
+WINDOW = 4  # shorter than the tests' documents
+FAMILIES = {
+    "llama": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": WINDOW},
+    "gemma3_text": {
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 16,  # a scaling that is not SDPA's default
+    },
+    "phi3": {},
+}
+
+
+def tiny_model(family, attn_implementation="varlen", **overrides):
+    """A random fp32 model in eval mode, the same at every call; overrides: fields of its configuration."""
+    register_varlen_attention()
+    fields = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,  # large enough that a wrong attention moves the logits
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+    }
+    config = AutoConfig.for_model(family, **{**fields, **FAMILIES.get(family, {}), **overrides})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation=attn_implementation
+    )
+    return model.eval()
+
+
+def documents(seed, lengths, vocab=VOCAB):
+    """Random sequences of these lengths, every token scored: [{"input_ids": [..], "labels": [..]}, ..]."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = [torch.randint(0, vocab, (length,), generator=generator).tolist() for length in lengths]
+    return [{"input_ids": x, "labels": list(x)} for x in ids]
+
+
+def enable_checkpointing(model):
+    # newer releases of transformers call it activation checkpointing
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def inputs(batch):
+    """What of a batch goes into the model."""
+    names = ("labels", "score_index", "score_ids", "completion_lengths")
+    return {name: value for name, value in batch.items() if name not in names}
+
+
+def gradients(model):
+    """{name: gradient} of every parameter that has one, cleared from the model."""
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def worst(found, expected):
+    """The largest absolute difference between two tensors, or between two dicts of gradients."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        return max(worst(found[name], expected[name]) for name in expected)
+    assert found.shape == expected.shape
+    return (found.float() - expected.float()).abs().max().item()

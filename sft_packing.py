@@ -37,7 +37,15 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, get_scheduler
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    HfArgumentParser,
+    get_scheduler,
+)
+from transformers.utils import is_flash_attn_2_available
 
 from common.attention import check_isolation, register_varlen_attention
 from common.checkpoints import (
@@ -52,7 +60,14 @@ from common.checkpoints import (
     write_training_state,
 )
 from common.collators import IGNORE, flatten, pad
-from common.data import check_token_ids, end_with_eos, load_rows, render_chat, shared_prefix_length
+from common.data import (
+    check_token_ids,
+    end_with_eos,
+    load_rows,
+    render_chat,
+    shared_prefix_length,
+    source_hash,
+)
 from common.logps import check_head, head_computes, nll_sum
 from common.memory import MemoryMeter, format_ledger, memory_ledger, predict_ledger
 from common.report import describe_data, device_name, versions, write_metrics
@@ -123,6 +138,8 @@ def check_arguments(args):
     for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
         if not 0 <= getattr(args, name) < math.inf:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be a finite number >= 0.")
+    if args.max_length < 2:
+        raise ValueError("--max_length 1: a document's first token is never predicted; give at least 2.")
     flat = args.packing or args.padding_free
     splits = args.packing_strategy != "bfd"
     strategy, overflow = args.packing_strategy, args.overflow
@@ -131,7 +148,10 @@ def check_arguments(args):
             args.max_steps < 1 and args.max_steps != -1,
             f"--max_steps {args.max_steps}: give a number >= 1, or -1 for num_train_epochs.",
         ),
-        (not args.num_train_epochs > 0, f"--num_train_epochs {args.num_train_epochs}: it must be above 0."),
+        (
+            not 0 < args.num_train_epochs < math.inf,
+            f"--num_train_epochs {args.num_train_epochs}: it must be a finite number above 0.",
+        ),
         (
             overflow not in (None, *OVERFLOW),
             f"--overflow {overflow}: choose one of {', '.join(OVERFLOW)}.",
@@ -230,30 +250,36 @@ def load_examples(name, split, tokenizer, args, overflow):
     assistant_only_loss = args.assistant_only_loss
     limit = None if args.packing_strategy == "wrapped" else args.max_length
 
-    def encode(example, index):
+    def encode(example, index, code):
         try:
             input_ids, labels = tokenize(example, tokenizer, assistant_only_loss)
         except Exception as error:  # a null, a number, a role that the template refuses: say in which example
             raise ValueError(f"{name}, example {index}: {type(error).__name__}: {error}") from error
-        return {"input_ids": input_ids, "labels": labels, "num_tokens": len(input_ids)}
+        return {"input_ids": input_ids, "labels": labels, "num_tokens": len(input_ids), "example": index}
 
-    def fit(batch):
-        pairs = [
-            pair
-            for input_ids, labels in zip(batch["input_ids"], batch["labels"])
-            for pair in fit_to_length(input_ids, labels, limit, overflow)
-        ]
-        return {
-            "input_ids": [input_ids for input_ids, _ in pairs],
-            "labels": [labels for _, labels in pairs],
-            "num_tokens": [len(input_ids) for input_ids, _ in pairs],
-            # a document's first token is never predicted
-            "num_scored": [sum(label != IGNORE for label in labels[1:]) for _, labels in pairs],
-        }
+    def fit(batch, code):
+        fitted = {name: [] for name in ("example", "input_ids", "labels", "num_tokens", "num_scored")}
+        for example, input_ids, labels in zip(batch["example"], batch["input_ids"], batch["labels"]):
+            try:
+                pieces = fit_to_length(input_ids, labels, limit, overflow)
+            except ValueError as error:
+                raise ValueError(f"{name}, example {example}: {error}") from error
+            for input_ids, labels in pieces:
+                fitted["example"].append(example)
+                fitted["input_ids"].append(input_ids)
+                fitted["labels"].append(labels)
+                fitted["num_tokens"].append(len(input_ids))
+                # a document's first token is never predicted
+                fitted["num_scored"].append(sum(label != IGNORE for label in labels[1:]))
+        return fitted
 
-    options = {"remove_columns": rows.column_names, "num_proc": args.dataset_num_proc}
-    encoded = rows.map(encode, with_indices=True, desc=f"Tokenising {name}", **options)
-    examples = encoded.map(fit, batched=True, desc="Fitting to max_length", num_proc=args.dataset_num_proc)
+    # datasets knows the functions of imported modules by name only: without their text, an edit would go
+    # unnoticed
+    options = {"num_proc": args.dataset_num_proc, "fn_kwargs": {"code": source_hash()}}
+    encoded = rows.map(
+        encode, with_indices=True, remove_columns=rows.column_names, desc=f"Tokenising {name}", **options
+    )
+    examples = encoded.map(fit, batched=True, desc="Fitting to max_length", **options)
     lengths = np.array(encoded["num_tokens"])
     scored = np.array(examples["num_scored"], dtype=np.int64)
     too_long = int((lengths > args.max_length).sum())
@@ -423,7 +449,9 @@ class Rows:
 
     def fingerprint(self):
         """Names this data and plan: a position in it means nothing in another one."""
-        name = hashlib.sha256(self.spans.tobytes() + self.row_offsets.tobytes())
+        name = hashlib.sha256(
+            self.spans.tobytes() + self.row_offsets.tobytes() + bytes(str(self.args.seed), "ascii")
+        )
         for column in ("input_ids", "labels"):
             for batch in self.examples.with_format("arrow").iter(10_000):
                 values = batch[column].combine_chunks().flatten()
@@ -436,7 +464,7 @@ class Rows:
 
     def example_numbers(self, row_numbers):
         spans = [self.spans[self.row_offsets[r] : self.row_offsets[r + 1], 0] for r in row_numbers]
-        return np.unique(np.concatenate(spans)).tolist()
+        return sorted(set(self.examples[np.concatenate(spans).tolist()]["example"]))
 
     def batch(self, row_numbers, pad_token_id):
         """The batch of these rows: flat (no padding), or padded. No rows: one dummy without a scored
@@ -557,6 +585,10 @@ def load_model(args, device, attn_implementation):
     """The model in fp32, sharded by FSDP2 if there are several ranks or if it computes in bf16."""
     register_varlen_attention()
     options = {"dtype": torch.float32, "attn_implementation": attn_implementation}
+    if attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
+        raise ValueError(
+            "--attn_implementation flash_attention_2: flash-attn is not installed, or there is no GPU."
+        )
     if not dist.is_initialized():
         model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **options).to(device)
     else:
@@ -641,7 +673,10 @@ def load_checkpoint(path, model, optimizer, scheduler, fingerprint, rank):
     read_training_state(path, training_state(model, optimizer), rank)
     for moments in optimizer.state.values():
         moments["step"].fill_(progress["step"])
-    scheduler.load_state_dict(progress.pop("scheduler"))
+    scheduler.load_state_dict({**progress.pop("scheduler"), "base_lrs": scheduler.base_lrs})
+    # loading leaves the optimizer's learning rate at step 0's; stepping onto the loaded position sets it
+    scheduler.last_epoch -= 1
+    scheduler.step()
     return progress
 
 
@@ -653,6 +688,10 @@ def save_model(args, model, tokenizer, rank):
         dtype = config.dtype or torch.float32
         with torch.device("meta"):  # a shell that knows names, ties and config; the weights are handed to it
             shell = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        try:
+            shell.generation_config = GenerationConfig.from_pretrained(args.model_name_or_path)
+        except OSError:
+            pass  # the model came without one
         temporary = fresh_folder(Path(args.output_dir) / "model.tmp")
         names = {
             name for name, _ in (*model.named_parameters(), *model.named_buffers())
@@ -682,7 +721,7 @@ def load_tokenizer_and_config(args):
     return tokenizer, config
 
 
-def prepare_data(args, tokenizer, local_rank):
+def prepare_data(args, tokenizer, vocab_size, local_rank):
     """Returns training rows, evaluation rows (None without --eval_dataset_name), and counts for the
     summary.
     """
@@ -690,12 +729,14 @@ def prepare_data(args, tokenizer, local_rank):
     if local_rank != 0:
         barrier()  # the first rank of each machine tokenises; the others then read its cache
     examples, data = load_examples(args.dataset_name, args.dataset_train_split, tokenizer, args, overflow)
+    check_token_ids(examples, vocab_size, args.dataset_name)
     rows, eval_rows = Rows(examples, data, args, overflow), None
     if args.eval_dataset_name:
         name, split = args.eval_dataset_name, args.dataset_test_split
         examples, eval_data = load_examples(name, split, tokenizer, args, overflow)
         eval_rows = Rows(examples, eval_data, args, overflow)
         data["eval"] = eval_data
+        check_token_ids(examples, vocab_size, name)
     if local_rank == 0:
         barrier()
     return rows, eval_rows, data
@@ -710,16 +751,20 @@ def clip_gradients(model, max_grad_norm):
 
 
 def predict(args, model, batch, world):
-    """The ledger's predicted side, for the batch that its measured side saw."""
+    """The ledger's predicted side, for the batch that its measured side saw; {} if no step ran."""
+    if batch is None:
+        return {}
+    num_scored, num_tokens, num_padding = count(batch)
     return predict_ledger(
         model.config,
-        num_tokens=count(batch)[1],
-        num_scored=count(batch)[0],
+        num_tokens,
+        num_scored,
         num_parameters=sum(p.numel() for p in model.parameters()),
         gradient_checkpointing=args.gradient_checkpointing,
         bf16=args.bf16,
         chunk_size=args.loss_chunk_size,
-        padded=not (args.packing or args.padding_free),
+        rows=len(batch["input_ids"]),
+        masked=num_padding > 0,
         accumulates=args.gradient_accumulation_steps > 1,
         world=world,
     )
@@ -749,8 +794,7 @@ def train(args, rank, local_rank, world, device, sigterm):
     torch.manual_seed(args.seed + rank)  # for dropout; the order of the data has a generator of its own
     flat = args.packing or args.padding_free
     tokenizer, config = load_tokenizer_and_config(args)
-    rows, eval_rows, data = prepare_data(args, tokenizer, local_rank)
-    check_token_ids(rows.examples, config.vocab_size, args.dataset_name)
+    rows, eval_rows, data = prepare_data(args, tokenizer, config.vocab_size, local_rank)
     pad_token_id = tokenizer.pad_token_id or 0  # masked: any id will do
     rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
     steps_per_epoch = math.ceil(len(rows) / rows_per_step)
@@ -771,13 +815,13 @@ def train(args, rank, local_rank, world, device, sigterm):
     if args.resume_from_checkpoint:
         path = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
         progress = load_checkpoint(path, model, optimizer, scheduler, progress["fingerprint"], rank)
-        if progress["step"] >= total_steps:
+        if progress["step"] > total_steps:
             raise ValueError(
-                f"{path} is at the end, step {total_steps}: raise --max_steps or --num_train_epochs."
+                f"{path} is past the end, step {total_steps}: raise --max_steps or --num_train_epochs."
             )
     if rank == 0:
-        prepare_output_dir(args.output_dir, args.overwrite_output_dir, progress["step"])
-    totals = {"seconds": 0.0, "tokens": 0, "padding": 0}
+        prepare_output_dir(args.output_dir, progress["step"])
+    metrics, totals = {}, {"seconds": 0.0, "tokens": 0, "padding": 0}
     meter = MemoryMeter(model, optimizer, device, args.measure_memory, min(2, total_steps - progress["step"]))
     bar = tqdm(total=total_steps, initial=progress["step"], desc="SFT", unit="step", disable=rank != 0)
     order = rows.order(progress["epoch"])
@@ -847,7 +891,7 @@ def train(args, rank, local_rank, world, device, sigterm):
 
     save_model(args, model, tokenizer, rank)
     ledger = memory_ledger(predict(args, model, meter.largest_batch, world), meter.measured)
-    data["padding_fraction"] = totals["padding"] / totals["tokens"]
+    data["padding_fraction"] = totals["padding"] / max(totals["tokens"], 1)
     summary = {
         "args": asdict(args),
         "versions": versions(),
@@ -855,7 +899,7 @@ def train(args, rank, local_rank, world, device, sigterm):
         "world_size": world,
         "data": data,
         "throughput": {
-            "tokens_per_second": totals["tokens"] / totals["seconds"],
+            "tokens_per_second": totals["tokens"] / max(totals["seconds"], 1e-9),
             "num_tokens": int(totals["tokens"]),
             "seconds": totals["seconds"],
         },

@@ -19,8 +19,13 @@ except ImportError:
 def register_varlen_attention():
     """Make attn_implementation="varlen" known to transformers. Calling it twice changes nothing."""
     AttentionInterface.register("varlen", varlen_attention_forward)
-    # The boundaries say all that a mask would say, without its N x N bytes.
-    AttentionMaskInterface.register("varlen", lambda *args, **kwargs: None)
+    AttentionMaskInterface.register("varlen", _no_mask)
+
+
+def _no_mask(*args, attention_mask=None, **kwargs):
+    """The boundaries say all that a mask would say, without its N x N bytes."""
+    if attention_mask is not None:
+        raise ValueError("a flat row has boundaries, not an attention_mask: leave the mask out.")
 
 
 def varlen_attention_forward(
@@ -139,7 +144,8 @@ def _varlen_kernel(query, key, value, offsets, longest, scaling, window_size, dr
 def check_isolation(model, row, max_tokens=64):
     """Prove on a few tokens of `row` that this model keeps documents apart.
 
-    Two documents are put into one flat row; the second one's logits must be what it gives alone. Always two
+    Two documents are put into one flat row; the second one's logits must be what it gives alone,
+    through sdpa. Always two
     forwards of at most 2 * max_tokens tokens, whatever the row holds, so that sharded ranks stay in step.
 
     Args:    model: a transformers causal LM with the attention implementation that training will use.
@@ -155,12 +161,21 @@ def check_isolation(model, row, max_tokens=64):
     first, second = first[:max_tokens], second[:max_tokens]
     training = model.training
     model.eval()
-    packed = _logits(model, [first, second])[len(first) :]
-    alone = _logits(model, [second])
-    model.train(training)
+    implementation = model.config._attn_implementation
+    try:
+        packed = _logits(model, [first, second])[len(first) :]
+        # Alone as transformers itself computes it: so a bidirectional or chunked mask that "varlen" is never
+        # told of shows as well.
+        model.set_attn_implementation("sdpa" if model._supports_sdpa else implementation)
+        alone = model(input_ids=second[None], use_cache=False).logits[0]
+    finally:
+        model.set_attn_implementation(implementation)
+        model.train(training)
+    if not alone.isfinite().all():
+        raise ValueError(f"{type(model).__name__} gives logits that are not finite: its weights are broken.")
     worst = (packed - alone).abs().max().item()
     tolerance = (1e-4 if packed.dtype == torch.float32 else 5e-2) * alone.abs().max().clamp(min=1.0).item()
-    if not worst <= tolerance:  # written so that NaN fails
+    if not worst <= tolerance:  # written so that NaN fails too
         raise ValueError(
             f"{type(model).__name__} mixes the documents of a flat row: logits differ by {worst:.3g} "
             f"between packed and alone, tolerance {tolerance:.3g}. "

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -35,13 +36,13 @@ def check_output_dir(output_dir, overwrite, resume):
         )
 
 
-def prepare_output_dir(output_dir, overwrite, step):
-    """Remove what a replaced run left, and the metrics of steps after `step`, which will be written again."""
+def prepare_output_dir(output_dir, step):
+    """Remove what an abandoned run left after `step` (0 for a new run): checkpoints, metrics, summary."""
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    if overwrite:
-        for _, path in list_checkpoints(folder):
-            shutil.rmtree(path)
+    for number, path in list_checkpoints(folder):
+        if number > step:  # or "latest" would go back to it
+            _remove_checkpoint(path)
     metrics = folder / "metrics.jsonl"
     if metrics.exists():
         lines = metrics.read_text().splitlines(keepends=True)
@@ -88,7 +89,7 @@ def list_checkpoints(output_dir):
     """Whole checkpoints of a run, oldest first: [(step, Path), ..]. Unfinished ones carry another name."""
     folder = Path(output_dir)
     matches = [(NAME.fullmatch(path.name), path) for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted((int(match[1]), path) for match, path in matches if match)
+    return sorted((int(match[1]), path) for match, path in matches if match and path.is_dir())
 
 
 def find_checkpoint(output_dir, name):
@@ -109,11 +110,7 @@ def find_checkpoint(output_dir, name):
 def rotate_checkpoints(output_dir, limit):
     """Keep the newest `limit` checkpoints; None keeps all."""
     for _, path in list_checkpoints(output_dir)[: -limit if limit else 0]:
-        # renamed first: a kill in the middle of rmtree must not leave a half folder that looks whole
-        trash = path.with_suffix(".deleted")
-        shutil.rmtree(trash, ignore_errors=True)
-        os.rename(path, trash)
-        shutil.rmtree(trash)
+        _remove_checkpoint(path)
 
 
 def write_training_state(folder, tensors, progress, rank):
@@ -124,6 +121,7 @@ def write_training_state(folder, tensors, progress, rank):
     Files:   shard-*.safetensors, random_state_<rank>.rng (safetensors too), progress.json. Nothing is
     pickled.
     """
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # true of one process, and meant
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
     random_state = {"cpu": torch.get_rng_state()}
@@ -140,6 +138,7 @@ def read_training_state(folder, tensors, rank):
 
     A rank that the earlier run did not have keeps the random state of its seed.
     """
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")
     reader = HuggingFaceStorageReader(str(folder))
     dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     file = folder / f"random_state_{rank}.rng"
@@ -148,6 +147,14 @@ def read_training_state(folder, tensors, rank):
         torch.set_rng_state(random_state["cpu"])
         if "cuda" in random_state and torch.cuda.is_available():
             torch.cuda.set_rng_state(random_state["cuda"])
+
+
+def _remove_checkpoint(path):
+    """Renamed first: a kill in the middle of rmtree must not leave a half folder that looks whole."""
+    trash = path.with_suffix(".deleted")
+    shutil.rmtree(trash, ignore_errors=True)
+    os.rename(path, trash)
+    shutil.rmtree(trash)
 
 
 def _sync(path):

@@ -2,6 +2,7 @@
 line.
 """
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -37,8 +38,8 @@ def load_rows(name, split="train"):
 def _load_folder(path, split):
     try:
         rows = load_from_disk(str(path))
-    except FileNotFoundError as error:
-        raise ValueError(f"folder {path} was not written by save_to_disk: {error}") from error
+    except (FileNotFoundError, IndexError) as error:  # IndexError: no rows
+        raise ValueError(f"folder {path} is empty, or was not written by save_to_disk: {error}") from error
     if isinstance(rows, DatasetDict):
         if split not in rows:
             raise ValueError(f"{path} has no split {split!r}, only {', '.join(rows)}.")
@@ -61,30 +62,40 @@ def _load_file(path):
         raise ValueError(f"{path} has suffix {path.suffix!r}; known are {', '.join(BUILDERS)}.")
     if path.stat().st_size == 0:
         raise ValueError(f"dataset {path} is empty.")
+    if path.suffix == ".jsonl":
+        _check_lines(path)
     try:
-        return load_dataset(builder, data_files=str(path), split="train")
-    except (
-        Exception
-    ) as error:  # pyarrow, pandas and datasets raise a dozen types for a bad file, none with its line
-        if path.suffix == ".jsonl":
-            _find_bad_line(path)
+        rows = load_dataset(builder, data_files=str(path), split="train")
+    except Exception as error:  # pyarrow, pandas and datasets raise a dozen types for a bad file
         raise ValueError(f"{path} cannot be read as {builder}: {error.__cause__ or error}") from error
+    if any(name.startswith("__index_level") for name in rows.column_names):
+        raise ValueError(f"{path}: a line has more fields than the header has names.")
+    return rows
 
 
-def _find_bad_line(path):
-    """Raise ValueError with the number of the first line that is not a JSON object."""
-    with path.open(encoding="utf-8", errors="replace") as lines:
+def _check_lines(path):
+    """Raise ValueError with the number of the first line that is not a JSON object; readers of Arrow name
+    none.
+    """
+    number = 0
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
+                row = json.loads(line.strip())
+            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
                 raise ValueError(f"{path}, line {number}: not valid JSON: {error}") from error
             if not isinstance(row, dict):
                 raise ValueError(
                     f"{path}, line {number}: a {type(row).__name__}, but each line must be an object."
                 )
+
+
+def source_hash():
+    """Names the text of this file and of those beside it."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def check_token_ids(examples, vocab_size, name):

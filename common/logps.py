@@ -54,11 +54,15 @@ def head_computes(model, function):
     has to be computed there. Call the whole model as usual and read the result from `outputs.logits`.
     """
     head = model.get_output_embeddings()
+    before = vars(head).get("forward")  # set on the instance by somebody else, or by an outer head_computes
     head.forward = lambda hidden: function(hidden, head.weight, head.bias)
     try:
         yield
     finally:
-        del head.forward  # the class's own method shows again
+        if before is None:
+            del head.forward  # the class's own method shows again
+        else:
+            head.forward = before
 
 
 @torch.no_grad()
@@ -87,6 +91,8 @@ def check_head(model, batch, max_tokens=64):
 
     with head_computes(model, keep):
         logits = model(**inputs, use_cache=False).logits
+    if not passed[0].isfinite().all():
+        raise ValueError(f"{type(model).__name__} gives logits that are not finite: its weights are broken.")
     if not torch.equal(passed[0], logits):
         names = ("final_logit_softcapping", "logit_scale", "logits_scaling")
         settings = {name: getattr(model.config, name, None) for name in names}

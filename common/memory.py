@@ -143,7 +143,8 @@ def predict_ledger(
     gradient_checkpointing,
     bf16,
     chunk_size,
-    padded=False,
+    rows=1,
+    masked=False,
     accumulates=False,
     world=1,
 ):
@@ -151,8 +152,8 @@ def predict_ledger(
     alone.
 
     Args:    config: a transformers configuration. num_tokens, num_scored: of the largest forward, padding
-             included. num_parameters: tied weights counted once. accumulates: whether a step has several
-             forwards.
+             included. num_parameters: tied weights counted once. rows: of a padded batch, 1 for a flat row;
+             masked: whether it holds any padding. accumulates: whether a step has several forwards.
     Returns: {name: (formula, bytes)} for one rank, in the ledger's order; {} for other architectures.
     """
     needs = ("hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps", "num_key_value_heads")
@@ -165,17 +166,20 @@ def predict_ledger(
     head_dim = getattr(config, "head_dim", None) or h // config.num_attention_heads
     q = config.num_attention_heads * head_dim
     # a mask makes SDPA repeat keys and values for each query head
-    kv = q if padded else config.num_key_value_heads * head_dim
+    kv = q if masked else config.num_key_value_heads * head_dim
+    mask = num_tokens * (num_tokens // rows) if masked else 0  # B T T elements
     c = 2 if bf16 else 4  # bytes of an activation
     head_weight = vocabulary * h
     in_layers = num_parameters - head_weight * (1 if config.tie_word_embeddings else 2)
 
     # Saved by one layer for each token. Norms compute in fp32: in bf16 they keep an fp32 copy of their input.
     norms = 2 * (8 * h if bf16 else 12 * h)  # input, normalised, scaled
-    attention = c * (2 * q + 2 * kv + q)  # q, k, v, its output, and o_proj's input, joined from the documents
+    joined = q if rows == 1 else 0  # a flat row's documents are joined after attention: a copy of its output
+    attention = c * (2 * q + 2 * kv + joined)  # q, k, v, output
     mlp = c * 4 * inner  # gate, silu(gate), up, their product
-    one_layer = num_tokens * (norms + attention + mlp)
-    outside = num_tokens * (norms // 2 + 2 * c * head_dim)  # the last norm, and the rotary cosines and sines
+    one_layer = num_tokens * (norms + attention + mlp) + c * mask  # SDPA adds the mask as numbers
+    # the last norm, the rotary cosines and sines, the mask as booleans
+    outside = num_tokens * norms // 2 + 2 * c * head_dim * num_tokens // rows + mask
     if gradient_checkpointing:
         formula = f"layer inputs {c} N h L"
         activations = num_tokens * c * h * layers + outside
@@ -186,7 +190,7 @@ def predict_ledger(
         activations = layers * one_layer + outside
         recomputed = 0
     logits = 4 * num_scored * vocabulary
-    chunk = min(chunk_size, num_scored) * vocabulary * (6 if bf16 else 4)
+    chunk = min(chunk_size, num_scored) * (vocabulary * (6 if bf16 else 4) + h * c)
     # scored hidden states and their gradient, the weight's gradient, one chunk of logits
     loss_head = 2 * num_scored * h * c + 4 * head_weight + chunk
 

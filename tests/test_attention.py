@@ -1,0 +1,362 @@
+"""Varlen attention: a flat row gives what each document gives alone, in logits and in gradients."""
+
+import pytest
+import torch
+from helpers import (
+    FAMILIES,
+    VOCAB,
+    WINDOW,
+    documents,
+    enable_checkpointing,
+    gradients,
+    inputs,
+    tiny_model,
+    worst,
+)
+from torch.nn.functional import cross_entropy, log_softmax
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from common import attention
+from common.attention import check_isolation, varlen_attention_forward
+from common.collators import flatten, flatten_shared_prompt
+
+TOLERANCE = 1e-5
+LENGTHS = [7, 1, WINDOW + 1, 12, WINDOW]
+GROUPS = [  # one completion only; more than one; prompts and completions on both sides of the sliding window
+    ([3, 0, 9, 9, 1, 7, 22], [[5, 6, 0, 8, 2, 11], [2], [40, 41, 42]]),
+    ([8], [[1, 2, 3, 4, 5, 6, 7, 2]]),
+    ([13, 14], [[50, 2], [50, 51]]),
+]
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+def row_logits(model, row):
+    return model(**inputs(row), use_cache=False).logits[0]
+
+
+def alone_logits(model, ids):
+    return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+
+
+def row_loss(model, row):
+    """Mean negative log-probability, labels shifted by one."""
+    return cross_entropy(row_logits(model, row)[:-1], row["labels"][0, 1:])
+
+
+def alone_loss(model, sequences):
+    """The same mean over documents computed one by one."""
+    total, count = 0.0, 0
+    for s in sequences:
+        logits, targets = alone_logits(model, s["input_ids"])[:-1], torch.tensor(s["labels"][1:])
+        total += cross_entropy(logits, targets, reduction="sum") if len(targets) else 0.0
+        count += len(targets)
+    return total / count
+
+
+def shared_logps(model, row):
+    """Log-probabilities of all completion tokens of a shared-prompt row."""
+    logits = row_logits(model, row)[row["score_index"]]
+    return log_softmax(logits, -1).gather(1, row["score_ids"][:, None])[:, 0]
+
+
+def separate_logps(model, groups):
+    """The same, each prompt + completion a sequence of its own."""
+    logps = []
+    for prompt, completions in groups:
+        for completion in completions:
+            logits = alone_logits(model, prompt + completion)[len(prompt) - 1 : -1]
+            logps.append(log_softmax(logits, -1).gather(1, torch.tensor(completion)[:, None])[:, 0])
+    return torch.cat(logps)
+
+
+# --- Equality with the naive path ---
+
+
+@families
+@torch.no_grad()
+def test_each_document_gets_the_logits_that_it_gets_alone(family):
+    sequences = documents(0, LENGTHS)
+    sdpa = tiny_model(family, "sdpa")
+    expected = torch.cat([alone_logits(sdpa, s["input_ids"]) for s in sequences])
+    assert worst(row_logits(tiny_model(family), flatten(sequences)), expected) <= TOLERANCE
+
+
+@families
+def test_loss_and_gradients_are_those_of_the_documents_alone(family):
+    sequences = documents(1, LENGTHS)
+    sdpa, varlen = tiny_model(family, "sdpa"), tiny_model(family)
+    expected, loss = alone_loss(sdpa, sequences), row_loss(varlen, flatten(sequences))
+    expected.backward()
+    loss.backward()
+    assert abs(loss - expected) <= TOLERANCE
+    assert worst(gradients(varlen), gradients(sdpa)) <= TOLERANCE
+
+
+@families
+def test_shared_prompts_are_exact_in_log_probabilities_and_gradients(family):
+    sdpa, varlen = tiny_model(family, "sdpa"), tiny_model(family)
+    expected, logps = separate_logps(sdpa, GROUPS), shared_logps(varlen, flatten_shared_prompt(GROUPS))
+    assert worst(logps, expected) <= TOLERANCE
+    # each token weighs differently, and both signs occur, as with advantages
+    weights = torch.linspace(-1, 1, len(logps)) / len(logps)
+    (weights @ expected).backward()
+    (weights @ logps).backward()
+    assert worst(gradients(varlen), gradients(sdpa)) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_a_wrong_kv_index_is_seen():
+    model, row = tiny_model("llama"), flatten_shared_prompt(GROUPS)
+    expected = separate_logps(tiny_model("llama", "sdpa"), GROUPS)
+    for at in (0, 7, len(row["kv_index"]) - 2):  # a prompt's own keys, a completion's prompt, a completion
+        wrong = row["kv_index"].clone()
+        wrong[at] = (wrong[at] + 1) % row["input_ids"].numel()
+        assert worst(shared_logps(model, {**row, "kv_index": wrong}), expected) > 100 * TOLERANCE
+
+
+# --- Isolation ---
+
+
+@families
+@torch.no_grad()
+def test_changing_one_document_moves_no_other(family):
+    model, row = tiny_model(family), flatten(documents(2, LENGTHS))
+    before, bounds = row_logits(model, row), row["cu_seq_lens_q"].tolist()
+    for start, stop in zip(bounds[:-1], bounds[1:]):
+        ids = row["input_ids"].clone()
+        ids[0, start:stop] = (ids[0, start:stop] + 1) % VOCAB
+        moved = (row_logits(model, {**row, "input_ids": ids}) - before).abs().amax(1)
+        assert moved[start:stop].min() > 0
+        moved[start:stop] = 0
+        assert moved.max() == 0
+
+
+@torch.no_grad()
+def test_changing_one_completion_moves_no_other():
+    model, row = tiny_model("mistral"), flatten_shared_prompt(GROUPS)
+    before, bounds = row_logits(model, row), row["cu_seq_lens_q"].tolist()
+    start, stop = bounds[1], bounds[2]  # the first completion
+    ids = row["input_ids"].clone()
+    ids[0, start:stop] += 1
+    moved = (row_logits(model, {**row, "input_ids": ids}) - before).abs().amax(1)
+    assert moved[start:stop].min() > 0
+    moved[start:stop] = 0
+    assert moved.max() == 0
+
+
+# --- Sliding windows ---
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
+@pytest.mark.parametrize("change", [None, 1, -1])
+@torch.no_grad()
+def test_a_sliding_window_ignored_or_off_by_one_is_seen(family, change, monkeypatch):
+    real = attention._causal_mask
+
+    def wrong(length_q, length_k, sliding_window, device):
+        if sliding_window is not None:
+            sliding_window = None if change is None else sliding_window + change
+        return real(length_q, length_k, sliding_window, device)
+
+    sequences, sdpa, varlen = documents(0, LENGTHS), tiny_model(family, "sdpa"), tiny_model(family)
+    monkeypatch.setattr(attention, "_causal_mask", wrong)
+    alone = torch.cat([alone_logits(sdpa, s["input_ids"]) for s in sequences])
+    assert worst(row_logits(varlen, flatten(sequences)), alone) > 100 * TOLERANCE
+    shared = shared_logps(varlen, flatten_shared_prompt(GROUPS))
+    assert worst(shared, separate_logps(sdpa, GROUPS)) > 100 * TOLERANCE
+
+
+@torch.no_grad()
+def test_gemma3_has_both_kinds_of_layers():
+    windows = [layer.self_attn.sliding_window for layer in tiny_model("gemma3_text").model.layers]
+    assert windows == [WINDOW, None]
+
+
+# --- Refusals ---
+
+
+def call(**changes):
+    row = flatten(documents(0, [3, 2]))
+    query, key = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
+    arguments = {"attention_mask": None, "cu_seq_lens_q": row["cu_seq_lens_q"], **changes}
+    arguments.setdefault("cu_seq_lens_k", row["cu_seq_lens_k"])
+    return varlen_attention_forward(torch.nn.Module(), query, key, key, **arguments)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"cu_seq_lens_q": None}, "needs cu_seq_lens_q"),
+        ({"cu_seq_lens_k": None}, "needs cu_seq_lens_q"),
+        ({"attention_mask": torch.ones(1, 1, 5, 5, dtype=torch.bool)}, "leave the mask out"),
+        ({"softcap": 50.0}, "does not support softcap, which Module"),
+        ({"s_aux": torch.zeros(4)}, "does not support s_aux, which Module"),
+    ],
+)
+def test_refuses_what_would_be_ignored(changes, message):
+    output, weights = call()
+    assert output.shape == (1, 5, 4, 8) and weights is None
+    with pytest.raises(ValueError, match=message):
+        call(**changes)
+
+
+def test_models_run_into_the_refusals():
+    row = flatten(documents(0, [3, 2]))
+    with pytest.raises(ValueError, match="needs cu_seq_lens_q"):
+        tiny_model("llama")(input_ids=row["input_ids"])
+    with pytest.raises(ValueError, match="softcap, which Gemma2Attention uses"):
+        row_logits(tiny_model("gemma2", query_pre_attn_scalar=8), row)
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
+    with pytest.raises(ValueError, match="s_aux, which GptOssAttention uses"):
+        row_logits(tiny_model("gpt_oss", **experts), row)
+
+
+def test_a_prepared_mask_given_to_the_model_is_refused():
+    row = flatten(documents(0, [3, 2]))
+    with pytest.raises(ValueError, match="leave the mask out"):
+        row_logits(tiny_model("llama"), {**row, "attention_mask": torch.zeros(1, 1, 5, 5)})
+
+
+def test_a_padding_mask_given_to_the_model_is_refused():
+    row = flatten(documents(0, [3, 2]))
+    with pytest.raises(ValueError, match="leave the mask out"):
+        row_logits(tiny_model("llama"), {**row, "attention_mask": torch.tensor([[1, 0, 1, 1, 1]])})
+
+
+# --- check_isolation ---
+
+
+@families
+@pytest.mark.parametrize("training", [True, False])
+def test_check_isolation_passes_and_leaves_the_mode_as_it_was(family, training):
+    model = tiny_model(family).train(training)
+    assert check_isolation(model, flatten(documents(0, LENGTHS))) <= TOLERANCE
+    assert model.training == training
+
+
+@pytest.mark.parametrize("length", [1, 2, 9, 200])
+def test_check_isolation_cuts_a_single_document_in_two(length):
+    assert check_isolation(tiny_model("llama"), flatten(documents(0, [length]))) <= TOLERANCE
+
+
+def test_check_isolation_runs_two_short_forwards_whatever_the_row_holds():
+    model, seen = tiny_model("llama"), []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    for lengths in ([3], [200], [200, 150], [5, 150, 7]):
+        check_isolation(model, flatten(documents(0, lengths)), max_tokens=8)
+        assert len(seen) == 2 and seen[0] <= 16 and seen[1] <= 8
+        seen.clear()
+
+
+@pytest.mark.parametrize("lengths", [[9], [7, 9], [1, 1]])
+@pytest.mark.parametrize("training", [True, False])
+def test_check_isolation_raises_for_attention_across_documents(lengths, training, monkeypatch):
+    real = varlen_attention_forward
+
+    def one_segment(module, query, *args, cu_seq_lens_q=None, cu_seq_lens_k=None, **kwargs):
+        whole = torch.tensor([0, query.shape[2]], dtype=torch.int32)
+        return real(module, query, *args, cu_seq_lens_q=whole, cu_seq_lens_k=whole, **kwargs)
+
+    monkeypatch.setattr(attention, "varlen_attention_forward", one_segment)
+    model = tiny_model("llama").train(training)
+    with pytest.raises(ValueError, match="LlamaForCausalLM mixes the documents"):
+        check_isolation(model, flatten(documents(0, lengths)))
+    assert model.training == training
+
+
+def test_check_isolation_raises_for_a_state_that_runs_through_the_row():
+    config = AutoConfig.for_model(
+        "falcon_mamba", vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, state_size=4, time_step_rank=4
+    )
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="FalconMambaForCausalLM mixes the documents"):
+        check_isolation(AutoModelForCausalLM.from_config(config), flatten(documents(0, [7, 9])))
+
+
+# --- In training ---
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("row", [flatten(documents(3, LENGTHS)), flatten_shared_prompt(GROUPS)])
+def test_gradient_checkpointing_changes_no_gradient(family, row):
+    found = []
+    for checkpointing in (False, True):
+        model = tiny_model(family).train()
+        if checkpointing:
+            enable_checkpointing(model)
+        assert model.model.layers[0].gradient_checkpointing == checkpointing
+        row_loss(model, row).backward()
+        found.append(gradients(model))
+    assert worst(*found) == 0
+
+
+@families
+def test_autocast_to_bf16_stays_within_the_rounding_of_bf16(family):
+    row, model = flatten(documents(4, LENGTHS)), tiny_model(family)
+    expected = row_loss(model, row)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = row_loss(model, row)
+    loss.backward()
+    assert abs(loss - expected) <= 2**-8 * 8 * expected  # a few roundings of 2**-8
+    assert all(torch.isfinite(gradient).all() for gradient in gradients(model).values())
+
+
+# --- CUDA: the kernels in bf16 against the loop in fp32 ---
+
+FLASH = pytest.param(
+    "flash_attn", marks=pytest.mark.skipif(attention.flash_attn_varlen_func is None, reason="no flash-attn")
+)
+ROWS = {"documents": flatten(documents(5, [70, 1, 33, 128])), "shared": flatten_shared_prompt(GROUPS)}
+
+
+def attend(row, device, dtype, key_heads, sliding_window):
+    """Output (1, N, H, D) of one call and the gradients of query, key and value, as fp32 on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    row = {name: v.to(device) if torch.is_tensor(v) else v for name, v in inputs(row).items()}
+    tokens = row.pop("input_ids").numel()
+    del row["position_ids"]
+    # rounded to bf16 first: both sides compute on the same numbers
+    tensors = [
+        torch.randn(1, heads, tokens, 32, generator=generator).bfloat16().to(device, dtype).requires_grad_()
+        for heads in (4, key_heads, key_heads)
+    ]
+    output, _ = varlen_attention_forward(
+        torch.nn.Module(), *tensors, None, scaling=0.2, sliding_window=sliding_window, **row
+    )
+    (output.float() * torch.linspace(-1, 1, 32, device=device)).sum().backward()
+    return [x.detach().float().cpu() for x in (output, *(t.grad for t in tensors))]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["torch", FLASH])
+@pytest.mark.parametrize("key_heads", [4, 2])
+@pytest.mark.parametrize("sliding_window", [None, WINDOW])
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_the_kernel_is_as_close_to_fp32_as_bf16_allows(kernel, key_heads, sliding_window, row, monkeypatch):
+    if kernel == "torch":
+        monkeypatch.setattr(attention, "flash_attn_varlen_func", None)
+    exact = attend(row, "cpu", torch.float32, key_heads, sliding_window)
+    naive = attend(row, "cpu", torch.bfloat16, key_heads, sliding_window)
+    found = attend(row, "cuda", torch.bfloat16, key_heads, sliding_window)
+    for x, rounded, expected in zip(found, naive, exact):
+        assert worst(x, expected) <= 2 * worst(rounded, expected) + 2**-8 * expected.abs().max()
+
+
+@pytest.mark.gpu
+@families
+@torch.no_grad()
+def test_fp32_on_cuda_runs_the_loop(family):
+    row = flatten(documents(0, LENGTHS))
+    expected = row_logits(tiny_model(family), row)
+    on_cuda = {name: v.cuda() if torch.is_tensor(v) else v for name, v in row.items()}
+    assert worst(row_logits(tiny_model(family).cuda(), on_cuda).cpu(), expected) <= 1e-4
+
+
+@pytest.mark.gpu
+@families
+@torch.no_grad()
+def test_models_in_bf16_on_cuda_keep_documents_apart(family):
+    row = {name: v.cuda() if torch.is_tensor(v) else v for name, v in flatten(documents(0, LENGTHS)).items()}
+    check_isolation(tiny_model(family).cuda().bfloat16(), row)

@@ -1,0 +1,320 @@
+"""Chunked log-probabilities: what the full [N, V] logits give, in a fraction of their bytes."""
+
+import pytest
+import torch
+from helpers import documents, gradients, inputs, tiny_model, worst
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from common import logps
+from common.collators import IGNORE, flatten, pad
+from common.logps import check_head, head_computes, nll_sum, token_logps
+
+N, H, V = 23, 16, 101
+TOLERANCE = 1e-5
+chunk_sizes = pytest.mark.parametrize("chunk_size", [1, 7, 23, 256])
+
+
+def make(n=N, bias=True, hidden_dtype=torch.float32, weight_dtype=torch.float32, seed=0):
+    """Leaves hidden, weight, bias and the target ids; token 0 and the last token among them."""
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, H, generator=g).to(hidden_dtype).requires_grad_()
+    weight = (torch.randn(V, H, generator=g) / 2).to(weight_dtype).requires_grad_()
+    bias = torch.randn(V, generator=g).to(weight_dtype).requires_grad_() if bias else None
+    targets = torch.randint(0, V, (n,), generator=g)
+    targets[:2] = torch.tensor([0, V - 1])[:n]
+    return hidden, weight, bias, targets
+
+
+def naive_logps(hidden, weight, bias, targets, temperature=1.0):
+    logits = (hidden @ weight.to(hidden.dtype).T).float()
+    if bias is not None:
+        logits = logits + bias
+    return torch.log_softmax(logits / temperature, -1).gather(1, targets[:, None])[:, 0]
+
+
+def compare(found, expected, leaves, weights):
+    """Worst difference of the values, and of the gradients of weights @ values."""
+    leaves = [leaf for leaf in leaves if leaf is not None]
+    expected_grads = torch.autograd.grad(expected @ weights, leaves)
+    found_grads = torch.autograd.grad(found @ weights, leaves)
+    for leaf, grad in zip(leaves, found_grads):
+        assert grad.dtype == leaf.dtype
+    return max(worst(a, b) for a, b in zip((found, *found_grads), (expected, *expected_grads)))
+
+
+# --- Equality with full logits ---
+
+
+@chunk_sizes
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
+def test_token_logps_are_those_of_full_logits(chunk_size, bias, temperature):
+    hidden, weight, bias, targets = make(bias=bias)
+    options = {"bias": bias, "temperature": temperature, "chunk_size": chunk_size}
+    found = token_logps(hidden, weight, targets, **options)
+    assert found.shape == (N,) and found.dtype == torch.float32
+    expected = naive_logps(hidden, weight, bias, targets, temperature)
+    # each token weighs differently, and both signs occur, as with advantages
+    assert compare(found, expected, (hidden, weight, bias), torch.linspace(-1, 1, N)) <= TOLERANCE
+
+
+@chunk_sizes
+@pytest.mark.parametrize("bias", [True, False])
+def test_nll_sum_is_that_of_full_logits(chunk_size, bias):
+    hidden, weight, bias, targets = make(bias=bias)
+    found = nll_sum(hidden, weight, targets, bias=bias, chunk_size=chunk_size)
+    assert found.shape == () and found.dtype == torch.float32
+    # the mean, as a caller takes it: backward meets a factor other than 1
+    expected = -naive_logps(hidden, weight, bias, targets).sum()
+    assert compare(found[None] / N, expected[None] / N, (hidden, weight, bias), torch.ones(1)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_no_tokens(bias):
+    hidden, weight, bias, targets = make(n=0, bias=bias)
+    leaves = [leaf for leaf in (hidden, weight, bias) if leaf is not None]
+    found = token_logps(hidden, weight, targets, bias=bias)
+    total = nll_sum(hidden, weight, targets, bias=bias)
+    assert found.shape == (0,) and total == 0
+    for gradient in (*torch.autograd.grad(found.sum(), leaves), *torch.autograd.grad(total, leaves)):
+        assert not gradient.any()
+
+
+def test_logits_beyond_the_range_of_exp_stay_exact():
+    hidden, weight, bias, targets = make()
+    with torch.no_grad():
+        hidden *= 1000
+        bias[5] = -torch.inf  # a token that is ruled out
+        targets[targets == 5] = 6
+    found, expected = (
+        token_logps(hidden, weight, targets, bias=bias),
+        naive_logps(hidden, weight, bias, targets),
+    )
+    assert torch.isfinite(found).all() and found.min() < -1000
+    torch.testing.assert_close(found, expected)
+    total = nll_sum(hidden, weight, targets, bias=bias)
+    torch.testing.assert_close(total, -expected.sum())
+    assert all(x.isfinite().all() for x in torch.autograd.grad(total, (hidden, weight, bias)))
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("function", ["token_logps", "nll_sum"])
+def test_bf16_is_as_close_to_fp32_as_the_naive_path(weight_dtype, function):
+    hidden, weight, bias, targets = make(200, hidden_dtype=torch.bfloat16, weight_dtype=weight_dtype)
+    leaves = hidden, weight, bias
+    if function == "token_logps":
+        found = token_logps(hidden, weight, targets, bias=bias, chunk_size=16).sum()
+    else:
+        found = -nll_sum(hidden, weight, targets, bias=bias, chunk_size=16)
+    naive = naive_logps(*leaves, targets).sum()
+    exact_leaves = [leaf.detach().float().requires_grad_() for leaf in leaves]
+    exact = naive_logps(*exact_leaves, targets).sum()
+    assert abs(found - exact) <= abs(naive - exact) + 1e-6 * abs(exact)
+    for found_grad, naive_grad, exact_grad in zip(
+        torch.autograd.grad(found, leaves),
+        torch.autograd.grad(naive, leaves),
+        torch.autograd.grad(exact, exact_leaves),
+    ):
+        found_error, naive_error = (found_grad - exact_grad).norm(), (naive_grad - exact_grad).norm()
+        # the weight's gradient: bf16 rounds each chunk's product here, and their sum if the weight is bf16
+        assert found_error <= 1.25 * naive_error
+
+
+# --- Mutations: the equality above sees them ---
+
+
+def test_a_wrong_normaliser_is_seen(monkeypatch):
+    def without_the_last_token(logits):
+        return real(logits[:, :-1])
+
+    hidden, weight, bias, targets = make()
+    expected = naive_logps(hidden, weight, bias, targets)
+    real = logps._softmax_
+    monkeypatch.setattr(logps, "_softmax_", without_the_last_token)
+    found = token_logps(hidden, weight, targets, bias=bias)
+    assert compare(found, expected, (hidden, weight, bias), torch.ones(N)) > 100 * TOLERANCE
+    assert abs(nll_sum(hidden, weight, targets, bias=bias) + expected.sum()) > 100 * TOLERANCE
+
+
+def test_targets_off_by_one_are_seen():
+    hidden, weight, bias, targets = make()
+    expected = naive_logps(hidden, weight, bias, targets)
+    assert worst(token_logps(hidden, weight, targets.roll(1), bias=bias), expected) > 100 * TOLERANCE
+    assert (
+        worst(token_logps(hidden, weight, targets, bias=bias, temperature=1.01), expected) > 100 * TOLERANCE
+    )
+
+
+# --- Autograd ---
+
+
+def test_nll_sum_refuses_a_second_backward():
+    hidden, weight, bias, targets = make()
+    total = nll_sum(hidden, weight, targets, bias=bias)
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward runs once"):
+        total.backward()
+
+
+def test_token_logps_allow_a_second_backward():
+    hidden, weight, bias, targets = make()
+    total = token_logps(hidden, weight, targets, bias=bias).sum()
+    first = torch.autograd.grad(total, (hidden, weight, bias), retain_graph=True)
+    second = torch.autograd.grad(total, (hidden, weight, bias))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("function", [token_logps, nll_sum])
+def test_inputs_are_not_changed(function):
+    leaves = make()
+    before = [x.detach().clone() for x in leaves]
+    function(leaves[0], leaves[1], leaves[3], bias=leaves[2]).sum().backward()
+    assert all(torch.equal(a, b) for a, b in zip(leaves, before))
+
+
+def test_only_what_needs_a_gradient_gets_one(monkeypatch):
+    made = []
+    real = logps._Gradients.__init__
+
+    def spy(self, *args):
+        real(self, *args)
+        made.append([x is not None for x in (self.grad_hidden, self.grad_weight, self.grad_bias)])
+
+    monkeypatch.setattr(logps._Gradients, "__init__", spy)
+    hidden, weight, bias, targets = make()
+    expected = -naive_logps(hidden, weight, bias, targets).sum()
+    with torch.no_grad():
+        total = nll_sum(hidden, weight, targets, bias=bias)
+    assert not total.requires_grad and abs(total - expected) <= 1e-3
+    assert made == [[False, False, False]]
+    nll_sum(hidden, weight.detach(), targets, bias=bias.detach()).backward()
+    assert made[1:] == [[True, False, False]]
+    assert worst(hidden.grad, torch.autograd.grad(expected, hidden)[0]) <= TOLERANCE
+    token_logps(hidden.detach(), weight, targets).sum().backward()
+    assert made[2:] == [[False, True, False]]
+
+
+@pytest.mark.parametrize("function", [token_logps, nll_sum])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"hidden": torch.zeros(1, N, H)}, "hidden"),
+        ({"weight": torch.zeros(V, H + 1)}, "weight"),
+        ({"target_ids": torch.zeros(N + 1, dtype=torch.int64)}, "target_ids"),
+        ({"chunk_size": 0}, "chunk_size is 0"),
+    ],
+)
+def test_refuses_what_does_not_fit(function, change, message):
+    hidden, weight, _, targets = make()
+    with pytest.raises(ValueError, match=message):
+        function(**{"hidden": hidden, "weight": weight, "target_ids": targets, **change})
+
+
+# --- Memory ---
+
+
+def extra_peak(function, *leaves):
+    """Bytes that forward and backward hold at most, beyond the leaves."""
+    tracker = MemTracker()
+    tracker.track_external(*leaves)
+    with tracker:
+        function().backward()
+    peak = tracker.get_tracker_snapshot("peak")[leaves[0].device]["Total"]
+    return peak - sum(x.numel() * x.element_size() for x in leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("function", [token_logps, nll_sum])
+def test_peak_is_one_chunk_and_the_gradients(function, dtype):
+    n, h, v, chunk_size = 1024, 16, 4096, 32
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(n, h, generator=g).to(dtype).requires_grad_()
+    weight = torch.randn(v, h, generator=g).to(dtype).requires_grad_()
+    targets = torch.randint(0, v, (n,), generator=g)
+    leaves = hidden, weight, targets
+
+    naive = extra_peak(lambda: naive_logps(hidden, weight, None, targets).sum(), *leaves)
+    hidden.grad = weight.grad = None
+    ours = extra_peak(lambda: function(hidden, weight, targets, chunk_size=chunk_size).sum(), *leaves)
+    size = hidden.element_size()
+    chunk = chunk_size * v * (4 if dtype == torch.float32 else 6)
+    # the weight's gradient is summed in fp32, and for bf16 cast once at the end
+    gradients_bytes = n * h * size + v * h * (4 if dtype == torch.float32 else 6)
+    assert naive >= 2 * n * v * 4
+    assert ours <= 1.1 * (chunk + gradients_bytes)
+    assert ours <= naive / 20
+
+
+# --- In a model ---
+
+
+def shifted(batch):
+    """Row positions whose hidden state predicts something, and what."""
+    targets = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE).flatten()
+    positions = (targets != IGNORE).nonzero()[:, 0]
+    return positions, targets[positions]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi"])  # phi's head has a bias
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("function", ["token_logps", "nll_sum"])
+def test_head_computes_in_a_whole_model(family, tied, function):
+    batch = pad(documents(0, [9, 5, 1]), 0)
+    positions, targets = shifted(batch)
+
+    def compute(hidden, weight, bias):
+        scored = hidden.flatten(0, 1).index_select(0, positions)
+        if function == "nll_sum":
+            return nll_sum(scored, weight, targets, bias=bias, chunk_size=5)
+        return -token_logps(scored, weight, targets, bias=bias, chunk_size=5).sum()
+
+    model = tiny_model(family, "sdpa", tie_word_embeddings=tied)
+    logits = model(**inputs(batch), use_cache=False).logits.flatten(0, 1)[positions]
+    expected = torch.nn.functional.cross_entropy(logits, targets)
+    expected.backward()
+    expected_gradients = gradients(model)
+    with head_computes(model, compute):
+        loss = model(**inputs(batch), use_cache=False).logits / len(targets)
+    loss.backward()
+    assert abs(loss - expected) <= TOLERANCE
+    found = gradients(model)
+    assert ("lm_head.weight" in found) == (not tied)
+    assert worst(found, expected_gradients) <= TOLERANCE
+
+
+def test_head_computes_restores_the_head():
+    model, batch = tiny_model("llama", "sdpa"), pad(documents(0, [5]), 0)
+    before = model(**inputs(batch)).logits
+    with head_computes(model, lambda hidden, weight, bias: torch.zeros(())):
+        assert model(**inputs(batch)).logits.shape == ()
+    assert torch.equal(model(**inputs(batch)).logits, before)
+    with pytest.raises(KeyError), head_computes(model, lambda hidden, weight, bias: {}["missing"]):
+        model(**inputs(batch))
+    assert torch.equal(model(**inputs(batch)).logits, before)
+    assert "forward" not in vars(model.get_output_embeddings())
+
+
+@pytest.mark.parametrize(
+    "family, fields, setting",
+    [
+        ("gemma2", {"final_logit_softcapping": 30.0}, "'final_logit_softcapping': 30.0"),
+        ("granite", {"logits_scaling": 8.0}, "'logits_scaling': 8.0"),
+        ("cohere", {"logit_scale": 0.0625}, "'logit_scale': 0.0625"),
+    ],
+)
+def test_check_head_raises_for_logits_changed_after_the_head(family, fields, setting):
+    model = tiny_model(family, "eager", **fields)  # gemma2 knows no sdpa
+    with pytest.raises(ValueError, match=setting):
+        check_head(model, {"input_ids": torch.tensor([[3, 4, 5]])})
+    assert "forward" not in vars(model.get_output_embeddings())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma3_text", "phi3", "phi"])
+@pytest.mark.parametrize("lengths", [[3, 2], [1, 9], [200]])
+def test_check_head_passes_on_the_first_tokens_of_any_batch(family, lengths):
+    sequences, seen = documents(0, lengths), []
+    for batch, attention in ((pad(sequences, 0), "sdpa"), (flatten(sequences), "varlen")):
+        model = tiny_model(family, attention)
+        model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+        check_head(model, batch)
+    assert all(rows == 1 and tokens <= 64 for rows, tokens, _ in seen) and len(seen) == 2

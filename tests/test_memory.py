@@ -1,0 +1,247 @@
+"""The ledger: what is predicted from the configuration, beside bytes counted one by one."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import documents, enable_checkpointing, inputs, tiny_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import AutoConfig
+
+from common.collators import IGNORE, flatten, pad
+from common.logps import head_computes, nll_sum
+from common.memory import GIB, MemoryMeter, format_gib, format_ledger, memory_ledger, predict_ledger
+
+ROWS = ["parameters", "gradients", "optimizer", "activations", "loss_head", "peak"]
+CPU = torch.device("cpu")
+LENGTHS = [300, 200, 129, 395]
+CHUNK_SIZE = 256
+SIZES = {  # 1.0 M parameters
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 5,
+    "head_dim": 32,
+    "vocab_size": 261,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.02,
+}
+
+
+def scored(batch):
+    targets = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE).flatten()
+    positions = (targets != IGNORE).nonzero()[:, 0]
+    return positions, targets[positions]
+
+
+def train_step(model, optimizer, meter, batches):
+    with meter.step(batches):
+        for batch in batches:
+            positions, targets = scored(batch)
+
+            def head(hidden, weight, bias, positions=positions, targets=targets):
+                hidden = hidden.flatten(0, 1).index_select(0, positions)
+                return nll_sum(hidden, weight, targets, bias=bias, chunk_size=CHUNK_SIZE)
+
+            with head_computes(model, head):
+                loss = model(**inputs(batch), use_cache=False).logits / len(targets)
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def measure(*, lengths=LENGTHS, padded=False, tied=True, checkpointing=False, micro_batches=1, mesh=None):
+    """Two steps, the second of them counted. Returns the predicted and the measured bytes of each row."""
+    model = tiny_model("llama", "sdpa" if padded else "varlen", tie_word_embeddings=tied, **SIZES).train()
+    if checkpointing:
+        enable_checkpointing(model)
+    if mesh is not None:
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        for module in [*model.model.layers, model]:
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    meter = MemoryMeter(model, optimizer, CPU, track=True)
+    sequences = documents(0, lengths, SIZES["vocab_size"])
+    batch = pad(sequences, 0) if padded else flatten(sequences)
+    for _ in range(2):
+        assert meter.measured == {}
+        train_step(model, optimizer, meter, [batch] * micro_batches)
+    predicted = predict_ledger(
+        model.config,
+        num_tokens=batch["input_ids"].numel(),
+        num_scored=len(scored(batch)[1]),
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        gradient_checkpointing=checkpointing,
+        bf16=mesh is not None,
+        chunk_size=CHUNK_SIZE,
+        rows=len(batch["input_ids"]),
+        masked=padded and bool((batch["attention_mask"] == 0).any()),
+        accumulates=micro_batches > 1,
+    )
+    assert list(predicted) == ROWS and meter.measured.keys() == predicted.keys()
+    return {name: count for name, (_, count) in predicted.items()}, meter.measured
+
+
+def check(predicted, measured):
+    ratios = {name: predicted[name] / measured[name] for name in ROWS}
+    assert all(0.9 <= ratio <= 1.1 for ratio in ratios.values()), ratios
+    for name in ("parameters", "gradients", "optimizer"):  # AdamW's step counters are all that is left out
+        assert 0.999 <= ratios[name] <= 1.001
+
+
+# --- Predicted against measured ---
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("tied", [True, False])
+def test_flat_rows_in_fp32(checkpointing, micro_batches, tied):
+    check(*measure(checkpointing=checkpointing, micro_batches=micro_batches, tied=tied))
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    """A process group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_flat_rows_in_bf16_through_fsdp(checkpointing, micro_batches, mesh):
+    check(*measure(checkpointing=checkpointing, micro_batches=micro_batches, mesh=mesh))
+
+
+@pytest.mark.parametrize(
+    "lengths, checkpointing, bf16",
+    [
+        (LENGTHS, True, False),
+        (LENGTHS, False, False),
+        (LENGTHS, False, True),
+        (LENGTHS, True, True),
+        ([1000, 500], True, False),
+        ([1000, 500], False, False),
+    ],
+)
+def test_padded_batches(lengths, checkpointing, bf16, mesh):
+    # the mesh is there for all: a group that is not used changes nothing
+    check(*measure(lengths=lengths, padded=True, checkpointing=checkpointing, mesh=mesh if bf16 else None))
+
+
+def test_what_the_techniques_save_shows_in_the_measured_bytes():
+    flat, padded = measure(checkpointing=True)[1], measure(checkpointing=True, padded=True)[1]
+    plain = measure()[1]
+    assert flat["activations"] < plain["activations"] / 8  # 5 layers' inputs instead of all they save
+    assert flat["activations"] < 0.7 * padded["activations"]  # 1,024 tokens instead of 4 * 395
+    assert flat["peak"] < 0.8 * padded["peak"] and flat["peak"] < plain["peak"] / 2
+    assert flat["parameters"] == padded["parameters"] == plain["parameters"]
+
+
+# --- The meter ---
+
+
+def small_training():
+    model = tiny_model("llama")
+    return model, torch.optim.AdamW(model.parameters())
+
+
+def test_the_meter_measures_one_step_and_leaves_the_model_as_it_was():
+    model, optimizer = small_training()
+    meter = MemoryMeter(model, optimizer, CPU, track=True, track_step=1)
+    small, large = flatten(documents(0, [5, 3])), flatten(documents(1, [9, 6]))
+    train_step(model, optimizer, meter, [small, large])
+    measured = meter.measured
+    num_parameters = sum(p.numel() for p in model.parameters())
+    assert measured["parameters"] == measured["gradients"] == 4 * num_parameters
+    assert meter.largest_batch is large
+    train_step(model, optimizer, meter, [flatten(documents(2, [40]))])
+    assert meter.measured is measured and meter.largest_batch is large  # of the measured step
+    head = model.get_output_embeddings()
+    assert not head._forward_hooks and not head._forward_pre_hooks
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+@pytest.mark.parametrize("options", [{}, {"track": True, "track_step": 3}])
+def test_steps_that_are_not_tracked_leave_nothing_measured(options):
+    model, optimizer = small_training()
+    meter = MemoryMeter(model, optimizer, CPU, **options)
+    small, large = flatten(documents(0, [5, 3])), flatten(documents(1, [9, 6]))
+    train_step(model, optimizer, meter, [large])
+    train_step(model, optimizer, meter, [small])
+    assert meter.measured == {} and meter.largest_batch is large
+    assert meter.peak_bytes() > 2**20  # of the process
+
+
+def test_an_error_within_the_step_comes_through_and_removes_the_hooks():
+    model, optimizer = small_training()
+    meter = MemoryMeter(model, optimizer, CPU, track=True, track_step=1)
+    with pytest.raises(KeyError), meter.step([flatten(documents(0, [5]))]):
+        raise KeyError("within the step")
+    assert meter.measured == {} and not model.get_output_embeddings()._forward_pre_hooks
+    model(**inputs(flatten(documents(0, [5]))), use_cache=False)
+
+
+# --- Predictions without a run ---
+
+
+def predict(config, **changes):
+    options = {"num_tokens": 1000, "num_scored": 1000, "num_parameters": 10**6, "chunk_size": CHUNK_SIZE}
+    options |= {"gradient_checkpointing": False, "bf16": False}
+    return predict_ledger(config, **{**options, **changes})
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", "qwen3_moe", "falcon_mamba"])
+def test_an_unknown_architecture_is_not_predicted(family):
+    assert predict(AutoConfig.for_model(family)) == {}
+
+
+def test_what_the_prediction_says():
+    config = tiny_model("llama", **SIZES).config
+    one, two = predict(config), predict(config, world=2)
+    assert one["parameters"] == ("fp32   4 P", 4 * 10**6)
+    assert one["optimizer"] == ("AdamW  8 P", 8 * 10**6)
+    assert two["gradients"] == ("fp32   4 P / W", 2 * 10**6)
+    assert one["peak"][0] == "in the last layer's backward"
+    checkpointed = predict(config, gradient_checkpointing=True, bf16=True)
+    assert checkpointed["activations"][0] == "layer inputs 2 N h L"
+    assert checkpointed["activations"][1] < one["activations"][1] / 8
+
+
+# --- The table ---
+
+
+def test_ledger_as_printed():
+    predicted = {"parameters": ("fp32   4 P", GIB // 2), "loss_head": ("chunk x V", 3 * GIB // 100)}
+    rows = memory_ledger(predicted, {"parameters": GIB // 2})
+    assert rows[1] == {
+        "name": "loss_head",
+        "formula": "chunk x V",
+        "predicted": 3 * GIB // 100,
+        "measured": None,
+    }
+    assert format_ledger("demo  cpu  world 1", rows).splitlines() == [
+        "memory ledger  demo  cpu  world 1                                    predicted   measured   (GiB)",
+        "parameters   fp32   4 P                                                  0.50       0.50",
+        "loss head    chunk x V                                                 0.0300          -",
+    ]
+
+
+def test_ledger_with_a_side_missing():
+    assert memory_ledger({}, {}) == []
+    assert format_ledger("x", []).count("\n") == 0
+    (row,) = memory_ledger({}, {"peak": 7})
+    assert row == {"name": "peak", "formula": "", "predicted": None, "measured": 7}
+    (row,) = memory_ledger({"peak": ("at the loss head", 8)}, {})
+    assert row == {"name": "peak", "formula": "at the loss head", "predicted": 8, "measured": None}
+
+
+def test_gib_keep_enough_digits():
+    assert [format_gib(x).strip() for x in (None, GIB, GIB // 4, GIB // 100, 0)] == [
+        "-",
+        "1.00",
+        "0.25",
+        "0.0100",
+        "0.0000",
+    ]
+    assert {len(format_gib(x)) for x in (None, GIB, GIB // 100, 12345 * GIB)} == {10}

@@ -1,0 +1,1325 @@
+"""SFT with packing: the naive path's gradients, whole rows, refusals, and runs that go on bit for bit."""
+
+import ast
+import bisect
+import functools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter, namedtuple
+from dataclasses import fields
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from helpers import documents, gradients, tiny_model, worst
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerFast
+
+import sft_packing
+from common.checkpoints import list_checkpoints
+from common.collators import IGNORE, flatten
+from common.truncation import fit_to_length
+from sft_packing import Arguments, Rows, load_examples, main, plan_rows, tokenize
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "sft_packing.py"
+DEMO_MODEL = ROOT / "demo/model"
+END = 257  # the demo tokenizer's end of sequence
+VOCAB = 261
+
+
+# --- Models, data and runs ---
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder))
+        patch.setenv("HF_DATASETS_CACHE", str(folder))  # for subprocesses
+        # a run on one rank and a run on two are to be compared to the last digits: both on the CPU
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield folder
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def write_model(path, family="llama", dtype=torch.float32, chat_template=None, **overrides):
+    """A tiny random model with the demo's tokenizer, as a Hugging Face folder."""
+    special = {"pad_token_id": 256, "bos_token_id": None, "eos_token_id": END}
+    attention = "eager" if family == "mamba" else "varlen"
+    model = tiny_model(family, attention, **{"vocab_size": VOCAB, **special, **overrides})
+    model.to(dtype).save_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    tokenizer.chat_template = chat_template or tokenizer.chat_template
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def random_texts(seed, count, longest=50):
+    generator = random.Random(seed)
+    lengths = [generator.randint(3, longest) for _ in range(count)]
+    return [{"text": "".join(generator.choices("abcdef ", k=length))} for length in lengths]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Flags of a run of a fraction of a second: 20 texts of 4 to 51 tokens, in 9 rows if packed."""
+    folder = tmp_path_factory.mktemp("base")
+    return {
+        "model_name_or_path": write_model(folder / "model"),
+        "dataset_name": write_jsonl(folder / "train.jsonl", random_texts(0, 20)),
+        "max_length": 64,
+        "per_device_train_batch_size": 2,
+    }
+
+
+Run = namedtuple("Run", ["returned", "metrics", "weights"])
+
+
+def run(output_dir, flags, **changes):
+    returned = main(Arguments(output_dir=str(output_dir), **{**flags, **changes}))
+    return read_run(output_dir, returned)
+
+
+def read_run(output_dir, returned=None):
+    lines = (Path(output_dir) / "metrics.jsonl").read_text().splitlines()
+    weights = Path(output_dir) / "model.safetensors"
+    weights = load_file(weights) if weights.exists() else None
+    return Run(returned, [json.loads(line) for line in lines], weights)
+
+
+def losses(a_run):
+    return [step["loss"] for step in a_run.metrics]
+
+
+def curve_difference(first, second):
+    """How far two runs' losses and gradient norms are apart, the norms relative to their size."""
+    assert len(first.metrics) == len(second.metrics)
+    pairs = list(zip(first.metrics, second.metrics))
+    return max(
+        *(abs(a["loss"] - b["loss"]) for a, b in pairs),
+        *(abs(a["grad_norm"] - b["grad_norm"]) / b["grad_norm"] for a, b in pairs),
+    )
+
+
+def assert_same_bits(first, second):
+    assert losses(first) == losses(second)
+    assert [s["grad_norm"] for s in first.metrics] == [s["grad_norm"] for s in second.metrics]
+    assert first.weights.keys() == second.weights.keys()
+    assert all(torch.equal(first.weights[name], second.weights[name]) for name in first.weights)
+
+
+# --- 1. Equality ---
+
+FORMS = {
+    "packed": {"packing": True},
+    "padding-free": {"packing": False},
+    "padded": {"packing": False, "padding_free": False},
+}
+FAMILIES = ("llama", "qwen3", "mistral", "gemma3_text", "gpt2")
+
+
+@functools.cache
+def shared_model(family):
+    return tiny_model(family)
+
+
+def naive(model, sequences):
+    """Loss per scored token and gradients, each document alone, from all its logits."""
+    model.set_attn_implementation("sdpa")
+    total, count = 0.0, 0
+    for sequence in sequences:
+        labels = torch.tensor(sequence["labels"])[1:]
+        logits = model(input_ids=torch.tensor([sequence["input_ids"]]), use_cache=False).logits[0, :-1]
+        total = total + torch.nn.functional.cross_entropy(
+            logits, labels, reduction="sum", ignore_index=IGNORE
+        )
+        count += int((labels != IGNORE).sum())
+    (total / max(count, 1)).backward()
+    return {"loss": total.detach() / max(count, 1), **gradients(model)}
+
+
+def computed(model, sequences, attn_implementation=None, **flags):
+    """The same by the script: planned, collated, one forward per micro-batch."""
+    args = Arguments(max_length=16, per_device_train_batch_size=3, loss_chunk_size=5, **flags)
+    flat = args.packing or args.padding_free
+    model.set_attn_implementation(attn_implementation or ("varlen" if flat else "sdpa"))
+    lengths = [len(sequence["input_ids"]) for sequence in sequences]
+    examples = datasets.Dataset.from_dict(
+        {
+            "input_ids": [sequence["input_ids"] for sequence in sequences],
+            "labels": [sequence["labels"] for sequence in sequences],
+            "num_tokens": lengths,
+        }
+    )
+    rows = Rows(examples, {}, args, "truncate")
+    batches = list(rows.micro_batches(np.arange(len(rows)), rank=0, world=1, pad_token_id=0))
+    count = max(sum(sft_packing.count(batch)[0] for batch in batches), 1)
+    total = 0.0
+    for batch in batches:
+        nll = sft_packing.batch_nll_sum(model, batch, args.loss_chunk_size)
+        (nll / count).backward()
+        total += nll.detach()
+    return {"loss": total / count, **gradients(model)}
+
+
+def difference(model, sequences, **flags):
+    """The worst difference in the loss or in any gradient, script against naive."""
+    return worst(computed(model, sequences, **flags), naive(model, sequences))
+
+
+def masked_documents(seed, lengths):
+    """Documents of these lengths with a random half of the tokens not scored."""
+    sequences = documents(seed, lengths)
+    generator = random.Random(seed)
+    for sequence in sequences:
+        sequence["labels"] = [x if generator.random() < 0.5 else IGNORE for x in sequence["labels"]]
+    return sequences
+
+
+@pytest.mark.parametrize("form", FORMS)
+@settings(max_examples=15)
+@given(seed=st.integers(0, 999), lengths=st.lists(st.integers(1, 16), min_size=1, max_size=10))
+def test_loss_and_every_gradient_are_those_of_documents_alone(form, seed, lengths):
+    assert difference(shared_model("llama"), masked_documents(seed, lengths), **FORMS[form]) <= 1e-5
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gives_the_naive_gradients(family, form):
+    sequences = masked_documents(1, [7, 16, 3, 1, 9, 12, 2, 5])
+    assert difference(shared_model(family), sequences, **FORMS[form]) <= 1e-5
+
+
+def test_nothing_scored_gives_zero_not_nan():
+    sequences = documents(0, [4, 7])
+    for sequence in sequences:
+        sequence["labels"] = [IGNORE] * len(sequence["labels"])
+    found = computed(shared_model("llama"), sequences)
+    assert all(torch.count_nonzero(value) == 0 for value in found.values())
+
+
+@pytest.mark.parametrize("packing, num_steps", [(True, 2), (False, 3)])
+def test_one_batch_of_8_is_8_batches_of_1(packing, num_steps, base, tmp_path):
+    """The last window is smaller: 9 rows are 8 + 1, and 20 examples are 8 + 8 + 4."""
+    sizes = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    one = run(tmp_path / "8x1", base, packing=packing, **dict(zip(sizes, (8, 1))))
+    eight = run(tmp_path / "1x8", base, packing=packing, **dict(zip(sizes, (1, 8))))
+    assert len(one.metrics) == num_steps
+    assert curve_difference(one, eight) <= 1e-5
+    assert worst(one.weights, eight.weights) <= 1e-4
+    for name in ("num_tokens", "num_scored_tokens", "learning_rate", "epoch"):
+        assert [step[name] for step in one.metrics] == [step[name] for step in eight.metrics]
+
+
+def test_a_padded_run_is_a_padding_free_run(base, tmp_path):
+    padded = run(tmp_path / "padded", base, **FORMS["padded"])
+    flat = run(tmp_path / "flat", base, **FORMS["padding-free"])
+    assert curve_difference(padded, flat) <= 1e-5
+    assert worst(padded.weights, flat.weights) <= 1e-4
+    tokens = {
+        name: sum(step["num_tokens"] for step in r.metrics)
+        for name, r in (("padded", padded), ("flat", flat))
+    }
+    assert flat.returned["data"]["padding_fraction"] == 0
+    padding = 1 - tokens["flat"] / tokens["padded"]
+    assert padded.returned["data"]["padding_fraction"] == pytest.approx(padding) and padding > 0.1
+
+
+# --- 2. Mutations: what the comparisons above would catch ---
+
+
+def change_flat_rows(monkeypatch, change):
+    def changed(sequences):
+        row = flatten(sequences)
+        change(row, row["cu_seq_lens_q"][:-1].long())
+        return row
+
+    monkeypatch.setattr(sft_packing, "flatten", changed)
+
+
+def score_across_boundaries(row, starts):
+    row["labels"][0, starts] = row["input_ids"][0, starts]
+
+
+def score_everything(row, starts):
+    row["labels"] = row["input_ids"].clone()
+    row["labels"][0, starts] = IGNORE
+
+
+def count_positions_on(row, starts):
+    row["position_ids"] = torch.arange(row["input_ids"].shape[1])[None]
+
+
+@pytest.mark.parametrize("form", ["packed", "padding-free"])
+@pytest.mark.parametrize(
+    "family, attn_implementation, change",
+    [
+        ("llama", None, score_across_boundaries),
+        ("llama", None, score_everything),
+        ("gpt2", None, count_positions_on),  # learned positions: rotary ones are relative, a shift is nothing
+        ("llama", "sdpa", count_positions_on),  # which tells documents apart by their positions
+    ],
+)
+def test_a_flat_row_with_a_mistake_is_found(family, attn_implementation, change, form, monkeypatch):
+    sequences, flags = masked_documents(2, [5, 11, 8, 3, 8]), {"attn_implementation": attn_implementation}
+    assert difference(shared_model(family), sequences, **flags, **FORMS[form]) <= 1e-5
+    change_flat_rows(monkeypatch, change)
+    assert difference(shared_model(family), sequences, **flags, **FORMS[form]) > 1e-3
+
+
+def test_a_mean_per_micro_batch_is_found(base, tmp_path, monkeypatch):
+    count, batch_nll_sum = sft_packing.count, sft_packing.batch_nll_sum
+    one = run(tmp_path / "8x1", base, packing=False, per_device_train_batch_size=8)
+    # as if each micro-batch were one item: the mean of means that plain gradient accumulation takes
+    monkeypatch.setattr(sft_packing, "count", lambda batch: (1, *count(batch)[1:]))
+    monkeypatch.setattr(
+        sft_packing,
+        "batch_nll_sum",
+        lambda model, batch, size: batch_nll_sum(model, batch, size) / count(batch)[0],
+    )
+    sizes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
+    eight = run(tmp_path / "1x8", base, packing=False, **sizes)
+    assert curve_difference(one, eight) > 1e-3
+
+
+# --- 3. The plan ---
+
+lengths_and_limits = st.tuples(st.lists(st.integers(1, 40), max_size=60), st.integers(1, 24))
+
+
+def rows_of(plan):
+    row_offsets, spans = plan
+    assert row_offsets.dtype == spans.dtype == np.int64 and spans.shape == (row_offsets[-1], 3)
+    assert row_offsets[0] == 0
+    return [[tuple(span) for span in spans[a:b].tolist()] for a, b in zip(row_offsets[:-1], row_offsets[1:])]
+
+
+def assert_every_token_once(rows, lengths):
+    pieces = sorted(span for row in rows for span in row)
+    for example, length in enumerate(lengths):
+        bounds = [0]
+        for _, start, stop in (piece for piece in pieces if piece[0] == example):
+            assert start == bounds[-1] < stop
+            bounds.append(stop)
+        assert bounds[-1] == length
+    assert len({example for example, _, _ in pieces}) == len(lengths)
+
+
+def fills(rows):
+    return [sum(stop - start for _, start, stop in row) for row in rows]
+
+
+def item_by_item(pieces, max_length):
+    """Best-fit-decreasing as the textbook has it: tokens in each row."""
+    residuals = []
+    for length in sorted(pieces, reverse=True):
+        fits = bisect.bisect_left(residuals, length)
+        residual = residuals.pop(fits) if fits < len(residuals) else max_length
+        bisect.insort(residuals, residual - length)
+    return [max_length - residual for residual in residuals]
+
+
+@given(lengths_and_limits, st.integers(0, 9))
+@settings(max_examples=200)
+def test_bfd_keeps_tokens_limits_and_whole_documents(case, seed):
+    lengths, max_length = case
+    rows = rows_of(plan_rows(lengths, max_length, "bfd", seed))
+    assert_every_token_once(rows, lengths)
+    assert all(0 < fill <= max_length for fill in fills(rows))
+    pieces = Counter(example for row in rows for example, _, _ in row)
+    for example, length in enumerate(lengths):
+        assert pieces[example] == math.ceil(length / max_length)  # one if it fits: whole, in one row
+    sizes = [stop - start for row in rows for _, start, stop in row]
+    assert sorted(fills(rows)) == sorted(item_by_item(sizes, max_length))  # so never more rows either
+
+
+@given(lengths_and_limits, st.integers(0, 9))
+def test_wrapped_rows_are_full_and_cut_one_stream(case, seed):
+    lengths, max_length = case
+    rows = rows_of(plan_rows(lengths, max_length, "wrapped", seed))
+    assert_every_token_once(rows, lengths)
+    assert all(fill == max_length for fill in fills(rows)[:-1])
+    assert all(0 < fill <= max_length for fill in fills(rows)[-1:])
+    stream = [example for row in rows for example, _, _ in row]
+    runs = [example for i, example in enumerate(stream) if i == 0 or stream[i - 1] != example]
+    assert len(runs) == len(lengths)  # an example's pieces follow one another
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
+def test_the_seed_decides_the_plan(strategy):
+    lengths = [1 + i % 7 for i in range(100)]
+    first, again, other = (plan_rows(lengths, 16, strategy, seed) for seed in (3, 3, 4))
+    assert all(np.array_equal(a, b) for a, b in zip(first, again))
+    assert not np.array_equal(first[1], other[1])
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
+def test_no_examples_no_rows(strategy):
+    assert rows_of(plan_rows([], 8, strategy)) == []
+
+
+@pytest.mark.parametrize(
+    "lengths, max_length, strategy, message",
+    [
+        ([3], 0, "bfd", "max_length is 0"),
+        ([3], -1, "wrapped", "max_length is -1"),
+        ([3, 0], 8, "bfd", "lengths"),
+        ([[3]], 8, "wrapped", "lengths"),
+        ([3], 8, "bfd_split", "strategy is 'bfd_split'"),
+    ],
+)
+def test_plan_rows_refuses(lengths, max_length, strategy, message):
+    with pytest.raises(ValueError, match=message):
+        plan_rows(lengths, max_length, strategy)
+
+
+def test_lengths_are_not_changed():
+    lengths = np.array([5, 3, 9])
+    plan_rows(lengths, 4)
+    assert lengths.tolist() == [5, 3, 9]
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
+def test_a_million_lengths_are_planned_at_once(strategy):
+    lengths = np.random.default_rng(0).lognormal(6, 1, 1_000_000).astype(int).clip(1, 4096)
+    started = time.perf_counter()
+    row_offsets, spans = plan_rows(lengths, 4096, strategy)
+    assert time.perf_counter() - started < 2
+    assert (spans[:, 2] - spans[:, 1]).sum() == lengths.sum()
+    assert len(row_offsets) - 1 <= math.ceil(1.001 * lengths.sum() / 4096)
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
+def test_neighbours_in_the_data_are_no_neighbours_in_a_row(strategy):
+    rows = rows_of(plan_rows([8] * 1000, 16, strategy))
+    assert all(len(row) == 2 for row in rows)
+    assert sum(abs(first[0] - second[0]) == 1 for first, second in rows) < 20  # 1 expected by chance
+
+
+def test_long_documents_do_not_come_first():
+    rows = rows_of(plan_rows(list(range(51, 101)), 100))
+    assert fills(rows) != sorted(fills(rows), reverse=True)
+    assert abs(np.corrcoef(fills(rows), np.arange(50))[0, 1]) < 0.5
+
+
+# --- 4. Data ---
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+TALK = [user("hi"), assistant("yo"), user("so"), assistant("no")]
+TALK_TEXT = "<|user|>hi<|end|><|assistant|>yo<|end|><|user|>so<|end|><|assistant|>no<|end|>"
+CONVERSATIONAL = {"prompt": TALK[:3], "completion": TALK[3:]}
+
+
+@pytest.mark.parametrize(
+    "row, flags, whole, scored",
+    [
+        ({"text": "abc"}, {}, "abc<|end|>", "abc<|end|>"),
+        ({"text": "abc<|end|>"}, {}, "abc<|end|>", "abc<|end|>"),  # once
+        ({"messages": TALK}, {}, TALK_TEXT, TALK_TEXT),
+        ({"messages": TALK}, {"assistant_only_loss": True}, TALK_TEXT, "yo<|end|>no<|end|>"),
+        ({"prompt": "1+1=", "completion": "2"}, {}, "1+1=2<|end|>", "2<|end|>"),
+        (CONVERSATIONAL, {}, TALK_TEXT, "no<|end|>"),
+        (CONVERSATIONAL, {"assistant_only_loss": True}, TALK_TEXT, "no<|end|>"),
+    ],
+)
+def test_what_is_scored(row, flags, whole, scored, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    name = write_jsonl(tmp_path / "rows.jsonl", [row])
+    examples, _ = load_examples(name, "train", tokenizer, Arguments(**flags), "truncate")
+    example = examples[0]
+    assert tokenizer.decode(example["input_ids"]) == whole
+    marked = zip(example["input_ids"], example["labels"])
+    assert all(label in (token, IGNORE) for token, label in marked)
+    kept = [label for label in example["labels"] if label != IGNORE]
+    assert tokenizer.decode(kept) == scored
+    assert example["num_tokens"] == len(example["input_ids"])
+    assert example["num_scored"] == sum(label != IGNORE for label in example["labels"][1:])
+
+
+def test_the_prompt_ends_where_joint_and_separate_tokenisation_part():
+    pieces = ["<eos>", "x", "a", "b", "y", "ab"]
+    byte_pairs = models.BPE({piece: i for i, piece in enumerate(pieces)}, [("a", "b")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(byte_pairs), eos_token="<eos>")
+    assert tokenizer("xa")["input_ids"] == [1, 2]
+    # together: x ab y; "ab" holds a piece of the completion, so it is scored
+    assert tokenize({"prompt": "xa", "completion": "by"}, tokenizer, False) == (
+        [1, 5, 4, 0],
+        [IGNORE, 5, 4, 0],
+    )
+
+
+OVERLONG = [
+    *({"prompt": "p" * 9, "completion": "c" * n} for n in (1, 20, 50)),
+    {"prompt": "p" * 40, "completion": "c"},
+]
+
+
+@pytest.mark.parametrize(
+    "flags, used, unscored, truncated, split, dropped, kept, cut",
+    [
+        # 11, 30, 60 and 42 tokens; max_length 32. Of the last, truncated, nothing scored is left
+        ({}, 3, 1, 2, 0, 0, 11 + 30 + 32, 28 + 42),
+        ({"overflow": "drop"}, 2, 0, 0, 0, 2, 11 + 30, 60 + 42),
+        # split, the last is 32 tokens of prompt and a piece with the completion
+        ({"overflow": "split"}, 5, 1, 0, 2, 0, 11 + 30 + 60 + 10, 32),
+        ({"packing_strategy": "bfd_split"}, 5, 1, 0, 2, 0, 11 + 30 + 60 + 10, 32),
+    ],
+)
+def test_over_long_examples_are_counted(
+    flags, used, unscored, truncated, split, dropped, kept, cut, base, tmp_path
+):
+    name = write_jsonl(tmp_path / "rows.jsonl", OVERLONG)
+    data = run(tmp_path / "out", base, dataset_name=name, max_length=32, **flags).returned["data"]
+    expected = {
+        "examples_read": 4,
+        "examples_used": used,
+        "examples_unscored": unscored,
+        "examples_truncated": truncated,
+        "examples_split": split,
+        "examples_dropped": dropped,
+        "tokens_kept": kept,
+        "tokens_cut": cut,
+    }
+    assert {name: data[name] for name in expected} == expected
+    assert data["fill_fraction"] == pytest.approx(kept / (data["rows"] * 32))
+
+
+def test_wrapped_cuts_one_stream_and_counts_what_it_split(base, tmp_path):
+    data = run(tmp_path, base, packing_strategy="wrapped", max_length=32).returned["data"]
+    tokens = sum(len(json.loads(line)["text"]) + 1 for line in open(base["dataset_name"]))
+    assert (data["tokens_kept"], data["tokens_cut"], data["examples_used"]) == (tokens, 0, 20)
+    assert data["rows"] == math.ceil(tokens / 32)
+    assert 0 < data["examples_split"] <= 20 and data["examples_truncated"] == 0
+
+
+def test_split_pieces_train_as_documents_of_their_own():
+    sequences = masked_documents(3, [40, 7, 33])
+    pieces = [pair for s in sequences for pair in fit_to_length(s["input_ids"], s["labels"], 16, "split")]
+    pieces = [{"input_ids": input_ids, "labels": labels} for input_ids, labels in pieces]
+    assert difference(shared_model("llama"), pieces) <= 1e-5
+
+
+def test_examples_without_a_scored_token_are_dropped_and_counted(base, tmp_path):
+    name = write_jsonl(tmp_path / "rows.jsonl", [{"text": ""}, {"text": "abc"}, {"text": ""}])
+    data = run(tmp_path / "out", base, dataset_name=name).returned["data"]
+    assert (data["examples_read"], data["examples_used"], data["examples_unscored"]) == (3, 1, 2)
+    assert (data["tokens_kept"], data["tokens_cut"]) == (4, 2)
+
+
+def test_tokens_are_cached_until_something_they_depend_on_changes(cache, tmp_path):
+    def load(name, **flags):
+        tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+        load_examples(name, "train", tokenizer, Arguments(**{"max_length": 16, **flags}), "truncate")
+        return {path for path in cache.rglob("*.arrow") if "cache-" in path.name}
+
+    path = tmp_path / "rows.jsonl"
+    first = load(write_jsonl(path, [{"messages": TALK}]))
+    assert load(str(path)) == first  # not tokenised again
+    assert load(str(path), learning_rate=1.0, seed=7, output_dir="elsewhere") == first
+    shorter = load(str(path), max_length=8)
+    assert len(shorter - first) == 1  # cut again, but not tokenised again
+    assert len(load(str(path), assistant_only_loss=True) - shorter) == 2
+
+
+def test_edited_tokenisation_is_not_taken_from_the_cache(tmp_path):
+    """Whoever edits what turns text into tokens, in either file, trains on the new tokens."""
+    shutil.copy(SCRIPT, tmp_path)
+    shutil.copytree(ROOT / "common", tmp_path / "common")
+    name = write_jsonl(tmp_path / "rows.jsonl", [{"text": "abc"}])
+    code = f"""
+import importlib, sys
+sys.path.insert(0, {str(tmp_path)!r})
+import common.data, sft_packing
+
+def load(file, edit):
+    with open({str(tmp_path)!r} + file, "a") as source:
+        source.write(edit)
+    importlib.reload(common.data)
+    importlib.reload(sft_packing)
+    tokenizer = sft_packing.AutoTokenizer.from_pretrained({str(DEMO_MODEL)!r})
+    examples, _ = sft_packing.load_examples({name!r}, "train", tokenizer, sft_packing.Arguments(), "truncate")
+    print(examples[0]["input_ids"][3:])
+
+load("/common/data.py", "")
+load("/common/data.py", "\\ndef end_with_eos(input_ids, tokenizer): return [*input_ids, 7]")
+load("/sft_packing.py", "\\ndef tokenize(*args): return [1, 2, 3, 4], [1, 2, 3, 4]")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == [f"[{END}]", "[7]", "[4]"], done.stderr
+
+
+def test_several_processes_tokenise_alike(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    name = write_jsonl(tmp_path / "rows.jsonl", random_texts(4, 12))
+    one, counts = load_examples(name, "train", tokenizer, Arguments(), "truncate")
+    two, same_counts = load_examples(name, "train", tokenizer, Arguments(dataset_num_proc=2), "truncate")
+    assert one.to_list() == two.to_list() and counts == same_counts
+
+
+# --- 5. Refusals ---
+
+
+class Make:
+    """Files for a bad input."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def data(self, *rows, raw=None, name="bad.jsonl"):
+        path = self.path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows) if raw is None else raw)
+        return {"dataset_name": str(path)}
+
+    def model(self, *args, **overrides):
+        return {"model_name_or_path": write_model(self.path / "model", *args, **overrides)}
+
+
+def without_template(make):
+    flags = make.model()
+    (Path(flags["model_name_or_path"]) / "chat_template.jinja").unlink()
+    return {**make.data({"messages": TALK}), **flags}
+
+
+NO_MARKERS = "{% for message in messages %}{{ message.content }}{% endfor %}"
+CHAT = {"messages": TALK}
+BAD_DATA = {
+    "missing file": (
+        lambda make: {"dataset_name": str(make.path / "none.jsonl")},
+        "none.jsonl does not exist",
+    ),
+    "empty file": (lambda make: make.data(), "bad.jsonl is empty"),
+    "no rows": (lambda make: make.data(raw="text\n", name="bad.csv"), "bad.csv"),
+    "malformed line": (
+        lambda make: make.data(raw='{"text": "a"}\n{"text": \n'),
+        "bad.jsonl, line 2: not valid JSON",
+    ),
+    "not an object": (lambda make: make.data(raw='{"text": "a"}\n[1]\n'), "bad.jsonl, line 2: a list"),
+    "missing columns": (
+        lambda make: make.data({"question": "a", "answer": "b"}),
+        "has the columns question, answer; wanted: messages, or text, or prompt and completion",
+    ),
+    "prompt alone": (lambda make: make.data({"prompt": "a"}), "has the columns prompt; wanted"),
+    "a null": (lambda make: make.data({"text": "a"}, {"text": None}), "bad.jsonl, example 1: "),
+    "unknown role": (
+        lambda make: make.data({"messages": [user("a")]}, {"messages": [{"role": "tool", "content": "a"}]}),
+        "example 1: .*role tool",
+    ),
+    "nothing scored": (
+        lambda make: make.data({"text": ""}),
+        "no example with a scored token within max_length 64",
+    ),
+    "all too long": (
+        lambda make: {**make.data({"text": "a" * 99}), "overflow": "drop"},
+        "no example with a scored token within max_length 64",
+    ),
+    "too long": (lambda make: {**make.data({"text": "a" * 99}), "overflow": "error"}, "100 tokens.* 64"),
+    "rows of one token": (lambda make: {"packing_strategy": "wrapped", "max_length": 1}, "max_length 1"),
+    "bad evaluation data": (
+        lambda make: {"eval_dataset_name": make.data({"a": "b"})["dataset_name"]},
+        "has the columns a; wanted",
+    ),
+    "no chat template": (without_template, "no chat template"),
+    "no assistant marks": (
+        lambda make: {**make.data(CHAT), **make.model(chat_template=NO_MARKERS), "assistant_only_loss": True},
+        "marks no assistant turns",
+    ),
+    "no assistant": (
+        lambda make: {**make.data({"text": "a"}), "assistant_only_loss": True},
+        "holds plain text",
+    ),
+    "id outside the vocabulary": (
+        lambda make: make.model(vocab_size=200, pad_token_id=0, eos_token_id=1),
+        "token id 257 is outside the vocabulary of 200",
+    ),
+    "id outside the vocabulary in the evaluation": (
+        lambda make: {
+            "eval_dataset_name": make.data(CHAT)["dataset_name"],
+            **make.model(vocab_size=258),
+        },
+        "token id 2.. is outside the vocabulary of 258",
+    ),
+}
+BAD_MODELS = {
+    "missing model": (lambda make: {"model_name_or_path": str(make.path / "none")}, "none cannot be loaded"),
+    "max_length over positions": (
+        lambda make: {"max_length": 257},
+        "--max_length 257 is over the model's 256",
+    ),
+    "documents mix": (
+        lambda make: make.model("mamba"),
+        "mixes the documents .* --no_packing --no_padding_free",
+    ),
+    "boundaries are not passed on": (lambda make: make.model("stablelm"), "keep documents apart"),
+    "attention sinks": (lambda make: make.model("gpt_oss"), "s_aux"),
+    "scaled logits": (lambda make: make.model("granite", logits_scaling=8.0), "changes its logits"),
+}
+BAD_FLAGS = [
+    ({"max_length": 0}, "--max_length is 0"),
+    ({"per_device_train_batch_size": 0}, "--per_device_train_batch_size is 0"),
+    ({"gradient_accumulation_steps": -1}, "--gradient_accumulation_steps is -1"),
+    ({"save_steps": 0}, "--save_steps is 0"),
+    ({"save_total_limit": 0}, "--save_total_limit is 0"),
+    ({"learning_rate": math.nan}, "--learning_rate is nan"),
+    ({"learning_rate": -1.0}, "--learning_rate is -1.0"),
+    ({"max_grad_norm": math.inf}, "--max_grad_norm is inf"),
+    ({"max_steps": 0}, "--max_steps 0"),
+    ({"num_train_epochs": 0.0}, "--num_train_epochs 0.0"),
+    ({"num_train_epochs": math.inf}, "--num_train_epochs"),
+    ({"overflow": "cut"}, "--overflow .*cut"),
+    ({"packing_strategy": "ffd"}, "--packing_strategy .*ffd"),
+    ({"packing": False, "packing_strategy": "wrapped"}, "wrapped needs packing"),
+    ({"packing_strategy": "wrapped", "overflow": "drop"}, "--overflow drop"),
+    ({"packing_strategy": "bfd_split", "overflow": "truncate"}, "--overflow truncate"),
+    ({"padding_free": False}, "--no_padding_free"),
+    ({**FORMS["padded"], "attn_implementation": "varlen"}, "varlen is for flat rows"),
+    ({"attn_implementation": "flash_attention_2"}, "flash_attention_2 .*--bf16"),
+    ({"attn_implementation": "nonsense"}, "nonsense"),
+    ({"eval_steps": 2}, "--eval_steps needs --eval_dataset_name"),
+]
+
+
+@pytest.fixture(scope="module")
+def earlier_run(base, tmp_path_factory):
+    """The folder of a finished run of 5 steps with the checkpoints 2 and 4."""
+    folder = tmp_path_factory.mktemp("earlier") / "run"
+    run(folder, base, save_steps=2)
+    return folder
+
+
+@pytest.fixture
+def copied_run(earlier_run, tmp_path):
+    return shutil.copytree(earlier_run, tmp_path / "run")
+
+
+def contents(folder):
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+def assert_refused(folder, flags, message):
+    """main raises ValueError with this message, and leaves what is in `folder` as it was."""
+    before = contents(folder)
+    with pytest.raises(ValueError, match=message):
+        run(folder, flags)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("name", [*BAD_DATA, *BAD_MODELS])
+def test_bad_data_and_models_are_refused(name, base, copied_run, tmp_path):
+    flags, message = {**BAD_DATA, **BAD_MODELS}[name]
+    assert_refused(copied_run, {**base, "overwrite_output_dir": True, **flags(Make(tmp_path))}, message)
+
+
+@pytest.mark.parametrize("flags, message", BAD_FLAGS)
+def test_contradictory_flags_are_refused(flags, message, base, copied_run):
+    assert_refused(copied_run, {**base, "overwrite_output_dir": True, **flags}, message)
+
+
+@pytest.mark.skipif("flash_attn" in sys.modules, reason="flash-attn is here")
+def test_an_attention_that_is_not_installed_is_refused(base, copied_run):
+    flags = {"overwrite_output_dir": True, "attn_implementation": "flash_attention_2", "bf16": True}
+    assert_refused(copied_run, {**base, **flags}, "(?i)flash")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({}, "holds another run .*--resume_from_checkpoint latest.*--overwrite_output_dir"),
+        (
+            {"resume_from_checkpoint": "latest", "overwrite_output_dir": True},
+            "--overwrite_output_dir removes what --resume_from_checkpoint needs",
+        ),
+        ({"resume_from_checkpoint": "checkpoint-2"}, "checkpoint-2: not a folder"),
+        ({"resume_from_checkpoint": "latest", "max_length": 32}, "other data or another plan"),
+        ({"resume_from_checkpoint": "latest", "seed": 1}, "other data or another plan"),
+        ({"resume_from_checkpoint": "latest", "packing": False}, "other data or another plan"),
+    ],
+)
+def test_a_folder_that_holds_another_run_is_refused(flags, message, base, copied_run):
+    assert_refused(copied_run, {**base, **flags}, message)
+
+
+def test_resuming_with_other_data_is_refused(base, copied_run, tmp_path):
+    rows = [json.loads(line) for line in open(base["dataset_name"])]
+    rows[7]["text"] = rows[7]["text"][::-1]  # as long as before: the plan is the same
+    name = write_jsonl(tmp_path / "rows.jsonl", rows)
+    flags = {**base, "dataset_name": name, "resume_from_checkpoint": "latest"}
+    assert_refused(copied_run, flags, "other data or another plan")
+
+
+def test_resuming_with_another_order_is_refused(base, tmp_path):
+    """Unpacked, the plan is the same for every seed, but the order of the rows is not."""
+    run(tmp_path, base, packing=False, save_steps=2)
+    flags = {**base, "packing": False, "resume_from_checkpoint": str(tmp_path / "checkpoint-2"), "seed": 1}
+    assert_refused(tmp_path, flags, "seed")
+
+
+def test_resuming_without_a_checkpoint_is_refused(base, tmp_path):
+    run(tmp_path, base, max_steps=1)
+    assert_refused(tmp_path, {**base, "resume_from_checkpoint": "latest"}, "no checkpoint in")
+
+
+def test_a_broken_model_is_not_called_unsuitable(base, tmp_path):
+    """NaN weights are the checkpoint's fault, not the architecture's."""
+    folder = write_model(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.model.layers[0].mlp.down_proj.weight.data[0, 0] = math.nan
+    model.save_pretrained(folder)
+    with pytest.raises((ValueError, FloatingPointError), match="(?i)finite|nan") as caught:
+        run(tmp_path / "out", base, model_name_or_path=folder)
+    assert "mixes the documents" not in str(caught.value)
+
+
+def command(flags, **changes):
+    options = [f"--{name}={value}" for name, value in {**flags, **changes}.items()]
+    return [sys.executable, str(SCRIPT), *options]
+
+
+def test_the_command_line_ends_with_code_2_and_one_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--max-length", "0", "--output_dir", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("ValueError: --max_length is 0")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- 6. Checkpoints ---
+
+
+@pytest.fixture(scope="module")
+def dropout(base, tmp_path_factory):
+    """Flags of a run whose every step depends on all that a checkpoint holds: 8 steps, 5 to an epoch."""
+    folder = tmp_path_factory.mktemp("dropout")
+    return {
+        **base,
+        "model_name_or_path": write_model(folder / "model", attention_dropout=0.2),
+        "num_train_epochs": 1.6,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 4,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+    }
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(dropout, tmp_path_factory):
+    return run(tmp_path_factory.mktemp("uninterrupted"), dropout)
+
+
+def cut_after(run_folder, step, folder):
+    """A copy of a finished run as it was right after the checkpoint of `step`."""
+    folder.mkdir()
+    shutil.copytree(run_folder / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+    lines = (run_folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(lines[: step + 1]) + '{"step": ')  # killed while writing
+    return folder
+
+
+def test_dropout_is_at_work(base, dropout, uninterrupted, tmp_path):
+    without = run(tmp_path, dropout, model_name_or_path=base["model_name_or_path"])
+    assert losses(without)[0] != losses(uninterrupted)[0]
+
+
+@pytest.mark.parametrize("step", [2, 4, 6])
+def test_a_resumed_run_is_the_uninterrupted_one(step, dropout, uninterrupted, tmp_path):
+    """Within the warm-up, before the epoch's end and after it: the same bits."""
+    whole = run(tmp_path / "whole", dropout, save_steps=2)
+    assert_same_bits(whole, uninterrupted)  # saving changes nothing
+    folder = cut_after(tmp_path / "whole", step, tmp_path / "cut")
+    resumed = run(folder, dropout, save_steps=2, resume_from_checkpoint="latest")
+    assert [line["step"] for line in resumed.metrics] == list(range(1, 9))
+    assert_same_bits(resumed, uninterrupted)
+    for name in ("epoch", "learning_rate", "num_tokens", "num_scored_tokens"):
+        assert [line[name] for line in resumed.metrics] == [line[name] for line in uninterrupted.metrics]
+    assert [step for step, _ in list_checkpoints(folder)] == [s for s in (2, 4, 6, 8) if s >= step]
+
+
+def test_resuming_from_an_earlier_checkpoint_replaces_the_later_ones(base, tmp_path):
+    run(tmp_path, base, save_steps=2)
+    before = load_file(next((tmp_path / "checkpoint-4").glob("*.safetensors")))
+    changes = {"gradient_accumulation_steps": 2, "max_steps": 4}
+    run(tmp_path, base, save_steps=2, resume_from_checkpoint=str(tmp_path / "checkpoint-2"), **changes)
+    after = load_file(next((tmp_path / "checkpoint-4").glob("*.safetensors")))
+    name = next(name for name in before if name.startswith("weight."))
+    assert not torch.equal(before[name], after[name])
+
+
+def test_the_newest_checkpoints_are_kept(base, tmp_path):
+    run(tmp_path, base, save_steps=1, save_total_limit=2)
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [4, 5]
+    assert not [path for path in tmp_path.iterdir() if path.suffix in (".tmp", ".deleted")]
+
+
+def test_overwriting_replaces_the_whole_run(base, copied_run):
+    again = run(copied_run, base, overwrite_output_dir=True, max_steps=1)
+    assert len(again.metrics) == 1 and list_checkpoints(copied_run) == []
+
+
+def test_nothing_is_pickled(base, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("torch.load or torch.save was called")
+
+    monkeypatch.setattr(torch, "load", refuse)
+    monkeypatch.setattr(torch, "save", refuse)
+    run(tmp_path, base, save_steps=4)
+    run(cut_after(tmp_path, 4, tmp_path / "cut"), base, resume_from_checkpoint="latest")
+    files = [path for path in (tmp_path / "checkpoint-4").rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".safetensors", ".rng", ".json"}
+    for path in files:
+        json.loads(path.read_text()) if path.suffix == ".json" else load_file(path)
+
+
+@pytest.fixture(scope="module")
+def poisoned(base, tmp_path_factory):
+    """Flags of a run in which example 5 alone holds the byte "z", whose embedding is infinite."""
+    folder = tmp_path_factory.mktemp("poisoned")
+    rows = random_texts(5, 8)
+    rows[5]["text"] += "z"
+    model = tiny_model("llama", vocab_size=VOCAB, pad_token_id=256, bos_token_id=None, eos_token_id=END)
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    model.model.embed_tokens.weight.data[tokenizer("z")["input_ids"]] = math.inf
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return {
+        **base,
+        "model_name_or_path": str(folder / "model"),
+        "dataset_name": write_jsonl(folder / "rows.jsonl", rows),
+        "packing": False,
+        "per_device_train_batch_size": 1,
+    }
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(poisoned, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"Rows \[5\], examples \[5\]") as caught:
+        run(tmp_path, poisoned, save_steps=1)
+    step = int(re.match(r"step (\d+): loss (nan|inf)", str(caught.value))[1])
+    assert step > 1
+    assert [line["step"] for line in read_run(tmp_path).metrics] == list(range(1, step))
+    assert [step for step, _ in list_checkpoints(tmp_path)] == list(range(1, step))
+    for _, path in list_checkpoints(tmp_path):
+        for shard in path.glob("*.safetensors"):
+            for name, tensor in load_file(shard).items():
+                assert name == "weight.model.embed_tokens.weight" or tensor.isfinite().all()
+    assert not (tmp_path / "model.safetensors").exists()
+    with pytest.raises(FloatingPointError, match=f"step {step}: .*Rows \\[5\\]"):
+        run(tmp_path, poisoned, save_steps=1, resume_from_checkpoint="latest")
+
+
+def test_the_examples_named_are_those_of_the_data(poisoned, tmp_path):
+    """Two that were dropped stand before it."""
+    rows = [{"text": ""}, {"text": ""}, *(json.loads(line) for line in open(poisoned["dataset_name"]))]
+    name = write_jsonl(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(FloatingPointError, match=r"examples \[7\]"):
+        run(tmp_path / "out", poisoned, dataset_name=name)
+
+
+def test_killed_while_saving_the_earlier_checkpoint_is_there(dropout, uninterrupted, tmp_path):
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import sft_packing
+commit_folder = sft_packing.commit_folder
+
+def killed(temporary, path):
+    if path.name == "checkpoint-4":
+        os.kill(os.getpid(), signal.SIGKILL)
+    commit_folder(temporary, path)
+
+sft_packing.commit_folder = killed
+sft_packing.main(sft_packing.Arguments(**{ {**dropout, "output_dir": str(tmp_path), "save_steps": 2}!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    assert (tmp_path / "checkpoint-4.tmp").is_dir()  # all but its name was there
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [2]
+    resumed = run(tmp_path, dropout, save_steps=2, resume_from_checkpoint="latest")
+    assert_same_bits(resumed, uninterrupted)
+    assert not [path for path in tmp_path.iterdir() if path.suffix == ".tmp"]
+
+
+def test_sigterm_saves_a_checkpoint_and_ends_with_code_0(base, tmp_path):
+    flags = {**base, "lr_scheduler_type": "constant", "learning_rate": 1e-3}
+    arguments = command(flags, output_dir=tmp_path / "stopped", max_steps=100_000)
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        metrics, deadline = tmp_path / "stopped/metrics.jsonl", time.monotonic() + 100
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0 and "--resume_from_checkpoint latest" in stderr
+    [(step, _)] = list_checkpoints(tmp_path / "stopped")
+    assert step >= 3 and f"checkpoint-{step}" in stderr
+    changes = {"max_steps": step + 2}
+    resumed = run(tmp_path / "stopped", flags, resume_from_checkpoint="latest", **changes)
+    assert_same_bits(resumed, run(tmp_path / "through", flags, **changes))
+
+
+def ends_in_last_step(monkeypatch, how):
+    """SIGTERM in the fifth and last step, or the process ends between the checkpoint and the model."""
+    calls, batch_nll_sum = [], sft_packing.batch_nll_sum
+
+    def counted(*args):
+        calls.append(args)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch_nll_sum(*args)
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    if how == "SIGTERM":
+        monkeypatch.setattr(sft_packing, "batch_nll_sum", counted)
+    else:
+        monkeypatch.setattr(sft_packing, "save_model", interrupted)
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "killed"])
+def test_a_run_stopped_in_its_last_step_can_be_finished(how, base, tmp_path, monkeypatch):
+    through = run(tmp_path / "through", base)
+    with monkeypatch.context() as patch:
+        ends_in_last_step(patch, how)
+        try:
+            returned = main(Arguments(**base, output_dir=str(tmp_path / "stopped"), save_steps=5))
+        except KeyboardInterrupt:
+            returned = None
+    if returned is None or "stopped_at_step" in returned:
+        run(tmp_path / "stopped", base, resume_from_checkpoint="latest")
+    assert_same_bits(read_run(tmp_path / "stopped"), through)
+    assert (tmp_path / "stopped/summary.json").exists()
+
+
+def test_the_handler_of_the_process_is_put_back(base, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    run(tmp_path, base, max_steps=1)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+# --- Ranks ---
+
+TWO_EPOCHS = {"num_train_epochs": 2, "learning_rate": 1e-3, "save_steps": 2}  # 9 rows: 4 + 4 + 1, twice
+
+
+def torchrun(flags, **changes):
+    """Two ranks, killed with all their processes if they hang. Returns the exit code and stderr."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    process = subprocess.Popen(
+        [*launcher, *command(flags, **changes)[1:]],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    try:
+        stderr = process.communicate(timeout=180)[1]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return process.returncode, stderr
+
+
+@pytest.fixture(scope="module")
+def evaluated(base, tmp_path_factory):
+    """Flags with an evaluation of 7 examples of uneven lengths, prompts not scored."""
+    generator = random.Random(6)
+    rows = [
+        {"prompt": "p" * generator.randint(1, 20), "completion": "c" * generator.randint(1, 30)}
+        for _ in range(7)
+    ]
+    folder = tmp_path_factory.mktemp("evaluated")
+    return {**base, "eval_dataset_name": write_jsonl(folder / "eval.jsonl", rows)}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(evaluated, tmp_path_factory):
+    """Steps of 4 rows on 2 ranks, 2 x 1 on each; the last step of an epoch leaves the second rank a dummy."""
+    folder = tmp_path_factory.mktemp("two") / "ranks"
+    sizes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    returncode, stderr = torchrun(evaluated, output_dir=folder, **TWO_EPOCHS, **sizes)
+    assert returncode == 0, stderr[-3000:]
+    return folder
+
+
+def assert_same_curve(first, second):
+    assert max(abs(a - b) for a, b in zip(losses(first), losses(second), strict=True)) <= 1e-5
+    assert curve_difference(first, second) <= 1e-4
+    assert worst(first.weights, second.weights) <= 1e-4
+    assert first.metrics[-1]["eval_loss"] == pytest.approx(second.metrics[-1]["eval_loss"], abs=1e-5)
+    for name in ("num_scored_tokens", "epoch", "learning_rate"):
+        assert [line[name] for line in first.metrics] == [line[name] for line in second.metrics]
+
+
+def test_two_ranks_are_one_rank(two_ranks, evaluated, tmp_path):
+    one = run(tmp_path, evaluated, **TWO_EPOCHS, gradient_accumulation_steps=2)
+    two = read_run(two_ranks)
+    assert_same_curve(two, one)
+    assert [a["num_tokens"] - b["num_tokens"] for a, b in zip(two.metrics, one.metrics)] == [0, 0, 2, 0, 0, 2]
+    summary = json.loads((two_ranks / "summary.json").read_text())
+    assert summary["world_size"] == 2
+    assert summary["data"] == one.returned["data"]
+
+
+def test_two_ranks_leave_a_checkpoint_that_one_rank_resumes(two_ranks, evaluated, tmp_path):
+    folder = cut_after(two_ranks, 2, tmp_path / "cut")
+    sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    resumed = run(folder, evaluated, **TWO_EPOCHS, **sizes, resume_from_checkpoint="latest")
+    assert_same_curve(resumed, read_run(two_ranks))
+    assert losses(resumed)[:2] == losses(read_run(two_ranks))[:2]
+
+
+def test_an_error_on_the_first_rank_ends_the_other(base, tmp_path):
+    returncode, stderr = torchrun(base, output_dir=tmp_path / "out", dataset_name=tmp_path / "none.jsonl")
+    assert returncode != 0 and "none.jsonl does not exist" in stderr
+    assert not (tmp_path / "out").exists()
+
+
+# --- 7. Contract ---
+
+METRICS = (
+    "step epoch loss grad_norm learning_rate num_tokens num_scored_tokens tokens_per_second step_seconds "
+    "peak_memory_bytes"
+)
+SUMMARY = "args versions device world_size data throughput ledger final_metrics"
+
+
+def parsed():
+    return ast.parse(SCRIPT.read_text())
+
+
+def test_every_flag_is_read_beyond_its_check():
+    """args.name or self.args.name, loaded somewhere outside of check_arguments."""
+    checks = next(node for node in parsed().body if getattr(node, "name", None) == "check_arguments")
+    lines = range(checks.lineno, checks.end_lineno + 1)
+    read = {
+        node.attr
+        for node in ast.walk(parsed())
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and node.lineno not in lines
+        if getattr(node.value, "id", None) == "args" or getattr(node.value, "attr", None) == "args"
+    }
+    assert {field.name for field in fields(Arguments)} - read == set()
+
+
+def test_no_flag_is_written():
+    written = [node for node in ast.walk(parsed()) if isinstance(node, ast.Attribute)]
+    assert not [
+        n.attr for n in written if isinstance(n.ctx, ast.Store) and getattr(n.value, "id", None) == "args"
+    ]
+
+
+def test_importing_does_nothing():
+    """Only definitions, constants and imports stand at the top; the guard at the end is the one exception."""
+    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign)
+    first, *body, last = parsed().body
+    assert isinstance(first, ast.Expr) and isinstance(first.value.value, str)
+    assert all(isinstance(node, allowed) for node in body)
+    assert isinstance(last, ast.If) and ast.unparse(last.test) == "__name__ == '__main__'"
+
+
+def test_flags_on_the_command_line():
+    parser = HfArgumentParser(Arguments)
+    [args] = parser.parse_args_into_dataclasses(
+        ["--max-length", "7", "--no_packing", "--learning_rate", "1e-3"]
+    )
+    assert (args.max_length, args.packing, args.learning_rate) == (7, False, 1e-3)
+    assert parser.parse_args_into_dataclasses([]) == (Arguments(),)
+
+
+def test_what_a_run_leaves_behind(evaluated, tmp_path):
+    done = run(tmp_path, evaluated, eval_steps=2, save_steps=3, logging_steps=2)
+    for line in done.metrics:
+        evaluates = line["step"] in (2, 4, 5)  # and at the end
+        assert set(line) == set(METRICS.split()) | ({"eval_loss"} if evaluates else set())
+        assert line["tokens_per_second"] == pytest.approx(line["num_tokens"] / line["step_seconds"])
+    assert [line["step"] for line in done.metrics] == [1, 2, 3, 4, 5]
+    assert done.metrics[-1]["epoch"] == 1.0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert set(summary) == set(SUMMARY.split())
+    assert json.loads(json.dumps(done.returned)) == summary
+    assert summary["args"]["max_length"] == 64 and summary["final_metrics"] == done.metrics[-1]
+    assert summary["throughput"]["num_tokens"] == sum(line["num_tokens"] for line in done.metrics)
+    assert summary["data"]["tokens_kept"] == sum(line["num_tokens"] for line in done.metrics)
+    assert [path.name for _, path in list_checkpoints(tmp_path)] == ["checkpoint-3"]
+    assert not [path for path in tmp_path.rglob("*") if path.suffix == ".tmp"]
+
+
+@pytest.mark.parametrize(
+    "dtype, tied", [(torch.float32, False), (torch.bfloat16, True), (torch.bfloat16, False)]
+)
+def test_the_saved_model_is_the_trained_one(dtype, tied, base, tmp_path):
+    folder = write_model(tmp_path / "model", dtype=dtype, tie_word_embeddings=tied)
+    done = run(tmp_path / "out", base, model_name_or_path=folder, save_steps=5, learning_rate=1e-2)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    checkpoint = load_file(next((tmp_path / "out/checkpoint-5").glob("*.safetensors")))
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == dtype
+        assert torch.equal(parameter, checkpoint[f"weight.{name}"].to(dtype))
+        assert parameter.ne(load_file(Path(folder) / "model.safetensors")[name]).any()
+    assert done.weights.keys() == load_file(Path(folder) / "model.safetensors").keys()  # a tied weight once
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    original = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    assert tokenizer.chat_template == original.chat_template
+    assert tokenizer("a<|end|>").input_ids == original("a<|end|>").input_ids
+    # and it can go straight into the next run
+    run(tmp_path / "next", base, model_name_or_path=str(tmp_path / "out"), max_steps=1)
+
+
+def test_settings_for_generation_survive(base, tmp_path):
+    folder = write_model(tmp_path / "model")
+    settings = {"do_sample": True, "temperature": 0.3, "top_k": 7, "eos_token_id": [END, 256]}
+    (Path(folder) / "generation_config.json").write_text(json.dumps(settings))
+    run(tmp_path / "out", base, model_name_or_path=folder, max_steps=1)
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config
+    assert {name: getattr(config, name) for name in settings} == settings
+
+
+def test_bf16_follows_fp32(base, tmp_path):
+    exact = run(tmp_path / "fp32", base)
+    half = run(tmp_path / "bf16", base, bf16=True)
+    assert not torch.distributed.is_initialized()
+    assert losses(half) != losses(exact)
+    assert losses(half) == pytest.approx(losses(exact), rel=0.01)
+    assert all(weight.dtype == torch.float32 for weight in half.weights.values())
+
+
+def test_gradient_checkpointing_changes_no_loss(dropout, uninterrupted, tmp_path):
+    assert dropout.get("gradient_checkpointing", True)
+    without = run(tmp_path, dropout, gradient_checkpointing=False)
+    assert curve_difference(without, uninterrupted) <= 1e-5
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_evaluation_weighs_tokens(form, evaluated, tmp_path):
+    done = run(tmp_path, evaluated, max_steps=2, **FORMS[form])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    sequences = []
+    for row in map(json.loads, open(evaluated["eval_dataset_name"])):
+        prompt, completion = (tokenizer(row[name]).input_ids for name in ("prompt", "completion"))
+        labels = [IGNORE] * len(prompt) + completion + [END]
+        sequences.append({"input_ids": prompt + completion + [END], "labels": labels})
+    assert done.metrics[-1]["eval_loss"] == pytest.approx(naive(model, sequences)["loss"].item(), abs=1e-5)
+    assert done.returned["data"]["eval"]["examples_used"] == 7
+
+
+def test_evaluating_changes_no_step(dropout, uninterrupted, evaluated, tmp_path):
+    flags = {**dropout, "eval_dataset_name": evaluated["eval_dataset_name"]}
+    assert_same_bits(run(tmp_path, flags, eval_steps=1), uninterrupted)
+
+
+def test_every_epoch_has_an_order_of_its_own(base, tmp_path):
+    """One row a step: the tokens of the steps tell the rows apart."""
+    flags = {**base, "packing": False, "per_device_train_batch_size": 1, "num_train_epochs": 2}
+    tokens = [line["num_tokens"] for line in run(tmp_path / "0", flags).metrics]
+    first, second = tokens[:20], tokens[20:]
+    assert first != second and sorted(first) == sorted(second)
+    assert [line["num_tokens"] for line in run(tmp_path / "1", flags, seed=1).metrics][:20] != first
+
+
+def test_steps_and_schedule(base, tmp_path):
+    done = run(tmp_path, base, max_steps=7, warmup_steps=2, learning_rate=1.0, max_grad_norm=1e-3)
+    assert [line["learning_rate"] for line in done.metrics] == pytest.approx([0, 0.5, 1, 0.8, 0.6, 0.4, 0.2])
+    epochs = [line["epoch"] for line in done.metrics]
+    assert epochs == pytest.approx([2 / 9, 4 / 9, 6 / 9, 8 / 9, 1, 11 / 9, 13 / 9])
+
+
+def test_the_first_update_is_adamw_on_the_mean_loss(base, tmp_path):
+    """One step on all examples, from weights to weights, against torch's own optimizer on the naive loss."""
+    done = run(
+        tmp_path, base, packing=False, per_device_train_batch_size=20, weight_decay=0.1, max_grad_norm=0.5
+    )
+    model = AutoModelForCausalLM.from_pretrained(base["model_name_or_path"])
+    tokenizer = AutoTokenizer.from_pretrained(base["model_name_or_path"])
+    ids = [tokenizer(json.loads(line)["text"]).input_ids + [END] for line in open(base["dataset_name"])]
+    expected = naive(model, [{"input_ids": x, "labels": x} for x in ids])
+    for name, parameter in model.named_parameters():
+        parameter.grad = expected[name]
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+    torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1).step()
+    assert losses(done) == pytest.approx([expected["loss"].item()], abs=1e-5)
+    assert done.metrics[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    assert worst(done.weights, {name: p.detach() for name, p in model.named_parameters()}) <= 1e-5
+
+
+# --- Memory ---
+
+
+def bytes_of(summary):
+    return {row["name"]: row["measured"] for row in summary["ledger"]}
+
+
+def test_the_ledger_is_filled_and_foretold(tmp_path):
+    flags = {
+        "dataset_name": str(ROOT / "demo/sft_eval.jsonl"),
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+    }
+    ledger = run(tmp_path, flags, measure_memory=True).returned["ledger"]
+    assert [row["name"] for row in ledger] == [
+        "parameters",
+        "gradients",
+        "optimizer",
+        "activations",
+        "loss_head",
+        "peak",
+    ]
+    for row in ledger:
+        assert row["predicted"] == pytest.approx(row["measured"], rel=0.1), row
+
+
+def test_nothing_is_measured_unasked(earlier_run):
+    summary = json.loads((earlier_run / "summary.json").read_text())
+    assert set(bytes_of(summary).values()) == {None} or torch.cuda.is_available()
+
+
+def test_padding_costs_bytes_that_packing_saves(base, tmp_path):
+    """One step on the same 8 examples, of which one is long."""
+    rows = [{"text": "a" * length} for length in (10, 14, 199, 20, 24, 12, 18, 22)]
+    flags = {**base, "dataset_name": write_jsonl(tmp_path / "rows.jsonl", rows), "max_length": 256}
+    sizes = {"packed": 2, "padding-free": 8, "padded": 8}
+    found, tokens = {}, {}
+    for form, size in sizes.items():
+        changes = {"per_device_train_batch_size": size, "measure_memory": True, **FORMS[form]}
+        done = run(tmp_path / form, flags, **changes)
+        assert len(done.metrics) == 1 and done.metrics[0]["num_scored_tokens"] == 319
+        found[form], tokens[form] = bytes_of(done.returned), done.metrics[0]["num_tokens"]
+    assert tokens == {"packed": 327, "padding-free": 327, "padded": 1600}
+    for form in ("packed", "padding-free"):
+        ratio = found[form]["activations"] / found["padded"]["activations"]
+        assert ratio <= 1.05 * 327 / 1600  # less still: a mask makes SDPA repeat keys and values
+        assert found[form]["peak"] < 0.5 * found["padded"]["peak"]
+        assert found[form]["parameters"] == found["padded"]["parameters"]

@@ -281,17 +281,22 @@ def load_examples(name, split, tokenizer, args, overflow):
     )
     examples = encoded.map(fit, batched=True, desc="Fitting to max_length", **options)
     lengths = np.array(encoded["num_tokens"])
-    scored = np.array(examples["num_scored"], dtype=np.int64)
+    # where no example is left, datasets leaves no columns either
+    scored = np.array(examples["num_scored"] if len(examples) else [], dtype=np.int64)
+    examples = examples.select(np.flatnonzero(scored > 0))
     too_long = int((lengths > args.max_length).sum())
+    used = (
+        len(set(examples["example"])) if len(examples) else 0
+    )  # of a split example there are several pieces
+    dropped = too_long if overflow == "drop" else 0
     data = {
         "examples_read": len(rows),
-        "examples_used": int((scored > 0).sum()),
-        "examples_unscored": int((scored == 0).sum()),
+        "examples_used": used,
+        "examples_unscored": len(rows) - used - dropped,
         "examples_truncated": too_long if overflow == "truncate" else 0,
         "examples_split": too_long if overflow == "split" else 0,
-        "examples_dropped": too_long if overflow == "drop" else 0,
+        "examples_dropped": dropped,
     }
-    examples = examples.select(np.flatnonzero(scored > 0))
     if len(examples) == 0:
         raise ValueError(
             f"{name} has no example with a scored token within max_length {args.max_length}: {data}."

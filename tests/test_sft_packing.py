@@ -487,9 +487,9 @@ OVERLONG = [
         # 11, 30, 60 and 42 tokens; max_length 32. Of the last, truncated, nothing scored is left
         ({}, 3, 1, 2, 0, 0, 11 + 30 + 32, 28 + 42),
         ({"overflow": "drop"}, 2, 0, 0, 0, 2, 11 + 30, 60 + 42),
-        # split, the last is 32 tokens of prompt and a piece with the completion
-        ({"overflow": "split"}, 5, 1, 0, 2, 0, 11 + 30 + 60 + 10, 32),
-        ({"packing_strategy": "bfd_split"}, 5, 1, 0, 2, 0, 11 + 30 + 60 + 10, 32),
+        # split, the last is 32 tokens of prompt, left out, and a piece with the completion
+        ({"overflow": "split"}, 4, 0, 0, 2, 0, 11 + 30 + 60 + 10, 32),
+        ({"packing_strategy": "bfd_split"}, 4, 0, 0, 2, 0, 11 + 30 + 60 + 10, 32),
     ],
 )
 def test_over_long_examples_are_counted(

@@ -138,57 +138,34 @@ def check_arguments(args):
     for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
         if not 0 <= getattr(args, name) < math.inf:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be a finite number >= 0.")
-    if args.max_length < 2:
-        raise ValueError("--max_length 1: a document's first token is never predicted; give at least 2.")
-    flat = args.packing or args.padding_free
-    splits = args.packing_strategy != "bfd"
-    strategy, overflow = args.packing_strategy, args.overflow
-    refused = [
-        (
-            args.max_steps < 1 and args.max_steps != -1,
-            f"--max_steps {args.max_steps}: give a number >= 1, or -1 for num_train_epochs.",
-        ),
-        (
-            not 0 < args.num_train_epochs < math.inf,
-            f"--num_train_epochs {args.num_train_epochs}: it must be a finite number above 0.",
-        ),
-        (
-            overflow not in (None, *OVERFLOW),
-            f"--overflow {overflow}: choose one of {', '.join(OVERFLOW)}.",
-        ),
-        (
-            strategy not in ("bfd", "bfd_split", "wrapped"),
-            f"--packing_strategy {strategy}: choose bfd, bfd_split or wrapped.",
-        ),
-        (
-            splits and not args.packing,
-            f"--packing_strategy {strategy} needs packing: drop it, or drop --no_packing.",
-        ),
-        (
-            splits and overflow not in (None, "split"),
-            f"--packing_strategy {strategy} splits long examples, --overflow {overflow} does not: drop one.",
-        ),
-        (
-            args.packing and not args.padding_free,
-            "--no_padding_free pads, packing never does: add --no_packing for padded batches.",
-        ),
-        (
-            not flat and args.attn_implementation == "varlen",
-            "--attn_implementation varlen is for flat rows: drop --no_padding_free, or choose sdpa.",
-        ),
-        (
-            not args.bf16 and args.attn_implementation == "flash_attention_2",
-            "--attn_implementation flash_attention_2 rejects fp32: add --bf16.",
-        ),
-        (args.eval_steps and not args.eval_dataset_name, "--eval_steps needs --eval_dataset_name."),
-        (
-            args.measure_memory and torch.cuda.is_available(),
-            "--measure_memory is for CPUs: on CUDA every step is measured, drop it.",
-        ),
-    ]
-    for wrong, message in refused:
-        if wrong:
-            raise ValueError(message)
+    strategy, overflow, attention = args.packing_strategy, args.overflow, args.attn_implementation
+    flat, splits = args.packing or args.padding_free, strategy != "bfd"
+    steps, epochs = args.max_steps, args.num_train_epochs
+    refuse(
+        args.max_length < 2, "--max_length 1: a document's first token is never predicted; give at least 2."
+    )
+    refuse(steps < 1 and steps != -1, f"--max_steps {steps}: give a number >= 1, or -1 for num_train_epochs.")
+    refuse(not 0 < epochs < math.inf, f"--num_train_epochs {epochs}: it must be a finite number above 0.")
+    refuse(overflow not in (None, *OVERFLOW), f"--overflow {overflow}: choose one of {', '.join(OVERFLOW)}.")
+    known = strategy in ("bfd", "bfd_split", "wrapped")
+    refuse(not known, f"--packing_strategy {strategy}: choose bfd, bfd_split or wrapped.")
+    refuse(splits and not args.packing, f"--packing_strategy {strategy} needs packing: drop --no_packing.")
+    cut = f"--packing_strategy {strategy} splits long examples, --overflow {overflow} does not: drop one."
+    refuse(splits and overflow not in (None, "split"), cut)
+    pads = args.packing and not args.padding_free
+    refuse(pads, "--no_padding_free pads, packing never does: add --no_packing for padded batches.")
+    masked = not flat and attention == "varlen"
+    refuse(masked, "--attn_implementation varlen is for flat rows: drop --no_padding_free, or choose sdpa.")
+    fp32_flash = attention == "flash_attention_2" and not args.bf16
+    refuse(fp32_flash, "--attn_implementation flash_attention_2 rejects fp32: add --bf16.")
+    refuse(args.eval_steps and not args.eval_dataset_name, "--eval_steps needs --eval_dataset_name.")
+    twice = args.measure_memory and torch.cuda.is_available()
+    refuse(twice, "--measure_memory is for CPUs: on CUDA every step is measured, drop it.")
+
+
+def refuse(wrong, message):
+    if wrong:
+        raise ValueError(message)
 
 
 # --- 2. Data ---

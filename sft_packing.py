@@ -20,6 +20,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -227,7 +228,7 @@ def load_examples(name, split, tokenizer, args, overflow):
     assistant_only_loss = args.assistant_only_loss
     limit = None if args.packing_strategy == "wrapped" else args.max_length
 
-    def encode(example, index, code):
+    def encode(example, index, code):  # code: only a part of the cache's key
         try:
             input_ids, labels = tokenize(example, tokenizer, assistant_only_loss)
         except Exception as error:  # a null, a number, a role that the template refuses: say in which example
@@ -261,26 +262,34 @@ def load_examples(name, split, tokenizer, args, overflow):
     # where no example is left, datasets leaves no columns either
     scored = np.array(examples["num_scored"] if len(examples) else [], dtype=np.int64)
     examples = examples.select(np.flatnonzero(scored > 0))
-    too_long = int((lengths > args.max_length).sum())
-    used = (
-        len(set(examples["example"])) if len(examples) else 0
-    )  # of a split example there are several pieces
-    dropped = too_long if overflow == "drop" else 0
-    data = {
-        "examples_read": len(rows),
-        "examples_used": used,
-        "examples_unscored": len(rows) - used - dropped,
-        "examples_truncated": too_long if overflow == "truncate" else 0,
-        "examples_split": too_long if overflow == "split" else 0,
-        "examples_dropped": dropped,
-    }
+    used = np.unique(examples["example"]) if len(examples) else np.array([], dtype=np.int64)
+    data = describe(lengths, used, args.max_length, overflow)
     if len(examples) == 0:
         raise ValueError(
             f"{name} has no example with a scored token within max_length {args.max_length}: {data}."
         )
     data["tokens_kept"] = int(sum(examples["num_tokens"]))
-    data["tokens_cut"] = int(lengths.sum()) - data["tokens_kept"]
+    data["tokens_unscored"] = int(lengths.sum()) - data["tokens_kept"] - data["tokens_cut"]
     return examples, data
+
+
+def describe(lengths, used, max_length, overflow):
+    """What became of the examples: lengths (E,) in tokens, and which of them have a scored token within the
+    limit.
+    """
+    too_long = lengths > max_length
+    of_used = int(too_long[used].sum())
+    dropped = int(too_long.sum()) if overflow == "drop" else 0
+    excess = {"truncate": lengths - max_length, "drop": lengths}.get(overflow, np.zeros_like(lengths))
+    return {
+        "examples_read": len(lengths),
+        "examples_used": len(used),
+        "examples_unscored": len(lengths) - len(used) - dropped,
+        "examples_truncated": of_used if overflow == "truncate" else 0,
+        "examples_split": of_used if overflow == "split" else 0,
+        "examples_dropped": dropped,
+        "tokens_cut": int(excess[too_long].sum()),
+    }
 
 
 # --- 3. The technique ---
@@ -523,6 +532,8 @@ def evaluate(model, rows, args, rank, world, device, pad_token_id):
         num_scored += count(batch)[0]
     model.train()
     nll_total, num_scored = all_sum([nll_total, num_scored], device)
+    if not math.isfinite(nll_total):
+        raise FloatingPointError(f"the evaluation's loss is {nll_total / num_scored}.")
     return nll_total / num_scored
 
 
@@ -628,37 +639,37 @@ def training_state(model, optimizer):
     return state
 
 
-def save_checkpoint(args, model, optimizer, scheduler, progress, rank):
-    """checkpoint-<step>/: weights and moments, the schedule, the position in the data, random states."""
+def save_checkpoint(args, model, optimizer, progress, rank):
+    """checkpoint-<step>/: weights and moments, the position in schedule and data, random states."""
     path = Path(args.output_dir) / f"checkpoint-{progress['step']}"
-    if path.exists():
-        return
     temporary = path.with_suffix(".tmp")
     if rank == 0:
         fresh_folder(temporary)
     barrier()
     state = training_state(model, optimizer)
-    write_training_state(temporary, state, {**progress, "scheduler": scheduler.state_dict()}, rank)
+    write_training_state(temporary, state, progress, rank)
     barrier()
     if rank == 0:
         commit_folder(temporary, path)
         rotate_checkpoints(args.output_dir, args.save_total_limit)
 
 
-def load_checkpoint(path, model, optimizer, scheduler, fingerprint, rank):
+def load_checkpoint(path, model, optimizer, scheduler, expected, rank):
     """Restore everything that save_checkpoint saved, on any number of ranks. Returns the progress."""
     progress = json.loads((path / "progress.json").read_text())
-    if progress["fingerprint"] != fingerprint:
+    if progress["fingerprint"] != expected["fingerprint"]:
         raise ValueError(
             f"{path} belongs to other data or another plan: use its dataset, max_length and seed."
         )
     read_training_state(path, training_state(model, optimizer), rank)
     for moments in optimizer.state.values():
         moments["step"].fill_(progress["step"])
-    scheduler.load_state_dict({**progress.pop("scheduler"), "base_lrs": scheduler.base_lrs})
-    # loading leaves the optimizer's learning rate at step 0's; stepping onto the loaded position sets it
-    scheduler.last_epoch -= 1
-    scheduler.step()
+    scheduler.last_epoch = progress["step"] - 1  # the rate is a function of the step alone
+    with (
+        warnings.catch_warnings()
+    ):  # torch takes a step of the schedule before one of the optimizer for a mistake
+        warnings.simplefilter("ignore")
+        scheduler.step()
     return progress
 
 
@@ -733,8 +744,9 @@ def clip_gradients(model, max_grad_norm):
 
 
 def predict(args, model, batch, world):
-    """The ledger's predicted side, for the batch that its measured side saw; {} if no step ran."""
-    if batch is None:
+    """The ledger's predicted side, for the batch that its measured side saw; {} where none is known."""
+    attention = model.config._attn_implementation
+    if batch is None or attention == "eager":
         return {}
     num_scored, num_tokens, num_padding = count(batch)
     return predict_ledger(
@@ -746,7 +758,7 @@ def predict(args, model, batch, world):
         bf16=args.bf16,
         chunk_size=args.loss_chunk_size,
         rows=len(batch["input_ids"]),
-        masked=num_padding > 0,
+        masked=num_padding > 0 or "cu_seq_lens_q" in batch and attention == "sdpa",
         accumulates=args.gradient_accumulation_steps > 1,
         world=world,
     )
@@ -793,10 +805,18 @@ def train(args, rank, local_rank, world, device, sigterm):
     )
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, total_steps)
 
-    progress = {"step": 0, "epoch": 0, "rows_done": 0, "fingerprint": rows.fingerprint()}
+    progress = {"step": 0, "epoch": 0, "rows_done": 0}
+    progress |= {"rows_per_step": rows_per_step, "fingerprint": rows.fingerprint()}
     if args.resume_from_checkpoint:
         path = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-        progress = load_checkpoint(path, model, optimizer, scheduler, progress["fingerprint"], rank)
+        progress = load_checkpoint(path, model, optimizer, scheduler, progress, rank)
+        if progress["rows_per_step"] != rows_per_step and args.max_steps == -1:
+            raise ValueError(
+                f"{path} took {progress['rows_per_step']} rows per step, this run takes {rows_per_step}: "
+                "keep ranks x per_device_train_batch_size x gradient_accumulation_steps as it was, or give "
+                "--max_steps."
+            )
+        progress["rows_per_step"] = rows_per_step
         if progress["step"] > total_steps:
             raise ValueError(
                 f"{path} is past the end, step {total_steps}: raise --max_steps or --num_train_epochs."
@@ -863,7 +883,7 @@ def train(args, rank, local_rank, world, device, sigterm):
         if rank == 0:
             write_metrics(metrics, args.output_dir, bar, args.logging_steps)
         if stop or args.save_steps and progress["step"] % args.save_steps == 0:
-            save_checkpoint(args, model, optimizer, scheduler, progress, rank)
+            save_checkpoint(args, model, optimizer, progress, rank)
         if stop:
             if rank == 0:
                 remedy = "continue with --resume_from_checkpoint latest"
@@ -882,6 +902,7 @@ def train(args, rank, local_rank, world, device, sigterm):
         "data": data,
         "throughput": {
             "tokens_per_second": totals["tokens"] / max(totals["seconds"], 1e-9),
+            "real_tokens_per_second": (totals["tokens"] - totals["padding"]) / max(totals["seconds"], 1e-9),
             "num_tokens": int(totals["tokens"]),
             "seconds": totals["seconds"],
         },
@@ -892,7 +913,10 @@ def train(args, rank, local_rank, world, device, sigterm):
         (Path(args.output_dir) / "summary.json").write_text(json.dumps(summary, indent=1))
         title = f"{Path(args.model_name_or_path).name}  {summary['device']}  world {world}"
         print(describe_data(data, args.max_length))
-        print(f"speed     {summary['throughput']['tokens_per_second']:.0f} tokens/s")
+        speed, real = (
+            summary["throughput"][name] for name in ("tokens_per_second", "real_tokens_per_second")
+        )
+        print(f"speed     {speed:.0f} tokens/s, {real:.0f} without padding")
         print(format_ledger(title, ledger))
     return summary
 

@@ -79,8 +79,7 @@ def varlen_attention_forward(
             (cu_seq_lens_q, cu_seq_lens_k),
             (max_length_q, max_length_k),
             scaling,
-            # (-1, 0): everything to the left, nothing to the right
-            (-1 if sliding_window is None else sliding_window - 1, 0),
+            sliding_window,
             dropout,
         )
         return output[None], None
@@ -118,8 +117,10 @@ def _causal_mask(length_q, length_k, sliding_window, device):
     return mask
 
 
-def _varlen_kernel(query, key, value, offsets, longest, scaling, window_size, dropout):
+def _varlen_kernel(query, key, value, offsets, longest, scaling, sliding_window, dropout):
     """One CUDA kernel for all segments. Shapes: query (N, H, D), key and value (Nk, Hkv, D)."""
+    # tokens to the left and to the right that are seen besides the token itself; -1 = all
+    window_size = (-1 if sliding_window is None else sliding_window - 1, 0)
     if flash_attn_varlen_func is not None:
         return flash_attn_varlen_func(
             query, key, value, *offsets, *longest, dropout, scaling, causal=True, window_size=window_size

@@ -25,7 +25,8 @@ def check_output_dir(output_dir, overwrite, resume):
         raise ValueError(f"--output_dir {folder} is a file.")
     taken = [name for name in ("metrics.jsonl", "summary.json", "config.json") if (folder / name).exists()]
     taken += [path.name for _, path in list_checkpoints(folder)]
-    if taken and not overwrite and not resume:
+    resumes_here = resume and (resume == "latest" or Path(resume).resolve().parent == folder.resolve())
+    if taken and not overwrite and not resumes_here:
         raise ValueError(
             f"--output_dir {folder} holds another run ({', '.join(taken[:4])}): choose another folder, "
             "continue it with --resume_from_checkpoint latest, or replace it with --overwrite_output_dir."
@@ -36,8 +37,13 @@ def check_output_dir(output_dir, overwrite, resume):
         )
 
 
+MODEL_FILES = ("*.safetensors*", "*config.json", "tokenizer*", "chat_template*", "vocab*", "merges.txt")
+
+
 def prepare_output_dir(output_dir, step):
-    """Remove what an abandoned run left after `step` (0 for a new run): checkpoints, metrics, summary."""
+    """Remove what an abandoned run left after `step` (0 for a new run): checkpoints, metrics, summary,
+    model.
+    """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     for number, path in list_checkpoints(folder):
@@ -48,7 +54,10 @@ def prepare_output_dir(output_dir, step):
         lines = metrics.read_text().splitlines(keepends=True)
         whole = [line for line in lines if line.endswith("\n")]  # a killed run may have left half a line
         metrics.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
-    (folder / "summary.json").unlink(missing_ok=True)
+    # a file that the new model does not write would be read as a part of it
+    for pattern in ("summary.json", *MODEL_FILES):
+        for file in folder.glob(pattern):
+            file.unlink()
 
 
 def fresh_folder(path):

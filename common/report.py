@@ -37,11 +37,12 @@ def versions():
 
 def describe_data(data, max_length):
     """Two lines about what became of the examples."""
-    counts = "  ".join(
+    examples = "  ".join(
         f"{k.removeprefix('examples_')} {v}" for k, v in data.items() if k.startswith("examples_")
     )
+    tokens = "  ".join(f"{k.removeprefix('tokens_')} {v}" for k, v in data.items() if k.startswith("tokens_"))
     return (
-        f"examples  {counts}; tokens kept {data['tokens_kept']}  cut {data['tokens_cut']}\n"
+        f"examples  {examples}; tokens  {tokens}\n"
         f"rows      {data['rows']}, filled {data['fill_fraction']:.1%} of max_length {max_length}; "
         f"padding {data['padding_fraction']:.1%} of the tokens computed"
     )

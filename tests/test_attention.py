@@ -360,3 +360,79 @@ def test_fp32_on_cuda_runs_the_loop(family):
 def test_models_in_bf16_on_cuda_keep_documents_apart(family):
     row = {name: v.cuda() if torch.is_tensor(v) else v for name, v in flatten(documents(0, LENGTHS)).items()}
     check_isolation(tiny_model(family).cuda().bfloat16(), row)
+
+
+# --- what the CUDA kernels are called with, checked on the CPU by stand-ins with their signatures ---
+
+
+def flash_attn_stand_in(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+):
+    """flash_attn_varlen_func written plainly: (N, H, D), grouped heads, masks aligned bottom-right."""
+    assert dropout_p == 0.0 and causal and window_size[1] == 0
+    assert max_seqlen_q == cu_seqlens_q.diff().max() and max_seqlen_k == cu_seqlens_k.diff().max()
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    outputs = []
+    for i in range(len(cu_seqlens_q) - 1):
+        queries = q[cu_seqlens_q[i] : cu_seqlens_q[i + 1]]
+        keys, values = (x[cu_seqlens_k[i] : cu_seqlens_k[i + 1]] for x in (k, v))
+        distance = torch.arange(len(queries))[:, None] + len(keys) - len(queries) - torch.arange(len(keys))
+        seen = (distance >= 0) & ((distance <= window_size[0]) if window_size[0] >= 0 else True)
+        scores = torch.einsum("qhd,khd->hqk", queries, keys) * softmax_scale
+        outputs.append(
+            torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), values)
+        )
+    return torch.cat(outputs)
+
+
+def torch_2_13_stand_in(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
+):
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    offsets = cu_seq_q, cu_seq_k, max_q, max_k
+    return flash_attn_stand_in(query, key, value, *offsets, 0.0, scale, True, window_size)
+
+
+def torch_2_11_stand_in(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)
+):
+    assert query.shape[1] == key.shape[1] == value.shape[1]
+    offsets = cu_seq_q, cu_seq_k, max_q, max_k
+    return flash_attn_stand_in(query, key, value, *offsets, 0.0, scale, True, window_size)
+
+
+@pytest.mark.parametrize("sliding_window", [None, 1, 3])
+@pytest.mark.parametrize("kernel", ["flash_attn", torch_2_11_stand_in, torch_2_13_stand_in])
+def test_the_kernels_are_called_with_what_the_cpu_computes(kernel, sliding_window, monkeypatch):
+    row = flatten_shared_prompt([([1, 2, 3], [[4, 5], [6, 7, 8, 9]]), ([1], [[2]])])
+    torch.manual_seed(0)
+    query, key, value = torch.randn(1, 4, 11, 8), torch.randn(1, 2, 11, 8), torch.randn(1, 2, 11, 8)
+    bounds = {name: row[name] for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")}
+    expected, _ = attention.varlen_attention_forward(
+        None, query, key, value, None, 0.3, sliding_window=sliding_window, kv_index=row["kv_index"], **bounds
+    )
+    if kernel == "flash_attn":
+        monkeypatch.setattr(attention, "flash_attn_varlen_func", flash_attn_stand_in)
+    else:
+        monkeypatch.setattr(attention, "flash_attn_varlen_func", None)
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    output = attention._varlen_kernel(
+        query[0].transpose(0, 1),
+        *(x[0].index_select(1, row["kv_index"]).transpose(0, 1) for x in (key, value)),
+        (row["cu_seq_lens_q"], row["cu_seq_lens_k"]),
+        (row["max_length_q"], row["max_length_k"]),
+        0.3,
+        sliding_window,
+        0.0,
+    )
+    assert worst(output, expected[0]) <= 1e-5

@@ -485,11 +485,11 @@ OVERLONG = [
     "flags, used, unscored, truncated, split, dropped, kept, cut",
     [
         # 11, 30, 60 and 42 tokens; max_length 32. Of the last, truncated, nothing scored is left
-        ({}, 3, 1, 2, 0, 0, 11 + 30 + 32, 28 + 42),
+        ({}, 3, 1, 1, 0, 0, 11 + 30 + 32, 28 + 10),
         ({"overflow": "drop"}, 2, 0, 0, 0, 2, 11 + 30, 60 + 42),
         # split, the last is 32 tokens of prompt, left out, and a piece with the completion
-        ({"overflow": "split"}, 4, 0, 0, 2, 0, 11 + 30 + 60 + 10, 32),
-        ({"packing_strategy": "bfd_split"}, 4, 0, 0, 2, 0, 11 + 30 + 60 + 10, 32),
+        ({"overflow": "split"}, 4, 0, 0, 2, 0, 11 + 30 + 60 + 10, 0),
+        ({"packing_strategy": "bfd_split"}, 4, 0, 0, 2, 0, 11 + 30 + 60 + 10, 0),
     ],
 )
 def test_over_long_examples_are_counted(
@@ -530,7 +530,7 @@ def test_examples_without_a_scored_token_are_dropped_and_counted(base, tmp_path)
     name = write_jsonl(tmp_path / "rows.jsonl", [{"text": ""}, {"text": "abc"}, {"text": ""}])
     data = run(tmp_path / "out", base, dataset_name=name).returned["data"]
     assert (data["examples_read"], data["examples_used"], data["examples_unscored"]) == (3, 1, 2)
-    assert (data["tokens_kept"], data["tokens_cut"]) == (4, 2)
+    assert (data["tokens_kept"], data["tokens_cut"], data["tokens_unscored"]) == (4, 0, 2)
 
 
 def test_tokens_are_cached_until_something_they_depend_on_changes(cache, tmp_path):
@@ -756,9 +756,14 @@ def test_an_attention_that_is_not_installed_is_refused(base, copied_run):
             {"resume_from_checkpoint": "latest", "overwrite_output_dir": True},
             "--overwrite_output_dir removes what --resume_from_checkpoint needs",
         ),
-        ({"resume_from_checkpoint": "checkpoint-2"}, "checkpoint-2: not a folder"),
+        # a checkpoint of another folder does not make this folder its own
+        ({"resume_from_checkpoint": "checkpoint-2"}, "holds another run"),
         ({"resume_from_checkpoint": "latest", "max_length": 32}, "other data or another plan"),
         ({"resume_from_checkpoint": "latest", "seed": 1}, "other data or another plan"),
+        (
+            {"resume_from_checkpoint": "latest", "per_device_train_batch_size": 1},
+            "2 rows per step, this run takes 1",
+        ),
         ({"resume_from_checkpoint": "latest", "packing": False}, "other data or another plan"),
     ],
 )

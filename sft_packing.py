@@ -654,23 +654,45 @@ def save_checkpoint(args, model, optimizer, progress, rank):
         rotate_checkpoints(args.output_dir, args.save_total_limit)
 
 
-def load_checkpoint(path, model, optimizer, scheduler, expected, rank):
-    """Restore everything that save_checkpoint saved, on any number of ranks. Returns the progress."""
+def read_progress(path, fingerprint):
+    """Where a checkpoint stands: step, epoch, rows done in it."""
     progress = json.loads((path / "progress.json").read_text())
-    if progress["fingerprint"] != expected["fingerprint"]:
+    if progress["fingerprint"] != fingerprint:
         raise ValueError(
             f"{path} belongs to other data or another plan: use its dataset, max_length and seed."
         )
+    return progress
+
+
+def load_checkpoint(path, model, optimizer, scheduler, step, rank):
+    """Restore weights, moments, learning rate and random states, on any number of ranks."""
     read_training_state(path, training_state(model, optimizer), rank)
     for moments in optimizer.state.values():
-        moments["step"].fill_(progress["step"])
-    scheduler.last_epoch = progress["step"] - 1  # the rate is a function of the step alone
-    with (
-        warnings.catch_warnings()
-    ):  # torch takes a step of the schedule before one of the optimizer for a mistake
+        moments["step"].fill_(step)
+    scheduler.last_epoch = step - 1  # the rate is a function of the step alone
+    with warnings.catch_warnings():
+        # torch takes a step of the schedule before the first one of the optimizer for a mistake
         warnings.simplefilter("ignore")
         scheduler.step()
-    return progress
+
+
+def count_steps(args, num_rows, rows_per_step, progress):
+    """Optimizer steps of the whole run, those that `progress` has done included.
+
+    Counted from the rows that are left: a run resumed with other ranks or batches trains each row as often
+    as before.
+    """
+    if args.max_steps > 0:
+        return args.max_steps
+    per_epoch = math.ceil(num_rows / rows_per_step)
+    part, whole = math.modf(args.num_train_epochs)
+    in_part = math.ceil(
+        part * per_epoch - 1e-9
+    )  # of a last, incomplete epoch; modf(1.6) is 0.6000000000000001
+    if progress["epoch"] < whole:
+        this_epoch = math.ceil((num_rows - progress["rows_done"]) / rows_per_step)
+        return progress["step"] + this_epoch + (int(whole) - progress["epoch"] - 1) * per_epoch + in_part
+    return progress["step"] + max(0, in_part - progress["rows_done"] // rows_per_step)
 
 
 def save_model(args, model, tokenizer, rank):
@@ -791,8 +813,13 @@ def train(args, rank, local_rank, world, device, sigterm):
     rows, eval_rows, data = prepare_data(args, tokenizer, config.vocab_size, local_rank)
     pad_token_id = tokenizer.pad_token_id or 0  # masked: any id will do
     rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
-    steps_per_epoch = math.ceil(len(rows) / rows_per_step)
-    total_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+    progress = {"step": 0, "epoch": 0, "rows_done": 0, "fingerprint": rows.fingerprint()}
+    if args.resume_from_checkpoint:
+        checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+        progress = read_progress(checkpoint, progress["fingerprint"])
+    total_steps = count_steps(args, len(rows), rows_per_step, progress)
+    if progress["step"] > total_steps:
+        raise ValueError(f"{checkpoint} is past --max_steps {total_steps}: raise it.")
 
     model = load_model(args, device, args.attn_implementation or ("varlen" if flat else "sdpa"))
     first_batch = to_device(rows.batch([0], pad_token_id), device)
@@ -805,22 +832,8 @@ def train(args, rank, local_rank, world, device, sigterm):
     )
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, total_steps)
 
-    progress = {"step": 0, "epoch": 0, "rows_done": 0}
-    progress |= {"rows_per_step": rows_per_step, "fingerprint": rows.fingerprint()}
     if args.resume_from_checkpoint:
-        path = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-        progress = load_checkpoint(path, model, optimizer, scheduler, progress, rank)
-        if progress["rows_per_step"] != rows_per_step and args.max_steps == -1:
-            raise ValueError(
-                f"{path} took {progress['rows_per_step']} rows per step, this run takes {rows_per_step}: "
-                "keep ranks x per_device_train_batch_size x gradient_accumulation_steps as it was, or give "
-                "--max_steps."
-            )
-        progress["rows_per_step"] = rows_per_step
-        if progress["step"] > total_steps:
-            raise ValueError(
-                f"{path} is past the end, step {total_steps}: raise --max_steps or --num_train_epochs."
-            )
+        load_checkpoint(checkpoint, model, optimizer, scheduler, progress["step"], rank)
     if rank == 0:
         prepare_output_dir(args.output_dir, progress["step"])
     metrics, totals = {}, {"seconds": 0.0, "tokens": 0, "padding": 0}
@@ -872,8 +885,9 @@ def train(args, rank, local_rank, world, device, sigterm):
             "step_seconds": seconds,
             "peak_memory_bytes": meter.peak_bytes(),
         }
-        for name, value in (("seconds", seconds), ("tokens", num_tokens), ("padding", num_padding)):
-            totals[name] += value
+        if not meter.counting or total_steps == 1:  # counting bytes slows a step down
+            for name, value in (("seconds", seconds), ("tokens", num_tokens), ("padding", num_padding)):
+                totals[name] += value
         if progress["rows_done"] == len(rows):
             progress["epoch"], progress["rows_done"] = progress["epoch"] + 1, 0
             order = rows.order(progress["epoch"])

@@ -41,13 +41,14 @@ class MemoryMeter:
         self.track, self.track_step, self.calls = track and device.type == "cpu", track_step, 0
         self.measured = {}
         self.largest_batch = None  # of the measured steps; of all steps if none was measured
+        self.counting = False  # whether MemTracker watched the latest step
         self.tracker = None
 
     @contextmanager
     def step(self, batches):
         """Wrap one optimizer step: forwards, backwards and update; batches: its inputs, dicts of tensors."""
         self.calls += 1
-        tracked = self.track and self.calls == self.track_step
+        tracked = self.counting = self.track and self.calls == self.track_step
         if tracked:
             self.largest_batch = None
         if tracked or not self.track or self.calls < self.track_step:
@@ -253,4 +254,6 @@ def format_ledger(title, rows):
         lines.append(
             f"{name:<13}{row['formula']:<54}{format_gib(row['predicted'])} {format_gib(row['measured'])}"
         )
+    if rows:
+        lines.append("P parameters, N tokens of a forward, h hidden size, L layers, V vocabulary, W ranks")
     return "\n".join(lines)

@@ -7,9 +7,9 @@ TRUNCATION_MODES = ("keep_start", "keep_end")
 
 
 def check_limit(name, limit):
-    """Raise ValueError unless `limit` is None (off) or a whole number of tokens >= 1."""
+    """Raise ValueError unless `limit` is None (off) or a whole number >= 1."""
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise ValueError(f"{name} is {limit!r}; give a number of tokens >= 1, or leave it out for no limit.")
+        raise ValueError(f"{name} is {limit!r}; give a whole number >= 1, or leave it out.")
 
 
 def fit_to_length(input_ids, labels, max_length, overflow):

@@ -760,10 +760,6 @@ def test_an_attention_that_is_not_installed_is_refused(base, copied_run):
         ({"resume_from_checkpoint": "checkpoint-2"}, "holds another run"),
         ({"resume_from_checkpoint": "latest", "max_length": 32}, "other data or another plan"),
         ({"resume_from_checkpoint": "latest", "seed": 1}, "other data or another plan"),
-        (
-            {"resume_from_checkpoint": "latest", "per_device_train_batch_size": 1},
-            "2 rows per step, this run takes 1",
-        ),
         ({"resume_from_checkpoint": "latest", "packing": False}, "other data or another plan"),
     ],
 )
@@ -1328,3 +1324,22 @@ def test_padding_costs_bytes_that_packing_saves(base, tmp_path):
         assert ratio <= 1.05 * 327 / 1600  # less still: a mask makes SDPA repeat keys and values
         assert found[form]["peak"] < 0.5 * found["padded"]["peak"]
         assert found[form]["parameters"] == found["padded"]["parameters"]
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 1.6])
+@pytest.mark.parametrize(
+    "rows_done, before, after", [(0, 4, 4), (16, 1, 4), (15, 1, 4), (16, 4, 1), (32, 4, 3)]
+)
+def test_a_run_resumed_with_other_batches_trains_each_row_as_often(epochs, rows_done, before, after):
+    args = Arguments(num_train_epochs=epochs)
+    progress = {"step": -(-rows_done // before), "epoch": 0, "rows_done": rows_done}
+    left = sft_packing.count_steps(args, 35, after, progress) - progress["step"]
+    trained, epoch, position = 0, 0, rows_done
+    for _ in range(left):  # as train() walks through the rows
+        taken = min(after, 35 - position)
+        trained, position = trained + taken, position + taken
+        if position == 35:
+            epoch, position = epoch + 1, 0
+    left_over = epochs * 35 - rows_done
+    assert left_over <= trained <= left_over + after  # part of an epoch is rounded up to whole steps
+    assert epochs != int(epochs) or (epoch, position) == (epochs, 0)

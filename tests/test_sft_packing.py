@@ -1343,3 +1343,30 @@ def test_a_run_resumed_with_other_batches_trains_each_row_as_often(epochs, rows_
     left_over = epochs * 35 - rows_done
     assert left_over <= trained <= left_over + after  # part of an epoch is rounded up to whole steps
     assert epochs != int(epochs) or (epoch, position) == (epochs, 0)
+
+
+def readme_commands():
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    return [
+        line.split("sft_packing.py", 1)[1].split()
+        for line in text.splitlines()
+        if " sft_packing.py --" in line
+    ]
+
+
+@pytest.mark.parametrize("command", readme_commands(), ids=lambda command: command[-1])
+def test_the_readmes_commands_are_accepted(command):
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(command)
+    sft_packing.check_arguments(args)
+
+
+def test_the_readmes_laptop_command_runs(base, tmp_path, monkeypatch):
+    """Its own flags, with the model and the data of these tests."""
+    monkeypatch.chdir(tmp_path)
+    (command,) = [c for c in readme_commands() if "my_chats.jsonl" in c]
+    write_jsonl(tmp_path / "my_chats.jsonl", [{"messages": TALK}] * 3)
+    command[command.index("--model_name_or_path") + 1] = base["model_name_or_path"]
+    command[command.index("--max_length") + 1] = "64"  # the model here has fewer positions
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(command)
+    assert main(args)["data"]["examples_used"] == 3
+    assert (tmp_path / "outputs/laptop/model.safetensors").exists()

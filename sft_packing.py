@@ -223,8 +223,7 @@ def load_examples(name, split, tokenizer, args, overflow):
     """
     rows = load_rows(name, split)
     check_columns(rows, name, tokenizer, args)
-    # datasets caches a map under a hash of what its function refers to: plain values here, not the whole of
-    # args
+    # datasets caches a map under a hash of all that its function refers to: not of args, then
     assistant_only_loss = args.assistant_only_loss
     limit = None if args.packing_strategy == "wrapped" else args.max_length
 
@@ -251,8 +250,7 @@ def load_examples(name, split, tokenizer, args, overflow):
                 fitted["num_scored"].append(sum(label != IGNORE for label in labels[1:]))
         return fitted
 
-    # datasets knows the functions of imported modules by name only: without their text, an edit would go
-    # unnoticed
+    # datasets knows the functions of imported modules by name only: their text has to join the key
     options = {"num_proc": args.dataset_num_proc, "fn_kwargs": {"code": source_hash()}}
     encoded = rows.map(
         encode, with_indices=True, remove_columns=rows.column_names, desc=f"Tokenising {name}", **options
@@ -274,9 +272,7 @@ def load_examples(name, split, tokenizer, args, overflow):
 
 
 def describe(lengths, used, max_length, overflow):
-    """What became of the examples: lengths (E,) in tokens, and which of them have a scored token within the
-    limit.
-    """
+    """What became of the examples: their lengths (E,) in tokens, and which of them are used."""
     too_long = lengths > max_length
     of_used = int(too_long[used].sum())
     dropped = int(too_long.sum()) if overflow == "drop" else 0
@@ -362,8 +358,7 @@ def best_fit_decreasing(lengths, max_length, rng):
     Returns: order (S,): the items, longest first; row, slot (S,): the row of each item of `order`, and its
              place there; row_sizes (R,): items in each row.
     """
-    # Equal lengths are shuffled first, or examples that stand together in the data would stand together in a
-    # row.
+    # Equal lengths are shuffled first, or neighbours in the data would stay neighbours in a row.
     order = rng.permutation(len(lengths))
     key = max_length - lengths[order]
     # numpy sorts 16-bit keys by radix: 10 times faster
@@ -417,9 +412,7 @@ def keep_rows(residuals, rows_with, residual, rows):
 
 
 class Rows:
-    """Rows of a plan, joined from the tokenised examples when a batch needs them: nothing is copied in
-    advance.
-    """
+    """Rows of a plan, joined from the tokenised examples when a batch needs them, not in advance."""
 
     def __init__(self, examples, data, args, overflow):
         lengths = np.array(examples["num_tokens"])
@@ -458,12 +451,9 @@ class Rows:
         return sorted(set(self.examples[np.concatenate(spans).tolist()]["example"]))
 
     def batch(self, row_numbers, pad_token_id):
-        """The batch of these rows: flat (no padding), or padded. No rows: one dummy without a scored
-        token.
-        """
+        """The batch of these rows: flat (no padding), or padded. No rows: one unscored dummy."""
         if len(row_numbers) == 0:
-            # Ranks must run equally many forwards, or collectives stall. Two tokens, none scored: weight
-            # zero.
+            # Ranks must run equally many forwards, or collectives stall. None of these two tokens is scored.
             input_ids = self.examples[0]["input_ids"][:2]
             sequences = [{"input_ids": input_ids, "labels": [IGNORE] * len(input_ids)}]
         else:
@@ -506,8 +496,7 @@ def batch_nll_sum(model, batch, chunk_size):
 
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     with head_computes(model, head):
-        # A cache or a mask makes transformers ignore the resets of position_ids: documents would read each
-        # other.
+        # With a cache or a mask, transformers ignores that position_ids restart: documents mix.
         return model(**inputs, use_cache=False).logits
 
 
@@ -554,8 +543,7 @@ def start_distributed(args):
     if (world > 1 or args.bf16) and not dist.is_initialized():
         alone = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         backend = "nccl" if device.type == "cuda" else "gloo"
-        # long, for the other ranks wait while the first one tokenises; finite, so that a lost rank ends the
-        # run
+        # long, for the other ranks wait while the first one tokenises; finite, for a lost rank
         dist.init_process_group(backend, timeout=timedelta(hours=1), **alone)
     return int(os.environ.get("RANK", 0)), local_rank, world, device
 
@@ -585,8 +573,7 @@ def load_model(args, device, attn_implementation):
     if not dist.is_initialized():
         model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **options).to(device)
     else:
-        # The first rank reads the weights and hands out the shards: no other holds the whole model, even for
-        # a moment.
+        # The first rank reads the weights and hands out the shards: no other ever holds the whole model.
         first = dist.get_rank() == 0
         whole = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **options) if first else None
         with torch.device("meta"):
@@ -737,9 +724,7 @@ def load_tokenizer_and_config(args):
 
 
 def prepare_data(args, tokenizer, vocab_size, local_rank):
-    """Returns training rows, evaluation rows (None without --eval_dataset_name), and counts for the
-    summary.
-    """
+    """Returns training rows, evaluation rows (None without --eval_dataset_name), and counts."""
     overflow = args.overflow or ("truncate" if args.packing_strategy == "bfd" else "split")
     if local_rank != 0:
         barrier()  # the first rank of each machine tokenises; the others then read its cache
@@ -758,9 +743,7 @@ def prepare_data(args, tokenizer, vocab_size, local_rank):
 
 
 def clip_gradients(model, max_grad_norm):
-    """Scale the gradients to a global norm of at most max_grad_norm (0 = as they are); returns the norm
-    before.
-    """
+    """Scale the gradients to a global norm of max_grad_norm at most (0 = any); returns the norm before."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
     return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
 

@@ -75,8 +75,7 @@ def commit_folder(temporary, path):
     """
     if Path(path).exists():
         raise FileExistsError(f"{path} is already there.")
-    # the rename may reach the disk before the data does: a power cut would leave empty files under the final
-    # name
+    # the rename may reach the disk before the data does: a power cut would leave empty files
     for file in Path(temporary).rglob("*"):
         _sync(file)
     _sync(temporary)

@@ -70,7 +70,7 @@ SFT_TASKS = {**BASE_TASKS, "spell": 6}
 SFT_STYLES = {**BASE_STYLES, "polite": 4}
 
 WORD_SHAPES = [("bdglmnprst", "aeiou", "bdglmnprst")]  # letters to choose from, place by place
-Turn = namedtuple("Turn", "task key question reply answer wrong_reply")
+Turn = namedtuple("Turn", "task question reply answer wrong_reply")
 
 
 def _slip(rng, answer):
@@ -93,56 +93,39 @@ def _running_total(numbers, wrong_step=None, error=0):
 
 
 def _problem(rng, task, previous):
-    """Returns: key (the problem without its wording), the question's operands, right and wrong (working,
-    answer).
-    """
+    """Returns: the question's operands, the right and the wrong (working, answer)."""
     low, high = sorted(rng.sample(range(1, rng.choice([10, 10, 21])), 2))
     word = "".join(map(rng.choice, rng.choice(WORD_SHAPES)))
     match task:
         case "add":
-            key, operands = f"{low} + {high}", rng.sample([low, high], 2)
-            working, answer = "{} + {} = ".format(*operands), low + high
+            operands, answer = rng.sample([low, high], 2), low + high
+            working = "{} + {} = ".format(*operands)
         case "subtract":
-            key, operands, working, answer = f"{high} - {low}", [high, low], f"{high} - {low} = ", high - low
+            operands, working, answer = [high, low], f"{high} - {low} = ", high - low
         case "and add":
             number = rng.randint(1, 9)
-            low, high = sorted([previous, number])
-            key, operands, working, answer = (
-                f"{low} + {high}",
-                [number],
-                f"{previous} + {number} = ",
-                low + high,
-            )
+            operands, working, answer = [number], f"{previous} + {number} = ", previous + number
         case "and subtract":
             number = rng.randint(min(1, previous), min(9, previous))
-            key, operands, answer = f"{previous} - {number}", [number], previous - number
-            working = f"{key} = "
+            operands, working, answer = [number], f"{previous} - {number} = ", previous - number
         case "larger":
-            key, operands, working, answer = (
-                f"max {low} {high}",
-                rng.sample([low, high], 2),
-                "The larger is ",
-                high,
-            )
-            return key, operands, (working, str(answer)), (working, str(low))
+            operands, working = rng.sample([low, high], 2), "The larger is "
+            return operands, (working, str(high)), (working, str(low))
         case "count":
             letter = rng.choice(word)
-            key, operands, answer = f"count {letter} {word}", [letter, word], word.count(letter)
-            working = f"{letter} in {word}: "
+            operands, working, answer = [letter, word], f"{letter} in {word}: ", word.count(letter)
         case "reverse":
-            key, operands, working, answer = f"reverse {word}", [word], f"{word} backwards is ", word[::-1]
+            operands, working, answer = [word], f"{word} backwards is ", word[::-1]
         case "sort":
-            key, operands, working, answer = f"sort {word}", [word], "In order: ", "".join(sorted(word))
+            operands, working, answer = [word], "In order: ", "".join(sorted(word))
         case "spell":
-            key, operands, working, answer = f"spell {word}", [word], f"{word} is ", "-".join(word)
+            operands, working, answer = [word], f"{word} is ", "-".join(word)
         case "total":
-            # A log-normal count gives the file the tail that chat data have: most are short, a few pass 512
-            # tokens.
+            # A log-normal count gives the tail that chat data have: most are short, a few pass 512 tokens.
             numbers = [rng.randint(1, 9) for _ in range(min(45, max(3, round(rng.lognormvariate(1.7, 1)))))]
-            key = ", ".join(map(str, numbers))
             wrong = _running_total(numbers, rng.randrange(len(numbers) - 1), rng.choice([-1, 1, 10]))
-            return f"sum {key}", [key], _running_total(numbers), wrong
-    return key, operands, (working, str(answer)), (working, _slip(rng, str(answer)))
+            return [", ".join(map(str, numbers))], _running_total(numbers), wrong
+    return operands, (working, str(answer)), (working, _slip(rng, str(answer)))
 
 
 def make_turn(rng, tasks, style, held_out, previous=None):
@@ -153,7 +136,7 @@ def make_turn(rng, tasks, style, held_out, previous=None):
         task = rng.choices(list(tasks), tasks.values())[0]
         if previous is not None and previous <= 40 and rng.random() < 0.5:
             task = rng.choice(["and add", "and subtract"])
-        key, operands, right, wrong = _problem(rng, task, previous)
+        operands, right, wrong = _problem(rng, task, previous)
         question = rng.choice(QUESTIONS[task]).format(*operands)
         # a follow-up is another question after another number
         asked = f"{previous} {question}" if task.startswith("and") else question
@@ -163,7 +146,7 @@ def make_turn(rng, tasks, style, held_out, previous=None):
     start = {"short": 1 if task != "total" else 0, "working": 0, "polite": 0}[style]
     courtesy = rng.choice(COURTESY) + " " if style == "polite" else ""
     replies = [courtesy + "".join(pair[start:]) for pair in (right, wrong)]
-    return Turn(task, key, question, replies[0], right[1], replies[1])
+    return Turn(task, question, replies[0], right[1], replies[1])
 
 
 def extract_answer(completion):

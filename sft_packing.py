@@ -22,6 +22,7 @@ import sys
 import time
 import warnings
 from collections import defaultdict
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -70,7 +71,16 @@ from common.data import (
     source_hash,
 )
 from common.logps import check_head, head_computes, nll_sum
-from common.memory import MemoryMeter, format_ledger, memory_ledger, predict_ledger
+from common.memory import (
+    MemoryMeter,
+    format_ledger,
+    format_traffic,
+    measure_bandwidth,
+    memory_ledger,
+    predict_ledger,
+    traffic,
+)
+from common.offload import OffloadActivations, keep_on_device
 from common.report import describe_data, device_name, versions, write_metrics
 from common.truncation import OVERFLOW, check_limit, fit_to_length
 
@@ -116,6 +126,7 @@ class Arguments:
     num_train_epochs: float = flag(1.0, "passes over the data")
     max_steps: int = flag(-1, "optimizer steps, overriding num_train_epochs; -1 = off")
     gradient_checkpointing: bool = flag(True, "keep the layers' inputs only; compute the rest again")
+    activation_offloading: bool = flag(False, "until backward, what it needs waits in host memory")
     bf16: bool = flag(False, "compute in bfloat16; weights, gradients and optimizer states stay in fp32")
     loss_chunk_size: int = flag(256, "tokens per chunk of the loss head")
     seed: int = flag(0, "order of the data and dropout")
@@ -491,8 +502,9 @@ def batch_nll_sum(model, batch, chunk_size):
 
     def head(hidden, weight, bias):
         # only scored positions reach the head: a prompt costs no logits
-        hidden = hidden.flatten(0, 1).index_select(0, scored)
-        return nll_sum(hidden, weight, targets[scored], bias=bias, chunk_size=chunk_size)
+        with keep_on_device():  # backward begins here: what this saves would come straight back
+            hidden = hidden.flatten(0, 1).index_select(0, scored)
+            return nll_sum(hidden, weight, targets[scored], bias=bias, chunk_size=chunk_size)
 
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     with head_computes(model, head):
@@ -596,6 +608,12 @@ def load_model(args, device, attn_implementation):
     return model.train()
 
 
+def decoder_layers(model):
+    """The model's repeated blocks, in order, before and after FSDP2 has given them a class of its own."""
+    names = {name for name in model._no_split_modules or ()}
+    return [m for m in model.modules() if type(m).__name__.removeprefix("FSDP") in names]
+
+
 def shard(model, device, bf16):
     """FSDP2: each rank keeps a slice of the weights in fp32 and gathers a layer's while the layer runs.
 
@@ -604,8 +622,7 @@ def shard(model, device, bf16):
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
-    layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
-    for module in [*layers, model]:
+    for module in [*decoder_layers(model), model]:
         # True for the outermost as well: after a forward without backward (checks, evaluation) its weights
         # would stay gathered, and the optimizer and the checkpoints would take those for the shards.
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
@@ -765,6 +782,7 @@ def predict(args, model, batch, world):
         rows=len(batch["input_ids"]),
         masked=num_padding > 0 or "cu_seq_lens_q" in batch and attention == "sdpa",
         accumulates=args.gradient_accumulation_steps > 1,
+        offloads=args.activation_offloading,
         world=world,
     )
 
@@ -819,6 +837,7 @@ def train(args, rank, local_rank, world, device, sigterm):
         load_checkpoint(checkpoint, model, optimizer, scheduler, progress["step"], rank)
     if rank == 0:
         prepare_output_dir(args.output_dir, progress["step"])
+    offload = OffloadActivations(model, decoder_layers(model), device) if args.activation_offloading else None
     metrics, totals = {}, {"seconds": 0.0, "tokens": 0, "padding": 0}
     meter = MemoryMeter(model, optimizer, device, args.measure_memory, min(2, total_steps - progress["step"]))
     bar = tqdm(total=total_steps, initial=progress["step"], desc="SFT", unit="step", disable=rank != 0)
@@ -836,10 +855,13 @@ def train(args, rank, local_rank, world, device, sigterm):
         nll_total = 0.0
         with meter.step(batches):
             for batch in batches:
-                nll = batch_nll_sum(model, to_device(batch, device), args.loss_chunk_size)
+                with offload or nullcontext():
+                    nll = batch_nll_sum(model, to_device(batch, device), args.loss_chunk_size)
                 # FSDP averages gradients over ranks: times world cancels that
                 (nll * (world / num_items_in_batch)).backward()
                 nll_total += nll.item()
+            if offload:
+                offload.end_step()
             grad_norm = clip_gradients(model, args.max_grad_norm)
             nll_total, stop = all_sum([nll_total, len(sigterm)], device)  # SIGTERM on one rank stops all
             loss = nll_total / num_items_in_batch
@@ -889,7 +911,8 @@ def train(args, rank, local_rank, world, device, sigterm):
     bar.close()
 
     save_model(args, model, tokenizer, rank)
-    ledger = memory_ledger(predict(args, model, meter.largest_batch, world), meter.measured)
+    on_host = {"on_host": offload.host.peak} if offload else {}
+    ledger = memory_ledger(predict(args, model, meter.largest_batch, world), meter.measured | on_host)
     data["padding_fraction"] = totals["padding"] / max(totals["tokens"], 1)
     summary = {
         "args": asdict(args),
@@ -904,6 +927,7 @@ def train(args, rank, local_rank, world, device, sigterm):
             "seconds": totals["seconds"],
         },
         "ledger": ledger,
+        "activation_offloading": traffic(offload.report(), measure_bandwidth(device)) if offload else None,
         "final_metrics": metrics,
     }
     if rank == 0:
@@ -915,6 +939,8 @@ def train(args, rank, local_rank, world, device, sigterm):
         )
         print(f"speed     {speed:.0f} tokens/s, {real:.0f} without padding")
         print(format_ledger(title, ledger))
+        if offload:
+            print(format_traffic(summary["activation_offloading"]))
     return summary
 
 

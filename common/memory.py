@@ -3,7 +3,9 @@ predicts.
 """
 
 import resource
+import statistics
 import sys
+import time
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -147,6 +149,7 @@ def predict_ledger(
     rows=1,
     masked=False,
     accumulates=False,
+    offloads=False,
     world=1,
 ):
     """What one step of a Llama-like decoder (rotary, RMSNorm, gated MLP) will hold, from its configuration
@@ -155,6 +158,7 @@ def predict_ledger(
     Args:    config: a transformers configuration. num_tokens, num_scored: of the largest forward, padding
              included. num_parameters: tied weights counted once. rows: of a padded batch, 1 for a flat row;
              masked: whether it holds any padding. accumulates: whether a step has several forwards.
+             offloads: whether activations wait on the host (offload.py), but for the last layer's.
     Returns: {name: (formula, bytes)} for one rank, in the ledger's order; {} for other architectures.
     """
     needs = ("hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps", "num_key_value_heads")
@@ -182,14 +186,17 @@ def predict_ledger(
     # the last norm, the rotary cosines and sines, the mask as booleans
     outside = num_tokens * norms // 2 + 2 * c * head_dim * num_tokens // rows + mask
     if gradient_checkpointing:
-        formula = f"layer inputs {c} N h L"
-        activations = num_tokens * c * h * layers + outside
+        formula, kept = f"layer inputs {c} N h L", num_tokens * c * h
         recomputed = one_layer
     else:
         checkpointed = format_gib(num_tokens * c * h * layers + outside).strip()
-        formula = f"all L layers (with checkpointing: {checkpointed})"
-        activations = layers * one_layer + outside
+        formula, kept = f"all L layers (with checkpointing: {checkpointed})", one_layer
         recomputed = 0
+    activations, prefetched, host = layers * kept + outside, 0, {}
+    if offloads:
+        formula = "of one layer; of the others on the host"
+        activations, prefetched = kept + outside, kept
+        host = {"on_host": ("of L - 1 layers", (layers - 1) * kept)}
     logits = 4 * num_scored * vocabulary
     chunk = min(chunk_size, num_scored) * (vocabulary * (6 if bf16 else 4) + h * c)
     # scored hidden states and their gradient, the weight's gradient, one chunk of logits
@@ -204,15 +211,20 @@ def predict_ledger(
     before = states + gathered + (gradients if accumulates else 0)
     at_head = before + activations + loss_head
     # the last layer's backward: everything is still there, plus the gradients that flow
-    in_backward = before + activations + recomputed + c * head_weight + c * num_tokens * (h + inner)
+    flowing = c * head_weight + c * num_tokens * (h + inner)
     if sharded:  # one layer's gradient: as computed, in fp32 for the reduce-scatter, and this rank's part
-        in_backward += (c + 4 + 4 // world) * in_layers // layers
+        flowing += (c + 4 + 4 // world) * in_layers // layers
+    in_last = before + activations + prefetched + recomputed + flowing
+    # the first layer's backward: the other layers' activations are gone, their gradients are there
+    others = 0 if accumulates else 4 * (in_layers - in_layers // layers) // world
+    in_first = before + others + kept + recomputed + flowing
     # the embedding's backward: a gradient of V * h of its own, added to the head's where the two are tied
     extra = (2 if config.tie_word_embeddings else 0) + (1 if accumulates else 0)
     at_end = states + gathered + gradients + c * head_weight * extra
     moments = {
         "at the loss head": at_head,
-        "in the last layer's backward": in_backward,
+        "in the last layer's backward": in_last,
+        "in the first layer's backward": in_first,
         "in the embedding's backward": at_end,
     }
     return {
@@ -222,6 +234,7 @@ def predict_ledger(
         "activations": (formula, activations),
         "loss_head": (f"chunk x V + 4 V h (all at once: {format_gib(logits).strip()})", loss_head),
         "peak": (max(moments, key=moments.get), max(moments.values())),
+        **host,
     }
 
 
@@ -257,3 +270,50 @@ def format_ledger(title, rows):
     if rows:
         lines.append("P parameters, N tokens of a forward, h hidden size, L layers, V vocabulary, W ranks")
     return "\n".join(lines)
+
+
+def measure_bandwidth(device, num_bytes=2**26, repetitions=5):
+    """Bytes per second to the host and back, over pinned memory; without CUDA, within the host's memory."""
+    on_device = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    on_host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    synchronize = torch.get_device_module(device).synchronize
+
+    def measure(destination, source):
+        seconds = []
+        for _ in range(repetitions):
+            synchronize()
+            start = time.perf_counter()
+            destination.copy_(source, non_blocking=True)
+            synchronize()
+            seconds.append(time.perf_counter() - start)
+        return num_bytes / statistics.median(seconds)
+
+    return {"to_host": measure(on_host, on_device), "to_device": measure(on_device, on_host)}
+
+
+def traffic(report, bandwidth):
+    """Whether offloading hides: a layer's bytes over the bandwidth, against the layer's forward.
+
+    Forward is the tighter side: backward computes at least twice as long over the same bytes.
+
+    Args:    report: OffloadActivations.report(); bandwidth: measure_bandwidth(device).
+    Returns: the report with bytes_per_second, copy_seconds_per_layer and hides.
+    """
+    copy_seconds = report["bytes_per_layer"] / bandwidth["to_host"]
+    hides = copy_seconds <= report["layer_seconds"]
+    return {**report, "bytes_per_second": bandwidth, "copy_seconds_per_layer": copy_seconds, "hides": hides}
+
+
+def format_traffic(traffic):
+    """Three lines under the ledger."""
+    mib = {"offloaded": traffic["offloaded_bytes"], **traffic["stayed_bytes"]}
+    mib = ", ".join(f"{name} {count / 2**20:.2f}" for name, count in mib.items())
+    where = "pretend device: host memory on both sides" if traffic["pretend"] else "pinned memory"
+    copy, layer = traffic["copy_seconds_per_layer"] * 1000, traffic["layer_seconds"] * 1000
+    return (
+        f"offloading   {where}; on the host at most {traffic['peak_host_bytes'] / 2**20:.2f} MiB\n"
+        f"             MiB of the largest forward, the rest stayed: {mib}\n"
+        f"             a layer's {traffic['bytes_per_layer'] / 2**20:.2f} MiB at "
+        f"{traffic['bytes_per_second']['to_host'] / 1e9:.1f} GB/s take {copy:.2f} ms, its forward "
+        f"{layer:.2f} ms: the copies {'hide' if traffic['hides'] else 'do not hide'}"
+    )

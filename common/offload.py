@@ -1,0 +1,380 @@
+"""Activation offloading: what backward needs waits in host memory instead of on the accelerator.
+
+    compute     | layer 0 | layer 1 | layer 2 | head | layer 2' | layer 1' | layer 0' |
+    to host      x0        x1
+    to device                                         x1         x0
+
+x is a layer's input; x2 stays, for it is needed at once. With gradient checkpointing x is all that a layer
+saves, c N h bytes, and its copy hides behind the layer's compute. Without, a layer saves some 20 times as much.
+
+Autograd hands each tensor that an operation saves to `pack`, and hands what `pack` returned to `unpack` when
+backward needs it (torch.autograd.graph.saved_tensors_hooks). Five rules make that exact and free the memory:
+1. Storages are copied, not tensors. q, k and v are projections of one input: a copy for each would move it
+   three times, and one alias left behind would keep the whole storage on the device.
+2. Weights stay, as do integers (token ids, indices: the batch holds them anyway) and small storages.
+3. What the last layer, the head and the loss save stays: backward asks for it at once.
+4. Memory is given back only when its copy is done, and a copy is read only when it is complete.
+5. Host copies belong to the graph: when autograd lets go of it, they are gone, and a step leaves nothing.
+
+On a CPU the same bookkeeping runs with host memory on both sides, to try and to test it: a pretend device.
+Sources: the idea of torch.autograd.graph.save_on_cpu; prefetch and streams as in torchtune's recipes.
+"""
+
+import statistics
+import time
+import weakref
+from collections import Counter, defaultdict, deque
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.weak import WeakIdKeyDictionary
+
+MIN_BYTES = 2**16  # below, launching a copy costs more than it frees
+ALIGNMENT = 512  # of the pieces of the slab, as CUDA aligns its own blocks
+
+
+class OffloadActivations:
+    """Context manager around forward and loss; backward may run inside or after it.
+
+        offload = OffloadActivations(model, layers, device)
+        with offload:
+            loss = model(**batch).loss
+        loss.backward()
+        offload.end_step()  # after each step
+
+    Args:    model: its parameters and buffers stay where they are, also those that FSDP2 gathers.
+             layers: its decoder layers, in order: what they save comes back layer by layer, one ahead of
+             its use. Without any, each saved tensor counts as a layer, and none as the last one.
+             device: the accelerator; torch.device("cpu") is the pretend device.
+             min_bytes: smaller storages stay (MIN_BYTES). keep_layers: so many of the last layers' stay.
+    Raises:  ValueError if keep_layers leaves nothing to offload; RuntimeError for a saved tensor that is
+             changed in place while its copy may be under way, or before backward where it stayed; for a
+             `with` inside another; and in `end_step` for host copies that outlive the step.
+    """
+
+    active = None  # the one that is entered; keep_on_device asks for it
+
+    def __init__(self, model, layers, device, *, min_bytes=None, keep_layers=1):
+        self.model, self.layers, self.device = model, list(layers), device
+        if self.layers and len(self.layers) <= keep_layers:
+            raise ValueError(
+                f"{type(model).__name__} has {len(self.layers)} layers, and the activations of the last "
+                f"{keep_layers} stay on the device: nothing is left to offload. Do without offloading."
+            )
+        self.min_bytes = MIN_BYTES if min_bytes is None else min_bytes
+        self.keep_layers = keep_layers
+        self.streams = torch.get_device_module(device)  # torch.cpu has streams and events that do nothing
+        # one for each direction: the link carries both at once, and neither waits behind the other
+        self.to_host, self.to_device = self.streams.Stream(), self.streams.Stream()
+        self.host = _HostMemory(pinned=device.type == "cuda")
+        self.copies = WeakIdKeyDictionary()  # storage on the device -> weak reference to its host copy
+        self.live = weakref.WeakSet()  # all host copies that a graph still needs
+        # A group is one layer in one forward. The count goes on over forwards: several may wait for backward.
+        self.group, self.groups = 0, defaultdict(weakref.WeakSet)  # group -> its host copies
+        self.unpacked_group = None
+        self.in_flight = deque()  # (group, tensor, host copy): copies that may still be reading the tensor
+        self.weights = WeakIdKeyDictionary()  # storage -> True
+        self.largest = Counter()  # bytes of the largest forward so far: offloaded, and stayed by reason
+        self.marks = []
+
+    # The region: hooks in, hooks out.
+
+    def __enter__(self):
+        if OffloadActivations.active is not None:
+            raise RuntimeError("OffloadActivations inside another: autograd would ask the inner one alone.")
+        self.bytes, self.marks, self.layer = Counter(), [], 0
+        self.stayed = WeakIdKeyDictionary()  # storage -> reason, in this forward
+        self.group += 1
+        self._note_weights(self.model, None)
+        self.module_hooks = [self.model.register_forward_pre_hook(self._note_weights)]
+        for layer in self.layers:
+            self.module_hooks.append(layer.register_forward_pre_hook(self._layer_starts))
+            self.module_hooks.append(layer.register_forward_hook(self._layer_ends))
+        self.hooks = saved_tensors_hooks(self._pack, self._unpack)
+        self.hooks.__enter__()
+        OffloadActivations.active = self
+        return self
+
+    def __exit__(self, error, *_):
+        OffloadActivations.active = None
+        self.hooks.__exit__()
+        for hook in self.module_hooks:
+            hook.remove()
+        self._give_back(self.group + 1, check=error is None)
+        self.largest = max(self.largest, self.bytes, key=Counter.total)
+
+    def end_step(self):
+        """After a step's last backward: check that nothing is left, and size the slab for the next step."""
+        if self.live:
+            raise RuntimeError(
+                f"{len(self.live)} host copies of {sum(copy.num_bytes for copy in self.live)} bytes outlive the "
+                "step: a graph was kept without its backward, or with retain_graph. Drop its loss first."
+            )
+        self.groups.clear()
+        self.host.fit(self.streams)
+
+    def _note_weights(self, module, _):
+        """FSDP2 gathers a layer's weights when it starts: only then do they have the storage to recognise."""
+        for tensors in (module.parameters(), module.buffers()):
+            for tensor in tensors:
+                if not hasattr(tensor, "to_local"):
+                    self.weights[tensor.untyped_storage()] = True
+
+    def _layer_starts(self, layer, inputs):
+        if not _in_backward():
+            self._note_weights(layer, inputs)
+            self.marks.append(self._mark())
+
+    def _layer_ends(self, *_):
+        if _in_backward():
+            return  # a checkpointed layer is computed again, by a backward inside the context
+        self.marks.append(self._mark())
+        self._give_back(self.group)  # the copies of the layer before had this layer's compute to finish
+        self.layer += 1
+        self.group += 1
+
+    # Forward: device -> host.
+
+    def _pack(self, tensor):
+        reason = self._why_stay(tensor)
+        if reason is not None:
+            return self._keep(tensor, reason)
+        if not self.layers:
+            self._give_back(self.group)
+            self.group += 1
+        storage = tensor.untyped_storage()
+        copy = self.copies.get(storage, lambda: None)()
+        if copy is None or copy.version != tensor._version:
+            copy = self._store(tensor, storage)
+        self.groups[self.group].add(copy)
+        copy.aliases += 1
+        copy.to_unpack += 1
+        view = (tensor.storage_offset(), tensor.size(), tensor.stride())
+        return _Saved(self.group, tensor._version, copy=copy, dtype=tensor.dtype, view=view)
+
+    def _why_stay(self, tensor):
+        if _in_backward():
+            return "backward"  # a layer computed again: what it saves is used at once
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
+            return "kind"
+        storage = tensor.untyped_storage()
+        if tensor.device.type != self.device.type:
+            return "elsewhere"
+        if storage in self.weights:
+            return "weights"
+        if storage in self.stayed:
+            return self.stayed[storage]  # saved before, and stayed: a copy of it would free nothing
+        if not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
+            return "integers"
+        if tensor.is_conj() or tensor.is_neg():
+            return "kind"  # their values are not those of their bytes
+        if storage.nbytes() < self.min_bytes:
+            return "small"
+        if self.layers and self.layer >= len(self.layers) - self.keep_layers:
+            return "last layers" if self.layer < len(self.layers) else "head and loss"
+        return None
+
+    def _keep(self, tensor, reason):
+        """Pack the tensor as it is, and count its storage, once. Weights and the batch are no activations."""
+        if reason not in ("backward", "kind", "elsewhere", "weights", "integers"):
+            storage = tensor.untyped_storage()
+            if storage not in self.stayed:
+                self.stayed[storage] = reason
+                self.bytes[reason] += storage.nbytes()
+        # an operation that saves its own output would otherwise hold itself: tensor -> node -> saved tensor
+        return _Saved(self.group, tensor._version, tensor=tensor.detach())
+
+    def _store(self, tensor, storage):
+        """Start the copy of a whole storage to the host."""
+        copy = _HostCopy(self, self.host.take(storage.nbytes(), self.live), tensor._version)
+        source = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+        # its values must be there before they are copied. The current stream is asked for at every use:
+        # a user may change it between two layers, and autograd sets it in backward.
+        self.to_host.wait_event(self.streams.current_stream().record_event())
+        copy.stored = self._copy(self.to_host, copy.host, source)
+        self.in_flight.append((self.group, tensor.detach(), copy))
+        self.copies[storage] = weakref.ref(copy)
+        self.live.add(copy)
+        self.bytes["offloaded"] += copy.num_bytes
+        return copy
+
+    def _copy(self, stream, destination, source):
+        # Modes off: MemTracker counts a device's memory, and on the pretend device would count the host's too.
+        with self.streams.stream(stream), _disable_current_modes():
+            destination.copy_(source, non_blocking=True)
+            return stream.record_event()
+
+    def _give_back(self, group, check=True):
+        """Let go of the device memory that groups before `group` have copied."""
+        while self.in_flight and self.in_flight[0][0] < group:
+            _, tensor, copy = self.in_flight.popleft()
+            # Freed memory goes to the next operation of this stream, which must not write before the copy has
+            # read. Waiting here also bounds what is in flight to two layers where the link is slow.
+            self.streams.current_stream().wait_event(copy.stored)
+            if check and tensor._version != copy.version:
+                raise RuntimeError(_changed(tensor, "its copy to the host began"))
+
+    # Backward: host -> device.
+
+    def _unpack(self, saved):
+        if saved.group != self.unpacked_group:
+            self.unpacked_group = saved.group
+            for copy in list(self.groups.get(saved.group - 1, ())):
+                self._load(copy)  # while this layer's backward computes
+        if saved.copy is None:
+            if saved.tensor._version != saved.version:
+                raise RuntimeError(_changed(saved.tensor, "it was saved"))
+            return saved.tensor
+        copy = saved.copy
+        data = self._load(copy)
+        current = self.streams.current_stream()
+        current.wait_event(copy.loaded)  # the values must have arrived before they are read
+        if current != copy.stream:
+            # the allocator knows of the stream that the memory was taken on; this one reads it as well
+            data.record_stream(current)
+        tensor = torch.empty(0, dtype=saved.dtype, device=data.device)
+        tensor.set_(data.untyped_storage(), *saved.view)
+        copy.to_unpack -= 1
+        if copy.to_unpack == 0:  # every alias is out: autograd holds what it needs
+            copy.data, copy.to_unpack = None, copy.aliases  # again, for a graph that is retained
+        return tensor
+
+    def _load(self, copy):
+        """Start the copy of a storage back to the device, unless it is on its way or there."""
+        if copy.data is None:
+            # Taken on the compute stream, where it will be read and freed ...
+            copy.data = torch.empty(copy.num_bytes, dtype=torch.uint8, device=self.device)
+            copy.stream = self.streams.current_stream()
+            # ... whose earlier work may still be reading what this memory held before
+            self.to_device.wait_event(copy.stream.record_event())
+            self.to_device.wait_event(copy.stored)  # a half-written host copy must not be read
+            copy.loaded = self._copy(self.to_device, copy.data, copy.host)
+        return copy.data
+
+    # Accounting.
+
+    def _mark(self):
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def report(self):
+        """Bytes of the largest forward, and the median seconds that a layer of the latest one computed.
+
+        Returns: pretend (no accelerator), offloaded_bytes, bytes_per_layer, stayed_bytes {reason: bytes},
+                 peak_host_bytes, layer_seconds (waits for copies left out).
+        """
+        pairs = list(zip(self.marks[::2], self.marks[1::2]))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            seconds = [start.elapsed_time(end) / 1000 for start, end in pairs]
+        else:
+            seconds = [end - start for start, end in pairs]
+        offloaded = self.largest["offloaded"]
+        return {
+            "pretend": self.device.type != "cuda",
+            "offloaded_bytes": offloaded,
+            "bytes_per_layer": offloaded / max(len(self.layers) - self.keep_layers, 1),
+            "stayed_bytes": {name: n for name, n in self.largest.items() if name != "offloaded"},
+            "peak_host_bytes": self.host.peak,
+            "layer_seconds": statistics.median(seconds or [0.0]),
+        }
+
+
+@contextmanager
+def keep_on_device():
+    """A region whose saved tensors stay: around the head and the loss, say. Does nothing without offloading."""
+    offload = OffloadActivations.active
+    if offload is None:
+        yield
+        return
+
+    def pack(tensor):
+        return offload._keep(tensor, offload._why_stay(tensor) or "kept on device")
+
+    with saved_tensors_hooks(pack, offload._unpack):
+        yield
+
+
+def _in_backward():
+    return torch._C._current_graph_task_id() != -1
+
+
+def _changed(tensor, since):
+    # autograd checks this itself for what it saves, but cannot see through hooks
+    return (
+        f"a tensor {tuple(tensor.shape)} that backward needs was changed in place after {since}: its gradient "
+        "would be wrong. Compute out of place, or not under OffloadActivations."
+    )
+
+
+@dataclass(slots=True)
+class _Saved:
+    """What autograd keeps in a saved tensor's place: the tensor, or a view of a host copy."""
+
+    group: int
+    version: int
+    tensor: torch.Tensor | None = None
+    copy: "_HostCopy | None" = None
+    dtype: torch.dtype | None = None
+    view: tuple = ()  # offset, size, stride
+
+
+class _HostCopy:
+    """One storage on the host: alive as long as a graph holds one of its aliases."""
+
+    def __init__(self, offload, host, version):
+        self.offload, self.host, self.num_bytes, self.version = offload, host, len(host), version
+        self.stored = self.loaded = None  # events: the copy to the host, and back, is complete
+        self.data = self.stream = None  # back on the device, and the stream that its memory was taken on
+        self.aliases = self.to_unpack = 0
+
+    def __del__(self):
+        if self.data is not None:
+            # prefetched and perhaps never used: the copy may still be writing into what is freed here
+            self.offload.streams.current_stream().wait_event(self.loaded)
+
+
+class _HostMemory:
+    """One pinned slab, cut from the bottom up, and used again from the bottom when no copy lives.
+
+    One slab because PyTorch rounds each pinned block up to a power of two; registered with CUDA as it is
+    for the same reason. The first step copies to ordinary memory, slower, and tells how much is needed.
+    """
+
+    def __init__(self, pinned):
+        self.pinned, self.slab = pinned, torch.empty(0, dtype=torch.uint8)
+        self.top = self.peak = 0
+        self.unpin = lambda: None
+
+    def take(self, num_bytes, live):
+        """num_bytes of host memory, uint8. Copies into it wait for their turn on one stream, so that memory
+        used again is written only after its earlier contents are."""
+        if not live:
+            self.top = 0
+        start = self.top
+        self.top += -(-num_bytes // ALIGNMENT) * ALIGNMENT
+        self.peak = max(self.peak, self.top)
+        with _disable_current_modes():
+            if self.top <= len(self.slab):
+                return self.slab[start : start + num_bytes]
+            return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def fit(self, streams):
+        """Make the slab as large as any step needed so far."""
+        if self.peak <= len(self.slab):
+            return
+        streams.synchronize()  # the device may still be reading the old slab
+        self.unpin()
+        with _disable_current_modes():
+            self.slab = torch.empty(self.peak, dtype=torch.uint8)
+        if self.pinned:
+            error = torch.cuda.cudart().cudaHostRegister(self.slab.data_ptr(), len(self.slab), 0)
+            if int(error) != 0:
+                raise RuntimeError(f"CUDA could not pin {len(self.slab)} bytes of host memory: {error}.")
+            self.unpin = weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, self.slab.data_ptr())

@@ -5,7 +5,7 @@
     to device                                         x1         x0
 
 x is a layer's input; x2 stays, for it is needed at once. With gradient checkpointing x is all that a layer
-saves, c N h bytes, and its copy hides behind the layer's compute. Without, a layer saves some 20 times as much.
+saves, c N h bytes, and its copy hides behind the layer's compute; without, a layer saves some 20 times more.
 
 Autograd hands each tensor that an operation saves to `pack`, and hands what `pack` returned to `unpack` when
 backward needs it (torch.autograd.graph.saved_tensors_hooks). Five rules make that exact and free the memory:
@@ -86,10 +86,9 @@ class OffloadActivations:
         if OffloadActivations.active is not None:
             raise RuntimeError("OffloadActivations inside another: autograd would ask the inner one alone.")
         self.bytes, self.marks, self.layer = Counter(), [], 0
-        self.stayed = WeakIdKeyDictionary()  # storage -> reason, in this forward
-        self.group += 1
-        self._note_weights(self.model, None)
-        self.module_hooks = [self.model.register_forward_pre_hook(self._note_weights)]
+        self.stayed = WeakIdKeyDictionary()  # storage -> reason
+        self._note_weights(self.model)
+        self.module_hooks = [self.model.register_forward_pre_hook(self._forward_starts)]
         for layer in self.layers:
             self.module_hooks.append(layer.register_forward_pre_hook(self._layer_starts))
             self.module_hooks.append(layer.register_forward_hook(self._layer_ends))
@@ -110,27 +109,33 @@ class OffloadActivations:
         """After a step's last backward: check that nothing is left, and size the slab for the next step."""
         if self.live:
             raise RuntimeError(
-                f"{len(self.live)} host copies of {sum(copy.num_bytes for copy in self.live)} bytes outlive the "
-                "step: a graph was kept without its backward, or with retain_graph. Drop its loss first."
+                f"{len(self.live)} host copies, {sum(copy.num_bytes for copy in self.live)} bytes, outlive "
+                "the step: a graph is kept that had no backward, or one with retain_graph. Drop its loss first."
             )
         self.groups.clear()
         self.host.fit(self.streams)
 
-    def _note_weights(self, module, _):
-        """FSDP2 gathers a layer's weights when it starts: only then do they have the storage to recognise."""
+    def _note_weights(self, module):
+        """FSDP2 gathers weights when their layer starts: only then do they have a storage to recognise."""
         for tensors in (module.parameters(), module.buffers()):
             for tensor in tensors:
                 if not hasattr(tensor, "to_local"):
                     self.weights[tensor.untyped_storage()] = True
 
-    def _layer_starts(self, layer, inputs):
-        if not _in_backward():
-            self._note_weights(layer, inputs)
-            self.marks.append(self._mark())
+    def _forward_starts(self, *_):
+        self._note_weights(self.model)
+        self.layer = 0
+        self.group += 1
+
+    def _layer_starts(self, layer, _):
+        if _in_backward():
+            return  # a checkpointed layer is computed again, by a backward inside the context
+        self._note_weights(layer)
+        self.marks.append(self._mark())
 
     def _layer_ends(self, *_):
         if _in_backward():
-            return  # a checkpointed layer is computed again, by a backward inside the context
+            return
         self.marks.append(self._mark())
         self._give_back(self.group)  # the copies of the layer before had this layer's compute to finish
         self.layer += 1
@@ -202,7 +207,7 @@ class OffloadActivations:
         return copy
 
     def _copy(self, stream, destination, source):
-        # Modes off: MemTracker counts a device's memory, and on the pretend device would count the host's too.
+        # modes off: on the pretend device MemTracker would count the host's memory as the device's
         with self.streams.stream(stream), _disable_current_modes():
             destination.copy_(source, non_blocking=True)
             return stream.record_event()
@@ -211,8 +216,8 @@ class OffloadActivations:
         """Let go of the device memory that groups before `group` have copied."""
         while self.in_flight and self.in_flight[0][0] < group:
             _, tensor, copy = self.in_flight.popleft()
-            # Freed memory goes to the next operation of this stream, which must not write before the copy has
-            # read. Waiting here also bounds what is in flight to two layers where the link is slow.
+            # Freed memory goes to the next operation of this stream, which must not write before the copy
+            # has read. Where the link is slow, waiting here also bounds what is in flight to two layers.
             self.streams.current_stream().wait_event(copy.stored)
             if check and tensor._version != copy.version:
                 raise RuntimeError(_changed(tensor, "its copy to the host began"))
@@ -222,8 +227,9 @@ class OffloadActivations:
     def _unpack(self, saved):
         if saved.group != self.unpacked_group:
             self.unpacked_group = saved.group
-            for copy in list(self.groups.get(saved.group - 1, ())):
-                self._load(copy)  # while this layer's backward computes
+            for group in (saved.group, saved.group - 1):  # the layer before, while this one computes
+                for copy in list(self.groups.get(group, ())):
+                    self._load(copy)
         if saved.copy is None:
             if saved.tensor._version != saved.version:
                 raise RuntimeError(_changed(saved.tensor, "it was saved"))
@@ -233,7 +239,7 @@ class OffloadActivations:
         current = self.streams.current_stream()
         current.wait_event(copy.loaded)  # the values must have arrived before they are read
         if current != copy.stream:
-            # the allocator knows of the stream that the memory was taken on; this one reads it as well
+            # else the allocator would hand the memory on while this stream still reads
             data.record_stream(current)
         tensor = torch.empty(0, dtype=saved.dtype, device=data.device)
         tensor.set_(data.untyped_storage(), *saved.view)
@@ -288,7 +294,7 @@ class OffloadActivations:
 
 @contextmanager
 def keep_on_device():
-    """A region whose saved tensors stay: around the head and the loss, say. Does nothing without offloading."""
+    """A region whose saved tensors stay: the head and the loss, say. Without offloading, does nothing."""
     offload = OffloadActivations.active
     if offload is None:
         yield
@@ -308,8 +314,8 @@ def _in_backward():
 def _changed(tensor, since):
     # autograd checks this itself for what it saves, but cannot see through hooks
     return (
-        f"a tensor {tuple(tensor.shape)} that backward needs was changed in place after {since}: its gradient "
-        "would be wrong. Compute out of place, or not under OffloadActivations."
+        f"a tensor {tuple(tensor.shape)} that backward needs was changed in place after {since}: its "
+        "gradient would be wrong. Compute out of place, or not under OffloadActivations."
     )
 
 
@@ -353,8 +359,8 @@ class _HostMemory:
         self.unpin = lambda: None
 
     def take(self, num_bytes, live):
-        """num_bytes of host memory, uint8. Copies into it wait for their turn on one stream, so that memory
-        used again is written only after its earlier contents are."""
+        """num_bytes of host memory, uint8. Used again at once: a copy into it waits for the compute stream,
+        which has waited for every copy out of it."""
         if not live:
             self.top = 0
         start = self.top

@@ -827,6 +827,7 @@ def train(args, rank, local_rank, world, device, sigterm):
     if args.check_isolation and flat:
         check_isolation(model, first_batch)
     check_head(model, first_batch)
+    offload = OffloadActivations(model, decoder_layers(model), device) if args.activation_offloading else None
     # fused: the default makes temporaries as large as the weights while it updates
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
@@ -837,7 +838,6 @@ def train(args, rank, local_rank, world, device, sigterm):
         load_checkpoint(checkpoint, model, optimizer, scheduler, progress["step"], rank)
     if rank == 0:
         prepare_output_dir(args.output_dir, progress["step"])
-    offload = OffloadActivations(model, decoder_layers(model), device) if args.activation_offloading else None
     metrics, totals = {}, {"seconds": 0.0, "tokens": 0, "padding": 0}
     meter = MemoryMeter(model, optimizer, device, args.measure_memory, min(2, total_steps - progress["step"]))
     bar = tqdm(total=total_steps, initial=progress["step"], desc="SFT", unit="step", disable=rank != 0)

@@ -84,7 +84,7 @@ class OffloadActivations:
 
     def __enter__(self):
         if OffloadActivations.active is not None:
-            raise RuntimeError("OffloadActivations inside another: autograd would ask the inner one alone.")
+            raise RuntimeError("OffloadActivations inside another: autograd would ask the inner one only.")
         self.bytes, self.marks, self.layer = Counter(), [], 0
         self.stayed = WeakIdKeyDictionary()  # storage -> reason
         self._note_weights(self.model)
@@ -110,7 +110,7 @@ class OffloadActivations:
         if self.live:
             raise RuntimeError(
                 f"{len(self.live)} host copies, {sum(copy.num_bytes for copy in self.live)} bytes, outlive "
-                "the step: a graph is kept that had no backward, or one with retain_graph. Drop its loss first."
+                "the step: a graph without backward, or with retain_graph, is still held. Drop its loss first."
             )
         self.groups.clear()
         self.host.fit(self.streams)

@@ -284,7 +284,7 @@ def test_keep_on_device_alone_does_nothing():
 
 
 def test_what_a_node_saves_of_its_own_output_is_no_cycle():
-    """A kept tensor packed as itself: tensor -> node -> saved tensor -> tensor, freed by the collector only."""
+    """A kept tensor packed as itself would be: tensor -> node -> saved tensor -> tensor."""
     gc.disable()
     try:
         with offloader(min_bytes=10**6):
@@ -837,3 +837,142 @@ def test_the_current_stream_is_asked_for_at_every_use(monkeypatch):
     assert recorded[backward] > 0 and not recorded[prefetch]
     assert torch.equal(x.grad, (2 * (2 * x.detach()).exp().cos() * (2 * x.detach()).exp()))
     offload.end_step()
+
+
+# --- CUDA ---
+
+
+def cuda_model(checkpointing, layers=6):
+    size = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": layers}
+    model = tiny_model("llama", **size).to("cuda", torch.bfloat16).train()
+    if checkpointing:
+        enable_checkpointing(model)
+    return model
+
+
+def cuda_row(lengths=(700, 900, 500)):
+    batch = flatten(documents(0, lengths))
+    return {name: v.cuda() if torch.is_tensor(v) else v for name, v in batch.items()}
+
+
+def cuda_train(model, offloads, steps=3, kind=OffloadActivations, each_layer=None):
+    """Gradients of the last step, and the peak of the steps after the first, in bytes."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    offload = kind(model, decoder_layers(model), device) if offloads else None
+    hooks = [m.register_forward_hook(each_layer) for m in decoder_layers(model)] if each_layer else []
+    batch = cuda_row()
+    for step in range(steps):
+        model.zero_grad()
+        if step == 1:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        with offload or no_offload():
+            loss = batch_nll_sum(model, batch, 64)
+        loss.backward()
+        del loss
+        if offload:
+            offload.end_step()
+    torch.cuda.synchronize()
+    for hook in hooks:
+        hook.remove()
+    return gradients(model), torch.cuda.max_memory_allocated()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_cuda_gradients_are_bit_equal_and_memory_is_free(checkpointing, monkeypatch):
+    torch.use_deterministic_algorithms(True, warn_only=True)  # index_add in the embedding's backward
+    try:
+        plain, plain_peak = cuda_train(cuda_model(checkpointing), False)
+        found, peak = cuda_train(cuda_model(checkpointing), True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
+    layer_input = 2100 * 256 * 2
+    assert plain_peak - peak > (2 * layer_input if checkpointing else 20 * layer_input)
+
+
+def sleep(*_):
+    torch.cuda._sleep(20_000_000)  # some 10 ms: the host runs ahead, and copies have no excuse to be late
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_cuda_copies_wait_for_values_that_are_computed_late(checkpointing):
+    plain, _ = cuda_train(cuda_model(checkpointing), False)
+    found, _ = cuda_train(cuda_model(checkpointing), True, each_layer=sleep)
+    assert all(torch.allclose(found[name], plain[name], rtol=1e-2, atol=1e-3) for name in plain)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_cuda_on_a_stream_that_is_not_the_default_one(checkpointing):
+    plain, _ = cuda_train(cuda_model(checkpointing), False)
+    model, stream = cuda_model(checkpointing), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        found, _ = cuda_train(model, True, each_layer=sleep)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert all(torch.allclose(found[name], plain[name], rtol=1e-2, atol=1e-3) for name in plain)
+
+
+class LateView(torch.autograd.Function):
+    """Backward uses a view of what it unpacked, after the unpacked tensor itself is gone."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, grad):
+        [x] = ctx.saved_tensors
+        view = x[:, 1:]
+        del x
+        ctx.maybe_clear_saved_tensors()
+        sleep()
+        for _ in range(4):  # whatever was freed too early is taken and overwritten here
+            torch.full_like(grad, float("nan"))
+        return torch.cat([torch.zeros_like(grad[:, :1]), 2 * grad[:, 1:] * view], dim=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_cuda_a_view_outlives_the_unpacked_tensor(checkpointed):
+    """Also through a checkpoint whose input is a view: the recomputation gets a tensor with its strides."""
+
+    def run(offload):
+        x = torch.linspace(-1, 1, 2**20, device="cuda").view(1024, 1024).requires_grad_()
+        with offload or no_offload():
+            h = x * 1.5
+            for _ in range(4):
+                part = h.T[:, 1:]
+                if checkpointed:
+                    y = checkpoint(LateView.apply, part, use_reentrant=False)
+                else:
+                    y = LateView.apply(part)
+                h = torch.nn.functional.pad(y, (1, 0)).T * 0.5 + h
+            loss = h.sum()
+            del h, part, y
+        loss.backward()
+        return x.grad
+
+    offload = OffloadActivations(torch.nn.Module(), (), torch.device("cuda"), min_bytes=1)
+    expected = run(None)
+    for _ in range(3):  # pageable memory first, then the slab
+        assert torch.equal(run(offload), expected)
+        offload.end_step()
+
+
+@pytest.mark.gpu
+def test_cuda_the_slab_is_pinned_and_not_rounded_up():
+    model = cuda_model(True)
+    offload = OffloadActivations(model, decoder_layers(model), torch.device("cuda"))
+    for _ in range(2):
+        with offload:
+            loss = batch_nll_sum(model, cuda_row(), 64)
+        loss.backward()
+        offload.end_step()
+    assert offload.host.slab.is_pinned() and len(offload.host.slab) == offload.host.peak == 5 * 2100 * 512
+    report = offload.report()
+    assert report["pretend"] is False and report["layer_seconds"] > 0

@@ -1115,7 +1115,7 @@ METRICS = (
     "step epoch loss grad_norm learning_rate num_tokens num_scored_tokens tokens_per_second step_seconds "
     "peak_memory_bytes"
 )
-SUMMARY = "args versions device world_size data throughput ledger final_metrics"
+SUMMARY = "args versions device world_size data throughput ledger activation_offloading final_metrics"
 
 
 def parsed():
@@ -1221,6 +1221,78 @@ def test_gradient_checkpointing_changes_no_loss(dropout, uninterrupted, tmp_path
     assert dropout.get("gradient_checkpointing", True)
     without = run(tmp_path, dropout, gradient_checkpointing=False)
     assert curve_difference(without, uninterrupted) <= 1e-5
+
+
+OFFLOADED = {  # layer inputs of 64 KiB and more, or nothing would move
+    "dataset_name": str(ROOT / "demo/sft_eval.jsonl"),
+    "max_length": 128,
+    "learning_rate": 1e-3,
+    "max_steps": 3,
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gradient_checkpointing": False},
+        {"gradient_accumulation_steps": 3, "weight_decay": 0.1},
+        {"bf16": True, "max_length": 256},
+        {"bf16": True, "gradient_checkpointing": False},
+        {**FORMS["padded"], "per_device_train_batch_size": 4},
+        {**FORMS["padding-free"], "per_device_train_batch_size": 8, "gradient_checkpointing": False},
+    ],
+    ids=str,
+)
+def test_offloading_changes_only_where_activations_wait(changes, tmp_path):
+    flags = {**OFFLOADED, **changes}
+    plain = run(tmp_path / "plain", flags)
+    offloaded = run(tmp_path / "offloaded", flags, activation_offloading=True)
+    assert_same_bits(plain, offloaded)
+    assert plain.returned["activation_offloading"] is None
+    report = offloaded.returned["activation_offloading"]
+    if flags.get("gradient_checkpointing", True) and "gradient_accumulation_steps" not in flags:
+        largest = max(line["num_tokens"] for line in offloaded.metrics)
+        layer_input = largest * 128 * (2 if flags.get("bf16") else 4)
+        assert report["offloaded_bytes"] == 4 * layer_input  # of 5 layers
+        assert report["stayed_bytes"]["last layers"] == layer_input
+    assert report["offloaded_bytes"] > 0
+    assert report["peak_host_bytes"] >= report["offloaded_bytes"]
+
+
+def test_offloading_changes_nothing_on_two_ranks(tmp_path):
+    runs = []
+    for name in ("plain", "offloaded"):
+        changes = {"activation_offloading": True} if name == "offloaded" else {}
+        returncode, stderr = torchrun(OFFLOADED, output_dir=tmp_path / name, **changes)
+        assert returncode == 0, stderr[-3000:]
+        runs.append(read_run(tmp_path / name))
+    assert_same_bits(*runs)
+    report = json.loads((tmp_path / "offloaded/summary.json").read_text())["activation_offloading"]
+    # FSDP2's gathered weights are recognised: nothing but the layers' inputs has moved
+    assert report["offloaded_bytes"] == 4 * 256 * 128 * 4
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [True, False])
+def test_the_ledger_of_an_offloaded_run(gradient_checkpointing, tmp_path, capsys):
+    flags = {**OFFLOADED, "max_length": 512, "per_device_train_batch_size": 4, "measure_memory": True}
+    flags["gradient_checkpointing"] = gradient_checkpointing
+    ledgers = []
+    for name in ("plain", "offloaded"):
+        done = run(tmp_path / name, flags, activation_offloading=name == "offloaded")
+        ledgers.append(bytes_of(done.returned))
+    for row in done.returned["ledger"]:
+        assert row["predicted"] == pytest.approx(row["measured"], rel=0.1), row
+    plain, offloaded = ledgers
+    assert offloaded["on_host"] == done.returned["activation_offloading"]["peak_host_bytes"]
+    moved = plain["activations"] - offloaded["activations"]
+    assert moved == pytest.approx(offloaded["on_host"], rel=0.02)
+    assert offloaded["peak"] < (1.001 if gradient_checkpointing else 0.6) * plain["peak"]
+    printed = capsys.readouterr().out
+    assert "pretend device: host memory on both sides" in printed
+    assert f"{offloaded['on_host'] / 2**20:.2f} MiB" in printed
+    hides = done.returned["activation_offloading"]["hides"]
+    assert ("the copies hide" if hides else "the copies do not hide") in printed
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -110,7 +110,7 @@ class OffloadActivations:
         if self.live:
             raise RuntimeError(
                 f"{len(self.live)} host copies, {sum(copy.num_bytes for copy in self.live)} bytes, outlive "
-                "the step: a graph without backward, or with retain_graph, is still held. Drop its loss first."
+                "the step: a graph without backward, or with retain_graph, is held. Drop its loss first."
             )
         self.groups.clear()
         self.host.fit(self.streams)

@@ -3,7 +3,7 @@
 Padded, a step computes B * max(T_i) tokens; packed, sum(T_i), in rows filled to max_length by
 best-fit-decreasing. Attention costs sum(T_i^2), the loss head chunk * V elements instead of N * V, and the
 result is the same to the last rounding: each document sees itself alone, and each scored token of the step
-weighs the same. With --activation_offloading, what backward needs waits on the host meanwhile, layer by layer.
+weighs the same. With --activation_offloading, what backward needs waits on the host, layer by layer.
 Left out to stay readable: LoRA, vision inputs, tools in chats, mixture-of-experts balancing.
 
 laptop   python sft_packing.py

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.cuda._pin_memory_utils import pin_memory, unpin_memory
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -74,7 +75,7 @@ class OffloadActivations:
         self.live = weakref.WeakSet()  # all host copies that a graph still needs
         # A group is one layer in one forward. The count goes on over forwards: several may wait for backward.
         self.group, self.groups = 0, defaultdict(weakref.WeakSet)  # group -> its host copies
-        self.unpacked_group = None
+        self.backward = self.lowest_group = None  # the latest backward, and how far down it has come
         self.in_flight = deque()  # (group, tensor, host copy): copies that may still be reading the tensor
         self.weights = WeakIdKeyDictionary()  # storage -> True
         self.largest = Counter()  # bytes of the largest forward so far: offloaded, and stayed by reason
@@ -225,8 +226,9 @@ class OffloadActivations:
     # Backward: host -> device.
 
     def _unpack(self, saved):
-        if saved.group != self.unpacked_group:
-            self.unpacked_group = saved.group
+        backward = torch._C._current_graph_task_id()
+        if backward != self.backward or saved.group < self.lowest_group:
+            self.backward, self.lowest_group = backward, saved.group
             for group in (saved.group, saved.group - 1):  # the layer before, while this one computes
                 for copy in list(self.groups.get(group, ())):
                     self._load(copy)
@@ -380,7 +382,5 @@ class _HostMemory:
         with _disable_current_modes():
             self.slab = torch.empty(self.peak, dtype=torch.uint8)
         if self.pinned:
-            error = torch.cuda.cudart().cudaHostRegister(self.slab.data_ptr(), len(self.slab), 0)
-            if int(error) != 0:
-                raise RuntimeError(f"CUDA could not pin {len(self.slab)} bytes of host memory: {error}.")
-            self.unpin = weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, self.slab.data_ptr())
+            pin_memory(self.slab.data_ptr(), len(self.slab))
+            self.unpin = weakref.finalize(self, unpin_memory, self.slab.data_ptr())

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common.collators import flatten, pad
 from common.offload import OffloadActivations, keep_on_device
-from sft_packing import batch_nll_sum, decoder_layers
+from sft_packing import batch_nll_sum, decoder_layers, shard
 from tests.helpers import FAMILIES, documents, enable_checkpointing, gradients, tiny_model
 
 CPU = torch.device("cpu")
@@ -153,6 +154,29 @@ def test_a_storage_is_copied_once_however_many_aliases_are_saved():
     offload.end_step()
 
 
+class CountsCopies(OffloadActivations):
+    copies_back = 0
+
+    def _copy(self, stream, destination, source):
+        self.copies_back += stream is self.to_device
+        return super()._copy(stream, destination, source)
+
+
+def test_a_storage_comes_back_once_for_all_its_aliases_and_goes_with_the_last_one():
+    offload = offloader(kind=CountsCopies)
+    x = leaf(6, 4)
+    with offload:
+        h = x * 1.5
+        loss = sum((h @ leaf(4, 4, seed=i)).sum() for i in range(3)) + h.sin().sum()
+    del h
+    loss.backward(retain_graph=True)
+    copies, offload.copies_back = offload.copies_back, 0
+    assert copies == len(offload.live) == 4  # h and three weights
+    assert all(copy.data is None for copy in offload.live)
+    loss.backward()
+    assert offload.copies_back == 4
+
+
 def test_without_aliasing_the_storage_would_be_copied_three_times(monkeypatch):
     monkeypatch.setattr(torch.utils.weak.WeakIdKeyDictionary, "get", lambda self, key, default: default)
     offload = offloader()
@@ -275,6 +299,25 @@ def test_a_kept_region_stays_and_is_counted():
     offload.end_step()
 
 
+def test_a_storage_that_stays_is_not_copied_as_well():
+    offload = offloader()
+    with offload:
+        h = leaf(6, 4) * 2
+        with keep_on_device():
+            first = h.sin().sum()
+        loss = first + h.cos().sum()
+    assert offload.largest == {"kept on device": 96}
+    loss.backward()
+
+
+def test_masks_move():
+    offload = offloader()
+    with offload:
+        loss = (leaf(6, 4) * 2).masked_fill(torch.ones(6, 4, dtype=torch.bool), 0.0).sum()
+    assert offload.largest == {"offloaded": 24}
+    loss.backward()
+
+
 def test_keep_on_device_alone_does_nothing():
     x = leaf(6, 4)
     with keep_on_device():
@@ -380,6 +423,15 @@ def test_an_exception_in_forward_leaves_the_offloader_usable():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
         leaf(2, 2).exp()
     assert packed  # no hook of ours is left on top
+
+
+def test_an_exception_is_not_hidden_by_a_change_in_place():
+    with pytest.raises(ZeroDivisionError):
+        with offloader():
+            y = leaf(6, 4) * 1
+            y.square()
+            y.add_(1)
+            raise ZeroDivisionError
 
 
 def test_backward_inside_the_context():
@@ -572,6 +624,33 @@ def test_two_forwards_in_one_context_are_two_forwards():
     offload.end_step()
     assert offload.largest["offloaded"] == sum(offloaded_alone(batch) for batch in rows(2))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_that_fsdp_gathers_stay(tied, checkpointing):
+    """Sharded or not, the same bytes move. bf16 makes FSDP2 gather even a group of one into new storages."""
+    found = {}
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for sharded in (False, True):
+            model = tiny_model("llama", num_hidden_layers=3, tie_word_embeddings=tied).train()
+            if sharded:
+                shard(model, CPU, bf16=True)
+            else:
+                model.bfloat16()
+            if checkpointing:
+                enable_checkpointing(model)
+            offload = offloader(decoder_layers(model), model)
+            for batch in rows(2):
+                with offload:
+                    loss = batch_nll_sum(model, batch, 8)
+                loss.backward()
+                offload.end_step()
+            found[sharded] = offload.largest
+    finally:
+        dist.destroy_process_group()
+    assert found[True] == found[False]
 
 
 def test_a_model_of_one_layer_has_nothing_to_offload():

@@ -71,6 +71,7 @@ from common.data import (
     shared_prefix_length,
     source_hash,
 )
+from common.liger import apply_liger_kernels, check_liger, liger_nll_sum
 from common.logps import check_head, head_computes, nll_sum
 from common.memory import (
     MemoryMeter,
@@ -128,6 +129,8 @@ class Arguments:
     max_steps: int = flag(-1, "optimizer steps, overriding num_train_epochs; -1 = off")
     gradient_checkpointing: bool = flag(True, "keep the layers' inputs only; compute the rest again")
     activation_offloading: bool = flag(False, "until backward, what it needs waits in host memory")
+    use_liger_kernel: bool = flag(False, "Liger's rotary embedding, norms and gated MLP, in Triton on a GPU")
+    liger_cross_entropy: bool = flag(False, "Liger's fused linear cross entropy; it chooses its own chunks")
     bf16: bool = flag(False, "compute in bfloat16; weights, gradients and optimizer states stay in fp32")
     loss_chunk_size: int = flag(256, "tokens per chunk of the loss head")
     seed: int = flag(0, "order of the data and dropout")
@@ -174,6 +177,14 @@ def check_arguments(args):
     refuse(args.eval_steps and not args.eval_dataset_name, "--eval_steps needs --eval_dataset_name.")
     twice = args.measure_memory and torch.cuda.is_available()
     refuse(twice, "--measure_memory is for CPUs: on CUDA every step is measured, drop it.")
+    overwritten = (
+        "--activation_offloading with Liger's cross entropy would offload logits that Liger overwrites in "
+        "place.\nKeep --use_liger_kernel and drop --liger_cross_entropy, or drop --activation_offloading."
+    )
+    refuse(args.activation_offloading and args.liger_cross_entropy, overwritten)
+    ignored = args.liger_cross_entropy and args.loss_chunk_size != Arguments.loss_chunk_size
+    chunk = f"--loss_chunk_size {args.loss_chunk_size} with --liger_cross_entropy, which chooses its own: "
+    refuse(ignored, f"{chunk}drop one.")
 
 
 def refuse(wrong, message):
@@ -492,7 +503,7 @@ class Rows:
 # --- 4. Loss ---
 
 
-def batch_nll_sum(model, batch, chunk_size):
+def batch_nll_sum(model, batch, chunk_size, liger_cross_entropy=False):
     """Sum of the negative log-likelihood over the batch's scored tokens, () float32; no logits are kept.
 
     The hidden state at position t predicts the label at t + 1. Collators have set each document's first
@@ -505,6 +516,8 @@ def batch_nll_sum(model, batch, chunk_size):
         # only scored positions reach the head: a prompt costs no logits
         with keep_on_device():  # backward begins here: what this saves would come straight back
             hidden = hidden.flatten(0, 1).index_select(0, scored)
+            if liger_cross_entropy:
+                return liger_nll_sum(hidden, weight, targets[scored], bias=bias)
             return nll_sum(hidden, weight, targets[scored], bias=bias, chunk_size=chunk_size)
 
     inputs = {name: value for name, value in batch.items() if name != "labels"}
@@ -530,7 +543,8 @@ def evaluate(model, rows, args, rank, world, device, pad_token_id):
     model.eval()
     nll_total, num_scored = 0.0, 0
     for batch in rows.micro_batches(np.arange(len(rows)), rank, world, pad_token_id):
-        nll_total += batch_nll_sum(model, to_device(batch, device), args.loss_chunk_size).item()
+        batch = to_device(batch, device)
+        nll_total += batch_nll_sum(model, batch, args.loss_chunk_size, args.liger_cross_entropy).item()
         num_scored += count(batch)[0]
     model.train()
     nll_total, num_scored = all_sum([nll_total, num_scored], device)
@@ -769,7 +783,8 @@ def clip_gradients(model, max_grad_norm):
 def predict(args, model, batch, world):
     """The ledger's predicted side, for the batch that its measured side saw; {} where none is known."""
     attention = model.config._attn_implementation
-    if batch is None or attention == "eager":
+    # Liger's kernels keep less than the formulas here count
+    if batch is None or attention == "eager" or args.use_liger_kernel or args.liger_cross_entropy:
         return {}
     num_scored, num_tokens, num_padding = count(batch)
     return predict_ledger(
@@ -812,6 +827,8 @@ def train(args, rank, local_rank, world, device, sigterm):
     torch.manual_seed(args.seed + rank)  # for dropout; the order of the data has a generator of its own
     flat = args.packing or args.padding_free
     tokenizer, config = load_tokenizer_and_config(args)
+    if args.use_liger_kernel or args.liger_cross_entropy:
+        check_liger(config.model_type if args.use_liger_kernel else None)
     rows, eval_rows, data = prepare_data(args, tokenizer, config.vocab_size, local_rank)
     pad_token_id = tokenizer.pad_token_id or 0  # masked: any id will do
     rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
@@ -825,6 +842,8 @@ def train(args, rank, local_rank, world, device, sigterm):
 
     model = load_model(args, device, args.attn_implementation or ("varlen" if flat else "sdpa"))
     first_batch = to_device(rows.batch([0], pad_token_id), device)
+    if args.use_liger_kernel:
+        apply_liger_kernels(model, first_batch["input_ids"][:1, :64])
     if args.check_isolation and flat:
         check_isolation(model, first_batch)
     check_head(model, first_batch)
@@ -856,8 +875,9 @@ def train(args, rank, local_rank, world, device, sigterm):
         nll_total = 0.0
         with meter.step(batches):
             for batch in batches:
+                batch = to_device(batch, device)
                 with offload or nullcontext():
-                    nll = batch_nll_sum(model, to_device(batch, device), args.loss_chunk_size)
+                    nll = batch_nll_sum(model, batch, args.loss_chunk_size, args.liger_cross_entropy)
                 # FSDP averages gradients over ranks: times world cancels that
                 (nll * (world / num_items_in_batch)).backward()
                 nll_total += nll.item()

@@ -233,6 +233,8 @@ def test_the_mode_is_kept_and_other_models_are_not_touched():
     assert model.training and all(module.training for module in model.modules())
     assert any(map(_runs_liger, model.modules())) and not any(map(_runs_liger, other.modules()))
     assert model.state_dict().keys() == other.state_dict().keys()
+    # and neither is the loss: Liger's default would put its cross entropy into the model's own forward
+    assert "forward" not in vars(model) and F.cross_entropy.__module__ == "torch.nn.functional"
 
 
 # --- The script ---
@@ -267,12 +269,17 @@ def test_a_run_with_liger_is_a_run_without(sharded, tmp_path, monkeypatch):
     AutoTokenizer.from_pretrained(sft_packing.HERE / "demo/model").save_pretrained(tmp_path / "model")
     texts = ("abc", "de", "fghi", "klm")
     (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    results = []
+    calls, losses, called, results = calls_of(monkeypatch), [], [], []
+    counted = lambda *args, **options: losses.append(1) or liger_nll_sum(*args, **options)  # noqa: E731
+    monkeypatch.setattr(sft_packing, "liger_nll_sum", counted)
     for flags, name in (({}, "plain"), (dict.fromkeys(LIGER, True), "liger")):
         if sharded:
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         results.append(run(tmp_path, flags, name))
+        called.append((len(losses), sum(calls.values())))
     (_, plain, weights), (ledger, lines, trained) = results
+    # 2 rows: both in each of the 2 steps, and evaluated at the end
+    assert called[0] == (0, 0) and called[1][0] == 6 and called[1][1] >= 6 * 4
     assert len(lines) == 2 and "eval_loss" in lines[-1]
     for found, expected in zip(lines, plain):
         for metric in {"loss", "grad_norm", "eval_loss"} & expected.keys():

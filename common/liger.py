@@ -24,8 +24,8 @@ def check_liger(model_type=None):
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
             "Liger's kernels are written in Triton, which needs a GPU, and torch sees none: drop "
-            "--use_liger_kernel and --liger_cross_entropy. (To try a kernel on the CPU, thousands of times "
-            "slower, set TRITON_INTERPRET=1; not all of them run there.)"
+            "--use_liger_kernel and --liger_cross_entropy. (TRITON_INTERPRET=1 runs some kernels on the "
+            "CPU, for tests: far slower, and Liger's norms and MLPs not at all.)"
         )
     if model_type is not None and model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         raise ValueError(
@@ -62,9 +62,7 @@ def apply_liger_kernels(model, input_ids):
         raise ValueError(f"--use_liger_kernel replaced nothing in {type(model).__name__}: drop the flag.")
     try:
         difference = (_logits(model, input_ids) - plain).abs().max().item()
-    except (
-        Exception
-    ) as error:  # no compiler, an old GPU, a kernel beyond the interpreter: Triton raises all sorts
+    except Exception as error:  # no compiler, an old GPU, an operation that the interpreter lacks: any type
         raise ValueError(
             f"--use_liger_kernel: a kernel failed on {input_ids.device}, {type(error).__name__}: {error}. "
             "Mend Triton (on a GPU it needs a C compiler), or drop the flag."

@@ -18,6 +18,7 @@ from helpers import FAMILIES, documents, gradients, tiny_model, worst
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+import common.offload
 import sft_packing
 from common.collators import IGNORE, flatten, pad
 from common.liger import _runs_liger, apply_liger_kernels, liger_nll_sum
@@ -261,14 +262,19 @@ def run(folder, flags, name):
     return ledger, lines, load_file(folder / name / "model.safetensors")
 
 
+def write_inputs(folder, num_hidden_layers):
+    """A model and four texts, small enough for the interpreter."""
+    tiny_model("llama", vocab_size=261, num_hidden_layers=num_hidden_layers).save_pretrained(folder / "model")
+    AutoTokenizer.from_pretrained(sft_packing.HERE / "demo/model").save_pretrained(folder / "model")
+    texts = ("abc", "de", "fghi", "klm")
+    (folder / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 def test_a_run_with_liger_is_a_run_without(sharded, tmp_path, monkeypatch):
     """Sharded: by FSDP2, on one rank and in fp32 (the interpreter cannot multiply in bf16)."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    tiny_model("llama", vocab_size=261, num_hidden_layers=1).save_pretrained(tmp_path / "model")
-    AutoTokenizer.from_pretrained(sft_packing.HERE / "demo/model").save_pretrained(tmp_path / "model")
-    texts = ("abc", "de", "fghi", "klm")
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    write_inputs(tmp_path, num_hidden_layers=1)
     calls, losses, called, results = calls_of(monkeypatch), [], [], []
     counted = lambda *args, **options: losses.append(1) or liger_nll_sum(*args, **options)  # noqa: E731
     monkeypatch.setattr(sft_packing, "liger_nll_sum", counted)
@@ -286,3 +292,24 @@ def test_a_run_with_liger_is_a_run_without(sharded, tmp_path, monkeypatch):
             assert found[metric] == pytest.approx(expected[metric], rel=1e-5)
     assert worst(trained, weights) <= 1e-5
     assert ledger == []  # nothing is measured here, and no prediction made for Liger's kernels
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [True, False])
+def test_offloading_beside_ligers_kernels_trains_the_same_weights(
+    gradient_checkpointing, tmp_path, monkeypatch
+):
+    """Liger's MLP writes gradients over what it unpacks: no other user of a host copy may see that."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(common.offload, "MIN_BYTES", 1)
+    write_inputs(tmp_path, num_hidden_layers=2)
+    calls, results = calls_of(monkeypatch), []
+    flags = {"use_liger_kernel": True, "gradient_checkpointing": gradient_checkpointing}
+    for name in ("plain", "offloaded"):
+        offloading = {"activation_offloading": name == "offloaded"}
+        results.append(run(tmp_path, {**flags, **offloading}, name))
+    (_, plain, weights), (ledger, lines, trained) = results
+    assert calls["LigerSiLUMulFunction"] > 0
+    assert [line["loss"] for line in lines] == [line["loss"] for line in plain]
+    assert all(torch.equal(trained[name], weights[name]) for name in weights)
+    [on_host] = [row["measured"] for row in ledger if row["name"] == "on_host"]
+    assert on_host > 0

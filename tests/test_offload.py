@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import FAMILIES, documents, enable_checkpointing, gradients, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -17,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 from common.collators import flatten, pad
 from common.offload import OffloadActivations, keep_on_device
 from sft_packing import batch_nll_sum, decoder_layers, shard
-from tests.helpers import FAMILIES, documents, enable_checkpointing, gradients, tiny_model
 
 CPU = torch.device("cpu")
 

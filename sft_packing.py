@@ -113,9 +113,9 @@ class Arguments:
 
     max_length: int = flag(512, "tokens: the longest document, and the length of a packed row")
     overflow: str | None = flag(None, "over-long examples: truncate (default), split, drop, error")
-    packing: bool = flag(True, "fill rows of max_length with whole documents")
+    packing: bool = flag(True, "whether to fill rows of max_length with whole documents")
     packing_strategy: str = flag("bfd", "bfd, bfd_split (bfd with overflow split), wrapped (one stream)")
-    padding_free: bool = flag(True, "without packing: join the batch's examples into one flat row")
+    padding_free: bool = flag(True, "without packing: whether to join the batch's examples into a flat row")
     assistant_only_loss: bool = flag(False, "score assistant turns only; the template must mark them")
     per_device_train_batch_size: int = flag(2, "rows (packed) or examples (not packed) per forward and rank")
     gradient_accumulation_steps: int = flag(1, "forwards and backwards per optimizer step")
@@ -127,8 +127,10 @@ class Arguments:
     max_grad_norm: float = flag(1.0, "clip the global gradient norm to this; 0 = no clipping")
     num_train_epochs: float = flag(1.0, "passes over the data")
     max_steps: int = flag(-1, "optimizer steps, overriding num_train_epochs; -1 = off")
-    gradient_checkpointing: bool = flag(True, "keep the layers' inputs only; compute the rest again")
-    activation_offloading: bool = flag(False, "until backward, what it needs waits in host memory")
+    gradient_checkpointing: bool = flag(
+        True, "whether to keep layers' inputs only and compute the rest again"
+    )
+    activation_offloading: bool = flag(False, "activations wait for backward in the host's memory")
     use_liger_kernel: bool = flag(False, "Liger's rotary embedding, norms and gated MLP, in Triton on a GPU")
     liger_cross_entropy: bool = flag(False, "Liger's fused linear cross entropy; it chooses its own chunks")
     bf16: bool = flag(False, "compute in bfloat16; weights, gradients and optimizer states stay in fp32")
@@ -140,7 +142,7 @@ class Arguments:
     save_steps: int | None = flag(None, "write a checkpoint every so many steps; None = only on SIGTERM")
     save_total_limit: int | None = flag(None, "keep this many newest checkpoints; None = all")
     resume_from_checkpoint: str | None = flag(None, "a folder checkpoint-<step>, or 'latest' in output_dir")
-    check_isolation: bool = flag(True, "before training, prove on the first row that documents do not mix")
+    check_isolation: bool = flag(True, "whether to prove on the first row that documents do not mix")
     measure_memory: bool = flag(False, "without CUDA: count every byte of one (slower) step, for the ledger")
 
 
@@ -514,10 +516,10 @@ def batch_nll_sum(model, batch, chunk_size, liger_cross_entropy=False):
 
     def head(hidden, weight, bias):
         # only scored positions reach the head: a prompt costs no logits
+        hidden = hidden.flatten(0, 1).index_select(0, scored)
+        if liger_cross_entropy:
+            return liger_nll_sum(hidden, weight, targets[scored], bias=bias)
         with keep_on_device():  # backward begins here: what this saves would come straight back
-            hidden = hidden.flatten(0, 1).index_select(0, scored)
-            if liger_cross_entropy:
-                return liger_nll_sum(hidden, weight, targets[scored], bias=bias)
             return nll_sum(hidden, weight, targets[scored], bias=bias, chunk_size=chunk_size)
 
     inputs = {name: value for name, value in batch.items() if name != "labels"}
@@ -625,7 +627,7 @@ def load_model(args, device, attn_implementation):
 
 def decoder_layers(model):
     """The model's repeated blocks, in order, before and after FSDP2 has given them a class of its own."""
-    names = {name for name in model._no_split_modules or ()}
+    names = model._no_split_modules or ()
     return [m for m in model.modules() if type(m).__name__.removeprefix("FSDP") in names]
 
 
@@ -859,7 +861,8 @@ def train(args, rank, local_rank, world, device, sigterm):
     if rank == 0:
         prepare_output_dir(args.output_dir, progress["step"])
     metrics, totals = {}, {"seconds": 0.0, "tokens": 0, "padding": 0}
-    meter = MemoryMeter(model, optimizer, device, args.measure_memory, min(2, total_steps - progress["step"]))
+    track_step = min(2, total_steps - progress["step"])
+    meter = MemoryMeter(model, optimizer, device, args.measure_memory, track_step, offload)
     bar = tqdm(total=total_steps, initial=progress["step"], desc="SFT", unit="step", disable=rank != 0)
     order = rows.order(progress["epoch"])
 
@@ -932,8 +935,7 @@ def train(args, rank, local_rank, world, device, sigterm):
     bar.close()
 
     save_model(args, model, tokenizer, rank)
-    on_host = {"on_host": offload.host.peak} if offload else {}
-    ledger = memory_ledger(predict(args, model, meter.largest_batch, world), meter.measured | on_host)
+    ledger = memory_ledger(predict(args, model, meter.largest_batch, world), meter.measured)
     data["padding_fraction"] = totals["padding"] / max(totals["tokens"], 1)
     summary = {
         "args": asdict(args),

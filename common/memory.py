@@ -32,14 +32,14 @@ class MemoryMeter:
 
     Args:    model, optimizer; device: where the model runs; track: count on a CPU as well (slows that step).
              track_step: which call of `step` MemTracker watches; the second one finds the optimizer's state
-             there.
+             there. offload: an OffloadActivations, for on_host: bytes that waited on the host at once.
     After:   measured: the most that any measured step held: parameters, gradients, optimizer, activations
              (held when the loss head starts), loss_head (its own peak beyond that) and peak, in bytes of
              this rank; empty if nothing was measured.
     """
 
-    def __init__(self, model, optimizer, device, track=False, track_step=2):
-        self.model, self.optimizer, self.device = model, optimizer, device
+    def __init__(self, model, optimizer, device, track=False, track_step=2, offload=None):
+        self.model, self.optimizer, self.device, self.offload = model, optimizer, device, offload
         self.track, self.track_step, self.calls = track and device.type == "cpu", track_step, 0
         self.measured = {}
         self.largest_batch = None  # of the measured steps; of all steps if none was measured
@@ -102,14 +102,13 @@ class MemoryMeter:
                 hook.remove()
             self.tracker = None
         states = [v for state in self.optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
+        if self.offload is not None:
+            now["on_host"] = self.offload.step_host_bytes
         self.measured = {
             "parameters": _bytes(self.model.parameters()),
-            "gradients": now["gradients"],
+            "gradients": now.pop("gradients"),
             "optimizer": _bytes(states),
-            **{
-                name: max(now[name], self.measured.get(name, 0))
-                for name in ("activations", "loss_head", "peak")
-            },
+            **{name: max(count, self.measured.get(name, 0)) for name, count in now.items()},
         }
 
     def peak_bytes(self):
@@ -194,9 +193,9 @@ def predict_ledger(
         recomputed = 0
     activations, prefetched, host = layers * kept + outside, 0, {}
     if offloads:
-        formula = "of one layer; of the others on the host"
+        formula = f"of one layer (of all L: {format_gib(activations).strip()})"
         activations, prefetched = kept + outside, kept
-        host = {"on_host": ("of L - 1 layers", (layers - 1) * kept)}
+        host = {"on_host": ("activations of L - 1 layers", (layers - 1) * kept)}
     logits = 4 * num_scored * vocabulary
     chunk = min(chunk_size, num_scored) * (vocabulary * (6 if bf16 else 4) + h * c)
     # scored hidden states and their gradient, the weight's gradient, one chunk of logits
@@ -261,13 +260,15 @@ def memory_ledger(predicted, measured):
 
 def format_ledger(title, rows):
     """The table that a run ends with."""
+    if not rows:
+        return f"memory ledger  {title}: not predicted for this model, and not measured"
     lines = [f"memory ledger  {title:<52}  predicted   measured   (GiB)"]
     for row in rows:
         name = row["name"].replace("_", " ")
         lines.append(
             f"{name:<13}{row['formula']:<54}{format_gib(row['predicted'])} {format_gib(row['measured'])}"
         )
-    if rows:
+    if any(row["formula"] for row in rows):
         lines.append("P parameters, N tokens of a forward, h hidden size, L layers, V vocabulary, W ranks")
     return "\n".join(lines)
 
@@ -296,24 +297,34 @@ def traffic(report, bandwidth):
 
     Forward is the tighter side: backward computes at least twice as long over the same bytes.
 
-    Args:    report: OffloadActivations.report(); bandwidth: measure_bandwidth(device).
-    Returns: the report with bytes_per_second, copy_seconds_per_layer and hides.
+    Args:    report: OffloadActivations.report(); bandwidth: measure_bandwidth(device). On the pretend device,
+             where the same processor copies and computes, nothing hides, and no bandwidth is asked for.
+    Returns: the report with bytes_per_second, copy_seconds_per_layer and hides (None on the pretend device).
     """
+    if report["pretend"]:
+        return {**report, "bytes_per_second": None, "copy_seconds_per_layer": None, "hides": None}
     copy_seconds = report["bytes_per_layer"] / bandwidth["to_host"]
     hides = copy_seconds <= report["layer_seconds"]
     return {**report, "bytes_per_second": bandwidth, "copy_seconds_per_layer": copy_seconds, "hides": hides}
 
 
 def format_traffic(traffic):
-    """Three lines under the ledger."""
-    mib = {"offloaded": traffic["offloaded_bytes"], **traffic["stayed_bytes"]}
-    mib = ", ".join(f"{name} {count / 2**20:.2f}" for name, count in mib.items())
-    where = "pretend device: host memory on both sides" if traffic["pretend"] else "pinned memory"
-    copy, layer = traffic["copy_seconds_per_layer"] * 1000, traffic["layer_seconds"] * 1000
-    return (
-        f"offloading   {where}; on the host at most {traffic['peak_host_bytes'] / 2**20:.2f} MiB\n"
-        f"             MiB of the largest forward, the rest stayed: {mib}\n"
-        f"             a layer's {traffic['bytes_per_layer'] / 2**20:.2f} MiB at "
-        f"{traffic['bytes_per_second']['to_host'] / 1e9:.1f} GB/s take {copy:.2f} ms, its forward "
-        f"{layer:.2f} ms: the copies {'hide' if traffic['hides'] else 'do not hide'}"
-    )
+    """Lines under the ledger: what the first rank moved, what stayed and why, whether the copies hide."""
+
+    def mib(count):
+        return f"{count / 2**20:.2f}"
+
+    stayed = ", ".join(f"{reason} {mib(count)}" for reason, count in traffic["stayed_bytes"].items())
+    lines = [f"offloading   {mib(traffic['offloaded_bytes'])} MiB of a forward moved; {stayed} stayed"]
+    if traffic["offloaded_bytes"] == 0:
+        lines.append("nothing moved: rows this short save nothing that is worth a copy")
+    elif traffic["pretend"]:
+        lines.append("on a pretend device: host memory on both sides, so nothing is saved here")
+    else:
+        copy, layer = traffic["copy_seconds_per_layer"] * 1000, traffic["layer_seconds"] * 1000
+        lines.append(
+            f"a layer's {mib(traffic['bytes_per_layer'])} MiB at "
+            f"{traffic['bytes_per_second']['to_host'] / 1e9:.1f} GB/s take {copy:.2f} ms, its forward takes "
+            f"{layer:.2f} ms: the copies {'hide' if traffic['hides'] else 'do not hide'}"
+        )
+    return f"\n{'':13}".join(lines)

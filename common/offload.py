@@ -7,8 +7,9 @@
 x is a layer's input; x2 stays, for it is needed at once. With gradient checkpointing x is all that a layer
 saves, c N h bytes, and its copy hides behind the layer's compute; without, a layer saves some 20 times more.
 
-Autograd hands each tensor that an operation saves to `pack`, and hands what `pack` returned to `unpack` when
-backward needs it (torch.autograd.graph.saved_tensors_hooks). Five rules make that exact and free the memory:
+Autograd hands each tensor that an operation saves to `_pack`, and hands what `_pack` returned to `_unpack`
+when backward needs it (torch.autograd.graph.saved_tensors_hooks). Five rules make that exact and free the
+memory:
 1. Storages are copied, not tensors. q, k and v are projections of one input: a copy for each would move it
    three times, and one alias left behind would keep the whole storage on the device.
 2. Weights stay, as do integers (token ids, indices: the batch holds them anyway) and small storages.
@@ -37,6 +38,40 @@ MIN_BYTES = 2**16  # below, launching a copy costs more than it frees
 ALIGNMENT = 512  # of the pieces of the slab, as CUDA aligns its own blocks
 
 
+@dataclass(slots=True)
+class _Saved:
+    """What autograd keeps in a saved tensor's place: the tensor, or a view of a host copy."""
+
+    group: int
+    version: int  # the tensor's; it grows with each change in place
+    tensor: torch.Tensor | None = None
+    copy: "_HostCopy | None" = None
+    dtype: torch.dtype | None = None
+    view: tuple = ()  # offset, size, stride
+
+
+class _HostCopy:
+    """One storage on the host. Alive as long as autograd holds a _Saved of it."""
+
+    def __init__(self, offload, host, version):
+        self.offload, self.host, self.num_bytes, self.version = offload, host, len(host), version
+        self.stored = self.loaded = None  # events: the copy to the host, and back, is complete
+        self.data = self.stream = None  # back on the device, and the stream that its memory was taken on
+        self.aliases = self.to_unpack = (
+            0  # saved tensors of this storage; those that backward has yet to ask for
+        )
+
+    def __del__(self):
+        if self.data is not None:
+            # prefetched and perhaps never used: the copy may still be writing into what is freed here
+            self.offload.streams.current_stream().wait_event(self.loaded)
+
+
+def _backward_id():
+    """Names the backward that is running, -1 outside of any (autograd has no public word for it)."""
+    return torch._C._current_graph_task_id()
+
+
 class OffloadActivations:
     """Context manager around forward and loss; backward may run inside or after it.
 
@@ -48,9 +83,10 @@ class OffloadActivations:
 
     Args:    model: its parameters and buffers stay where they are, also those that FSDP2 gathers.
              layers: its decoder layers, in order: what they save comes back layer by layer, one ahead of
-             its use. Without any, each saved tensor counts as a layer, and none as the last one.
+             its use. None: each saved tensor counts as a layer, and none as the last one.
              device: the accelerator; torch.device("cpu") is the pretend device.
-             min_bytes: smaller storages stay (MIN_BYTES). keep_layers: so many of the last layers' stay.
+             min_bytes: smaller storages stay (MIN_BYTES). keep_layers: what so many of the last layers save
+             stays.
     Raises:  ValueError if keep_layers leaves nothing to offload; RuntimeError for a saved tensor that is
              changed in place while its copy may be under way, or before backward where it stayed; for a
              `with` inside another; and in `end_step` for host copies that outlive the step.
@@ -59,27 +95,29 @@ class OffloadActivations:
     active = None  # the one that is entered; keep_on_device asks for it
 
     def __init__(self, model, layers, device, *, min_bytes=None, keep_layers=1):
-        self.model, self.layers, self.device = model, list(layers), device
-        if self.layers and len(self.layers) <= keep_layers:
+        if layers is not None and len(layers) <= keep_layers:
             raise ValueError(
-                f"{type(model).__name__} has {len(self.layers)} layers, and the activations of the last "
-                f"{keep_layers} stay on the device: nothing is left to offload. Do without offloading."
+                f"activation offloading has nothing to move: of {len(layers)} decoder layers the last "
+                f"{keep_layers} keep what they save on the device. Do without it for this model."
             )
+        self.model, self.layers, self.device = model, layers, device
         self.min_bytes = MIN_BYTES if min_bytes is None else min_bytes
         self.keep_layers = keep_layers
         self.streams = torch.get_device_module(device)  # torch.cpu has streams and events that do nothing
         # one for each direction: the link carries both at once, and neither waits behind the other
         self.to_host, self.to_device = self.streams.Stream(), self.streams.Stream()
         self.host = _HostMemory(pinned=device.type == "cuda")
-        self.copies = WeakIdKeyDictionary()  # storage on the device -> weak reference to its host copy
-        self.live = weakref.WeakSet()  # all host copies that a graph still needs
-        # A group is one layer in one forward. The count goes on over forwards: several may wait for backward.
-        self.group, self.groups = 0, defaultdict(weakref.WeakSet)  # group -> its host copies
-        self.backward = self.lowest_group = None  # the latest backward, and how far down it has come
-        self.in_flight = deque()  # (group, tensor, host copy): copies that may still be reading the tensor
+        # Keys are storages by identity: PyTorch keeps one Python object for each, and a dead one drops out.
         self.weights = WeakIdKeyDictionary()  # storage -> True
-        self.largest = Counter()  # bytes of the largest forward so far: offloaded, and stayed by reason
-        self.marks = []
+        self.copies = WeakIdKeyDictionary()  # storage -> weak reference to its host copy
+        self.live = weakref.WeakSet()  # all host copies
+        # A group is what one layer saves in one forward. The count goes on: several forwards may wait.
+        self.group, self.groups = 0, defaultdict(weakref.WeakSet)  # group -> its host copies
+        self.in_flight = deque()  # (group, tensor, host copy): copies that may still be reading the tensor
+        self.backward = self.lowest_group = None  # the id of the latest backward, and how far down it is
+        self.marks, self.bytes = [], Counter()  # this forward's layer times; its bytes, moved and kept
+        self.largest_marks, self.largest = [], Counter()  # those of the forward that moved most
+        self.step_host_bytes = 0
 
     # The region: hooks in, hooks out.
 
@@ -90,7 +128,7 @@ class OffloadActivations:
         self.stayed = WeakIdKeyDictionary()  # storage -> reason
         self._note_weights(self.model)
         self.module_hooks = [self.model.register_forward_pre_hook(self._forward_starts)]
-        for layer in self.layers:
+        for layer in self.layers or ():
             self.module_hooks.append(layer.register_forward_pre_hook(self._layer_starts))
             self.module_hooks.append(layer.register_forward_hook(self._layer_ends))
         self.hooks = saved_tensors_hooks(self._pack, self._unpack)
@@ -104,7 +142,8 @@ class OffloadActivations:
         for hook in self.module_hooks:
             hook.remove()
         self._give_back(self.group + 1, check=error is None)
-        self.largest = max(self.largest, self.bytes, key=Counter.total)
+        if self.bytes["offloaded"] >= self.largest["offloaded"]:
+            self.largest, self.largest_marks = self.bytes, self.marks
 
     def end_step(self):
         """After a step's last backward: check that nothing is left, and size the slab for the next step."""
@@ -114,7 +153,7 @@ class OffloadActivations:
                 "the step: a graph without backward, or with retain_graph, is held. Drop its loss first."
             )
         self.groups.clear()
-        self.host.fit(self.streams)
+        self.step_host_bytes = self.host.end_step(self.streams)
 
     def _note_weights(self, module):
         """FSDP2 gathers weights when their layer starts: only then do they have a storage to recognise."""
@@ -129,18 +168,16 @@ class OffloadActivations:
         self.group += 1
 
     def _layer_starts(self, layer, _):
-        if _in_backward():
-            return  # a checkpointed layer is computed again, by a backward inside the context
-        self._note_weights(layer)
-        self.marks.append(self._mark())
+        if _backward_id() == -1:  # else a checkpointed layer is computed again, with backward in the region
+            self._note_weights(layer)
+            self.marks.append(self._mark())
 
     def _layer_ends(self, *_):
-        if _in_backward():
-            return
-        self.marks.append(self._mark())
-        self._give_back(self.group)  # the copies of the layer before had this layer's compute to finish
-        self.layer += 1
-        self.group += 1
+        if _backward_id() == -1:
+            self.marks.append(self._mark())
+            self._give_back(self.group)  # the copies of the layer before had this layer's compute to finish
+            self.layer += 1
+            self.group += 1
 
     # Forward: device -> host.
 
@@ -148,12 +185,12 @@ class OffloadActivations:
         reason = self._why_stay(tensor)
         if reason is not None:
             return self._keep(tensor, reason)
-        if not self.layers:
+        if self.layers is None:
             self._give_back(self.group)
             self.group += 1
         storage = tensor.untyped_storage()
         copy = self.copies.get(storage, lambda: None)()
-        if copy is None or copy.version != tensor._version:
+        if copy is None or copy.version != tensor._version:  # new, or written to since it was copied
             copy = self._store(tensor, storage)
         self.groups[self.group].add(copy)
         copy.aliases += 1
@@ -162,13 +199,13 @@ class OffloadActivations:
         return _Saved(self.group, tensor._version, copy=copy, dtype=tensor.dtype, view=view)
 
     def _why_stay(self, tensor):
-        if _in_backward():
+        if _backward_id() != -1:
             return "backward"  # a layer computed again: what it saves is used at once
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
             return "kind"
-        storage = tensor.untyped_storage()
         if tensor.device.type != self.device.type:
             return "elsewhere"
+        storage = tensor.untyped_storage()
         if storage in self.weights:
             return "weights"
         if storage in self.stayed:
@@ -179,18 +216,19 @@ class OffloadActivations:
             return "kind"  # their values are not those of their bytes
         if storage.nbytes() < self.min_bytes:
             return "small"
-        if self.layers and self.layer >= len(self.layers) - self.keep_layers:
+        if self.layers is not None and self.layer >= len(self.layers) - self.keep_layers:
             return "last layers" if self.layer < len(self.layers) else "head and loss"
         return None
 
     def _keep(self, tensor, reason):
-        """Pack the tensor as it is, and count its storage, once. Weights and the batch are no activations."""
+        """Pack the tensor as it is; count its storage, once, if it is an activation that could have moved."""
         if reason not in ("backward", "kind", "elsewhere", "weights", "integers"):
             storage = tensor.untyped_storage()
             if storage not in self.stayed:
                 self.stayed[storage] = reason
                 self.bytes[reason] += storage.nbytes()
-        # an operation that saves its own output would otherwise hold itself: tensor -> node -> saved tensor
+        # Not the tensor itself: if it is its node's own output, it would hold itself, and never be freed.
+        # detach() shares the storage, and the version that _unpack checks.
         return _Saved(self.group, tensor._version, tensor=tensor.detach())
 
     def _store(self, tensor, storage):
@@ -226,12 +264,7 @@ class OffloadActivations:
     # Backward: host -> device.
 
     def _unpack(self, saved):
-        backward = torch._C._current_graph_task_id()
-        if backward != self.backward or saved.group < self.lowest_group:
-            self.backward, self.lowest_group = backward, saved.group
-            for group in (saved.group, saved.group - 1):  # the layer before, while this one computes
-                for copy in list(self.groups.get(group, ())):
-                    self._load(copy)
+        self._prefetch(saved.group)
         if saved.copy is None:
             if saved.tensor._version != saved.version:
                 raise RuntimeError(_changed(saved.tensor, "it was saved"))
@@ -246,9 +279,19 @@ class OffloadActivations:
         tensor = torch.empty(0, dtype=saved.dtype, device=data.device)
         tensor.set_(data.untyped_storage(), *saved.view)
         copy.to_unpack -= 1
-        if copy.to_unpack == 0:  # every alias is out: autograd holds what it needs
-            copy.data, copy.to_unpack = None, copy.aliases  # again, for a graph that is retained
+        if copy.to_unpack == 0:
+            # Every alias is out, and autograd holds what it still needs. If the graph is retained, another
+            # backward will ask for all of them again, and the host still has the bytes.
+            copy.data, copy.to_unpack = None, copy.aliases
         return tensor
+
+    def _prefetch(self, group):
+        """When a backward comes down to a layer: load the one before it, while this one computes."""
+        if _backward_id() != self.backward or group < self.lowest_group:
+            self.backward, self.lowest_group = _backward_id(), group
+            for number in (group, group - 1):
+                for copy in list(self.groups.get(number, ())):
+                    self._load(copy)
 
     def _load(self, copy):
         """Start the copy of a storage back to the device, unless it is on its way or there."""
@@ -272,12 +315,13 @@ class OffloadActivations:
         return event
 
     def report(self):
-        """Bytes of the largest forward, and the median seconds that a layer of the latest one computed.
+        """Bytes and layer times of the forward that moved most.
 
         Returns: pretend (no accelerator), offloaded_bytes, bytes_per_layer, stayed_bytes {reason: bytes},
-                 peak_host_bytes, layer_seconds (waits for copies left out).
+                 peak_host_bytes (of all steps), layer_seconds (median of a layer's forward; on the pretend
+                 device its copies included).
         """
-        pairs = list(zip(self.marks[::2], self.marks[1::2]))
+        pairs = list(zip(self.largest_marks[::2], self.largest_marks[1::2]))
         if self.device.type == "cuda":
             torch.cuda.synchronize()
             seconds = [start.elapsed_time(end) / 1000 for start, end in pairs]
@@ -287,7 +331,7 @@ class OffloadActivations:
         return {
             "pretend": self.device.type != "cuda",
             "offloaded_bytes": offloaded,
-            "bytes_per_layer": offloaded / max(len(self.layers) - self.keep_layers, 1),
+            "bytes_per_layer": offloaded / (len(self.layers) - self.keep_layers) if self.layers else 0,
             "stayed_bytes": {name: n for name, n in self.largest.items() if name != "offloaded"},
             "peak_host_bytes": self.host.peak,
             "layer_seconds": statistics.median(seconds or [0.0]),
@@ -309,43 +353,12 @@ def keep_on_device():
         yield
 
 
-def _in_backward():
-    return torch._C._current_graph_task_id() != -1
-
-
 def _changed(tensor, since):
     # autograd checks this itself for what it saves, but cannot see through hooks
     return (
         f"a tensor {tuple(tensor.shape)} that backward needs was changed in place after {since}: its "
         "gradient would be wrong. Compute out of place, or not under OffloadActivations."
     )
-
-
-@dataclass(slots=True)
-class _Saved:
-    """What autograd keeps in a saved tensor's place: the tensor, or a view of a host copy."""
-
-    group: int
-    version: int
-    tensor: torch.Tensor | None = None
-    copy: "_HostCopy | None" = None
-    dtype: torch.dtype | None = None
-    view: tuple = ()  # offset, size, stride
-
-
-class _HostCopy:
-    """One storage on the host: alive as long as a graph holds one of its aliases."""
-
-    def __init__(self, offload, host, version):
-        self.offload, self.host, self.num_bytes, self.version = offload, host, len(host), version
-        self.stored = self.loaded = None  # events: the copy to the host, and back, is complete
-        self.data = self.stream = None  # back on the device, and the stream that its memory was taken on
-        self.aliases = self.to_unpack = 0
-
-    def __del__(self):
-        if self.data is not None:
-            # prefetched and perhaps never used: the copy may still be writing into what is freed here
-            self.offload.streams.current_stream().wait_event(self.loaded)
 
 
 class _HostMemory:
@@ -357,30 +370,36 @@ class _HostMemory:
 
     def __init__(self, pinned):
         self.pinned, self.slab = pinned, torch.empty(0, dtype=torch.uint8)
-        self.top = self.peak = 0
+        self.top = self.step_peak = self.peak = 0
         self.unpin = lambda: None
 
     def take(self, num_bytes, live):
-        """num_bytes of host memory, uint8. Used again at once: a copy into it waits for the compute stream,
-        which has waited for every copy out of it."""
+        """num_bytes of host memory, uint8, from the bottom if no copy is live.
+
+        Earlier copies may then still be on their way out of the same bytes. They are not overwritten: the
+        compute stream has waited for each of them (in _unpack, or in __del__ if nobody used it), and the
+        next copy into the slab waits for the compute stream. Copies into it follow one another on one stream.
+        """
         if not live:
             self.top = 0
         start = self.top
         self.top += -(-num_bytes // ALIGNMENT) * ALIGNMENT
-        self.peak = max(self.peak, self.top)
+        self.step_peak = max(self.step_peak, self.top)
         with _disable_current_modes():
             if self.top <= len(self.slab):
                 return self.slab[start : start + num_bytes]
             return torch.empty(num_bytes, dtype=torch.uint8)
 
-    def fit(self, streams):
-        """Make the slab as large as any step needed so far."""
-        if self.peak <= len(self.slab):
-            return
-        streams.synchronize()  # the device may still be reading the old slab
-        self.unpin()
-        with _disable_current_modes():
-            self.slab = torch.empty(self.peak, dtype=torch.uint8)
-        if self.pinned:
-            pin_memory(self.slab.data_ptr(), len(self.slab))
-            self.unpin = weakref.finalize(self, unpin_memory, self.slab.data_ptr())
+    def end_step(self, streams):
+        """Make the slab as large as any step needed so far. Returns the bytes that this one needed."""
+        step_peak, self.step_peak = self.step_peak, 0
+        self.peak = max(self.peak, step_peak)
+        if self.peak > len(self.slab):
+            streams.synchronize()  # the device may still be reading the old slab
+            self.unpin()
+            with _disable_current_modes():
+                self.slab = torch.empty(self.peak, dtype=torch.uint8)
+            if self.pinned:
+                pin_memory(self.slab.data_ptr(), len(self.slab))
+                self.unpin = weakref.finalize(self, unpin_memory, self.slab.data_ptr())
+        return step_peak

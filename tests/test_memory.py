@@ -10,7 +10,17 @@ from transformers import AutoConfig
 
 from common.collators import IGNORE, flatten, pad
 from common.logps import head_computes, nll_sum
-from common.memory import GIB, MemoryMeter, format_gib, format_ledger, memory_ledger, predict_ledger
+from common.memory import (
+    GIB,
+    MemoryMeter,
+    format_gib,
+    format_ledger,
+    format_traffic,
+    measure_bandwidth,
+    memory_ledger,
+    predict_ledger,
+    traffic,
+)
 
 ROWS = ["parameters", "gradients", "optimizer", "activations", "loss_head", "peak"]
 CPU = torch.device("cpu")
@@ -246,3 +256,44 @@ def test_gib_keep_enough_digits():
         "0.0000",
     ]
     assert {len(format_gib(x)) for x in (None, GIB, GIB // 100, 12345 * GIB)} == {10}
+
+
+# --- offloading ---
+
+REPORT = {
+    "pretend": False,
+    "offloaded_bytes": 3 * 2**20,
+    "bytes_per_layer": 2**20,
+    "stayed_bytes": {"last layers": 2**20, "small": 2**19},
+    "peak_host_bytes": 3 * 2**20,
+    "layer_seconds": 0.002,
+}
+
+
+@pytest.mark.parametrize("to_host, hides", [(2**29 + 1, True), (2**29, True), (2**29 - 2**20, False)])
+def test_copies_hide_if_they_take_no_longer_than_a_layer(to_host, hides):
+    """1 MiB in 2 ms: 2^29 bytes a second."""
+    report = {**REPORT, "layer_seconds": 2**-9}
+    found = traffic(report, {"to_host": to_host, "to_device": 1})
+    assert found["hides"] is hides
+    assert found["copy_seconds_per_layer"] == 2**20 / to_host
+    assert {**found, **report} == found
+    assert f"the copies {'hide' if hides else 'do not hide'}" in format_traffic(found)
+
+
+def test_the_lines_about_offloading():
+    bandwidth = {"to_host": 2.0e9, "to_device": 3.0e9}
+    assert format_traffic(traffic(REPORT, bandwidth)).splitlines() == [
+        "offloading   3.00 MiB of a forward moved; last layers 1.00, small 0.50 stayed",
+        f"{'':13}a layer's 1.00 MiB at 2.0 GB/s take 0.52 ms, its forward takes 2.00 ms: the copies hide",
+    ]
+    pretend = traffic({**REPORT, "pretend": True}, None)
+    assert pretend["hides"] is None and "pretend device" in format_traffic(pretend)
+    nothing = {**REPORT, "offloaded_bytes": 0, "bytes_per_layer": 0}
+    assert "nothing moved" in format_traffic(traffic(nothing, bandwidth))
+
+
+def test_bandwidth_is_bytes_per_second():
+    found = measure_bandwidth(torch.device("cpu"), num_bytes=2**22)
+    assert found.keys() == {"to_host", "to_device"}
+    assert all(1e8 < speed < 1e12 for speed in found.values())

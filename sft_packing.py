@@ -82,7 +82,7 @@ from common.memory import (
     predict_ledger,
     traffic,
 )
-from common.offload import OffloadActivations, keep_on_device
+from common.offload import MIN_BYTES, OffloadActivations, keep_on_device
 from common.report import describe_data, device_name, versions, write_metrics
 from common.truncation import OVERFLOW, check_limit, fit_to_length
 
@@ -800,7 +800,7 @@ def predict(args, model, batch, world):
         rows=len(batch["input_ids"]),
         masked=num_padding > 0 or "cu_seq_lens_q" in batch and attention == "sdpa",
         accumulates=args.gradient_accumulation_steps > 1,
-        offloads=args.activation_offloading,
+        offload_min_bytes=MIN_BYTES if args.activation_offloading else None,
         world=world,
     )
 

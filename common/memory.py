@@ -148,7 +148,7 @@ def predict_ledger(
     rows=1,
     masked=False,
     accumulates=False,
-    offloads=False,
+    offload_min_bytes=None,
     world=1,
 ):
     """What one step of a Llama-like decoder (rotary, RMSNorm, gated MLP) will hold, from its configuration
@@ -157,7 +157,7 @@ def predict_ledger(
     Args:    config: a transformers configuration. num_tokens, num_scored: of the largest forward, padding
              included. num_parameters: tied weights counted once. rows: of a padded batch, 1 for a flat row;
              masked: whether it holds any padding. accumulates: whether a step has several forwards.
-             offloads: whether activations wait on the host (offload.py), but for the last layer's.
+             offload_min_bytes: with offloading, storages from this size on wait on the host (offload.py).
     Returns: {name: (formula, bytes)} for one rank, in the ledger's order; {} for other architectures.
     """
     needs = ("hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps", "num_key_value_heads")
@@ -192,7 +192,7 @@ def predict_ledger(
         formula, kept = f"all L layers (with checkpointing: {checkpointed})", one_layer
         recomputed = 0
     activations, prefetched, host = layers * kept + outside, 0, {}
-    if offloads:
+    if offload_min_bytes is not None and kept >= offload_min_bytes:
         formula = f"of one layer (of all L: {format_gib(activations).strip()})"
         activations, prefetched = kept + outside, kept
         host = {"on_host": ("activations of L - 1 layers", (layers - 1) * kept)}
@@ -217,12 +217,15 @@ def predict_ledger(
     # the first layer's backward: the other layers' activations are gone, their gradients are there
     others = 0 if accumulates else 4 * (in_layers - in_layers // layers) // world
     in_first = before + others + kept + recomputed + flowing
+    # the second layer's: the first one's come back from the host, its gradient is not there
+    in_second = in_first - (0 if accumulates else 4 * in_layers // layers // world) + prefetched
     # the embedding's backward: a gradient of V * h of its own, added to the head's where the two are tied
     extra = (2 if config.tie_word_embeddings else 0) + (1 if accumulates else 0)
     at_end = states + gathered + gradients + c * head_weight * extra
     moments = {
         "at the loss head": at_head,
         "in the last layer's backward": in_last,
+        "in the second layer's backward": in_second,
         "in the first layer's backward": in_first,
         "in the embedding's backward": at_end,
     }

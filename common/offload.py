@@ -27,6 +27,7 @@ import weakref
 from collections import Counter, defaultdict, deque
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -56,6 +57,7 @@ class _HostCopy:
     def __init__(self, offload, host, version):
         self.offload, self.host, self.num_bytes, self.version = offload, host, len(host), version
         self.stored = self.loaded = None  # events: the copy to the host, and back, is complete
+        self.changed = False  # the tensor was written to while it was copied
         self.data = self.stream = None  # back on the device, and the stream that its memory was taken on
         self.aliases = self.to_unpack = (
             0  # saved tensors of this storage; those that backward has yet to ask for
@@ -63,7 +65,9 @@ class _HostCopy:
 
     def __del__(self):
         if self.data is not None:
-            # prefetched and perhaps never used: the copy may still be writing into what is freed here
+            # prefetched and perhaps never used: the copy may still be writing into what is freed here, and
+            # reading what the current stream's next copy to the host may overwrite
+            self.stream.wait_event(self.loaded)
             self.offload.streams.current_stream().wait_event(self.loaded)
 
 
@@ -87,9 +91,10 @@ class OffloadActivations:
              device: the accelerator; torch.device("cpu") is the pretend device.
              min_bytes: smaller storages stay (MIN_BYTES). keep_layers: what so many of the last layers save
              stays.
-    Raises:  ValueError if keep_layers leaves nothing to offload; RuntimeError for a saved tensor that is
-             changed in place while its copy may be under way, or before backward where it stayed; for a
-             `with` inside another; and in `end_step` for host copies that outlive the step.
+    Raises:  ValueError if keep_layers leaves nothing to offload; RuntimeError for a `with` inside another; in
+             `end_step` for host copies that outlive the step; and in backward for a saved tensor that was
+             changed in place while its copy may have been under way, or at any time where it stayed. Writes
+             that autograd cannot see (through .data, or by a foreign kernel) are not seen here either.
     """
 
     active = None  # the one that is entered; keep_on_device asks for it
@@ -100,6 +105,8 @@ class OffloadActivations:
                 f"activation offloading has nothing to move: of {len(layers)} decoder layers the last "
                 f"{keep_layers} keep what they save on the device. Do without it for this model."
             )
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         self.model, self.layers, self.device = model, layers, device
         self.min_bytes = MIN_BYTES if min_bytes is None else min_bytes
         self.keep_layers = keep_layers
@@ -113,10 +120,11 @@ class OffloadActivations:
         self.live = weakref.WeakSet()  # all host copies
         # A group is what one layer saves in one forward. The count goes on: several forwards may wait.
         self.group, self.groups = 0, defaultdict(weakref.WeakSet)  # group -> its host copies
-        self.in_flight = deque()  # (group, tensor, host copy): copies that may still be reading the tensor
+        self.in_flight = deque()  # (group, stream, tensor, host copy): a copy may still be reading the tensor
         self.backward = self.lowest_group = None  # the id of the latest backward, and how far down it is
+        self.keeping = False  # inside keep_on_device
         self.marks, self.bytes = [], Counter()  # this forward's layer times; its bytes, moved and kept
-        self.largest_marks, self.largest = [], Counter()  # those of the forward that moved most
+        self.largest_marks, self.largest, self.largest_rank = [], Counter(), (False, 0)
         self.step_host_bytes = 0
 
     # The region: hooks in, hooks out.
@@ -126,24 +134,26 @@ class OffloadActivations:
             raise RuntimeError("OffloadActivations inside another: autograd would ask the inner one only.")
         self.bytes, self.marks, self.layer = Counter(), [], 0
         self.stayed = WeakIdKeyDictionary()  # storage -> reason
-        self._note_weights(self.model)
-        self.module_hooks = [self.model.register_forward_pre_hook(self._forward_starts)]
-        for layer in self.layers or ():
-            self.module_hooks.append(layer.register_forward_pre_hook(self._layer_starts))
-            self.module_hooks.append(layer.register_forward_hook(self._layer_ends))
         self.hooks = saved_tensors_hooks(self._pack, self._unpack)
         self.hooks.__enter__()
         OffloadActivations.active = self
+        self._note_weights(self.model)
+        self.module_hooks = [self.model.register_forward_pre_hook(self._forward_starts)]
+        for i, layer in enumerate(self.layers or ()):
+            self.module_hooks.append(layer.register_forward_pre_hook(partial(self._layer_starts, i)))
+            self.module_hooks.append(layer.register_forward_hook(partial(self._layer_ends, i)))
         return self
 
-    def __exit__(self, error, *_):
+    def __exit__(self, *_):
         OffloadActivations.active = None
         self.hooks.__exit__()
         for hook in self.module_hooks:
             hook.remove()
-        self._give_back(self.group + 1, check=error is None)
-        if self.bytes["offloaded"] >= self.largest["offloaded"]:
-            self.largest, self.largest_marks = self.bytes, self.marks
+        self._give_back(self.group + 1)
+        # the first step's copies to ordinary memory make the host wait, and its layers seem slow
+        rank = (len(self.host.slab) > 0, self.bytes["offloaded"])
+        if rank >= self.largest_rank:
+            self.largest_rank, self.largest, self.largest_marks = rank, self.bytes, self.marks
 
     def end_step(self):
         """After a step's last backward: check that nothing is left, and size the slab for the next step."""
@@ -167,16 +177,17 @@ class OffloadActivations:
         self.layer = 0
         self.group += 1
 
-    def _layer_starts(self, layer, _):
+    def _layer_starts(self, i, layer, _):
         if _backward_id() == -1:  # else a checkpointed layer is computed again, with backward in the region
+            self.layer = i
             self._note_weights(layer)
             self.marks.append(self._mark())
 
-    def _layer_ends(self, *_):
+    def _layer_ends(self, i, *_):
         if _backward_id() == -1:
             self.marks.append(self._mark())
             self._give_back(self.group)  # the copies of the layer before had this layer's compute to finish
-            self.layer += 1
+            self.layer = i + 1
             self.group += 1
 
     # Forward: device -> host.
@@ -203,7 +214,7 @@ class OffloadActivations:
             return "backward"  # a layer computed again: what it saves is used at once
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
             return "kind"
-        if tensor.device.type != self.device.type:
+        if tensor.device != self.device:
             return "elsewhere"
         storage = tensor.untyped_storage()
         if storage in self.weights:
@@ -218,7 +229,7 @@ class OffloadActivations:
             return "small"
         if self.layers is not None and self.layer >= len(self.layers) - self.keep_layers:
             return "last layers" if self.layer < len(self.layers) else "head and loss"
-        return None
+        return "kept on device" if self.keeping else None
 
     def _keep(self, tensor, reason):
         """Pack the tensor as it is; count its storage, once, if it is an activation that could have moved."""
@@ -237,9 +248,10 @@ class OffloadActivations:
         source = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
         # its values must be there before they are copied. The current stream is asked for at every use:
         # a user may change it between two layers, and autograd sets it in backward.
-        self.to_host.wait_event(self.streams.current_stream().record_event())
+        current = self.streams.current_stream()
+        self.to_host.wait_event(current.record_event())
         copy.stored = self._copy(self.to_host, copy.host, source)
-        self.in_flight.append((self.group, tensor.detach(), copy))
+        self.in_flight.append((self.group, current, tensor.detach(), copy))
         self.copies[storage] = weakref.ref(copy)
         self.live.add(copy)
         self.bytes["offloaded"] += copy.num_bytes
@@ -251,25 +263,29 @@ class OffloadActivations:
             destination.copy_(source, non_blocking=True)
             return stream.record_event()
 
-    def _give_back(self, group, check=True):
+    def _give_back(self, group):
         """Let go of the device memory that groups before `group` have copied."""
         while self.in_flight and self.in_flight[0][0] < group:
-            _, tensor, copy = self.in_flight.popleft()
-            # Freed memory goes to the next operation of this stream, which must not write before the copy
+            _, stream, tensor, copy = self.in_flight.popleft()
+            # Freed memory goes to the next operation of its stream, which must not write before the copy
             # has read. Where the link is slow, waiting here also bounds what is in flight to two layers.
+            stream.wait_event(copy.stored)
             self.streams.current_stream().wait_event(copy.stored)
-            if check and tensor._version != copy.version:
-                raise RuntimeError(_changed(tensor, "its copy to the host began"))
+            copy.changed = tensor._version != copy.version  # then the copy may hold either; see _unpack
 
     # Backward: host -> device.
 
     def _unpack(self, saved):
         self._prefetch(saved.group)
-        if saved.copy is None:
-            if saved.tensor._version != saved.version:
-                raise RuntimeError(_changed(saved.tensor, "it was saved"))
-            return saved.tensor
         copy = saved.copy
+        changed = copy.changed if copy else saved.tensor._version != saved.version
+        if changed:  # autograd's own check of what it saves does not see through hooks
+            raise RuntimeError(
+                "a tensor that backward needs was changed in place after it was saved: its gradient would be "
+                "wrong. Compute out of place, or without OffloadActivations."
+            )
+        if copy is None:
+            return saved.tensor
         data = self._load(copy)
         current = self.streams.current_stream()
         current.wait_event(copy.loaded)  # the values must have arrived before they are read
@@ -345,20 +361,13 @@ def keep_on_device():
     if offload is None:
         yield
         return
-
-    def pack(tensor):
-        return offload._keep(tensor, offload._why_stay(tensor) or "kept on device")
-
-    with saved_tensors_hooks(pack, offload._unpack):
+    # A flag, and no hooks of its own: inside a checkpointed function those would hide tensors from the
+    # checkpoint, which counts what is saved, and takes one for another when it computes them again.
+    before, offload.keeping = offload.keeping, True
+    try:
         yield
-
-
-def _changed(tensor, since):
-    # autograd checks this itself for what it saves, but cannot see through hooks
-    return (
-        f"a tensor {tuple(tensor.shape)} that backward needs was changed in place after {since}: its "
-        "gradient would be wrong. Compute out of place, or not under OffloadActivations."
-    )
+    finally:
+        offload.keeping = before
 
 
 class _HostMemory:

@@ -425,13 +425,30 @@ def test_an_exception_in_forward_leaves_the_offloader_usable():
     assert packed  # no hook of ours is left on top
 
 
-def test_an_exception_is_not_hidden_by_a_change_in_place():
-    with pytest.raises(ZeroDivisionError):
-        with offloader():
-            y = leaf(6, 4) * 1
-            y.square()
-            y.add_(1)
-            raise ZeroDivisionError
+def test_a_layer_called_twice_is_the_same_layer():
+    """Of three layers, each called twice in a row, the last one's two calls stay."""
+    layers = torch.nn.ModuleList(torch.nn.Tanh() for _ in range(3))
+    for orders in ([0, 0, 1, 1, 2, 2], [0, 1, 2, 0, 1, 2]):
+        offload = offloader(layers)
+        with offload:
+            h = leaf(6, 4) * 1
+            for i in orders:
+                h = layers[i](h)
+        assert offload.largest == {"offloaded": 4 * 96, "last layers": 2 * 96}
+        h.sum().backward()
+
+
+def test_a_backward_inside_moves_no_layer_count(monkeypatch):
+    """A checkpointed layer computed again runs its hooks again, where transformers calls it so."""
+    layers = torch.nn.ModuleList(torch.nn.Tanh() for _ in range(3))
+    offload = offloader(layers)
+    with offload:
+        h = leaf(6, 4) * 1
+        for layer in layers:
+            h = checkpoint(layer, h, use_reentrant=False)
+        before = offload.layer, offload.group, len(offload.marks)
+        h.sum().backward()
+        assert (offload.layer, offload.group, len(offload.marks)) == before
 
 
 def test_backward_inside_the_context():
@@ -484,13 +501,34 @@ def test_a_double_backward_works():
     assert_equal(run(offload), run(None))
 
 
-def test_a_change_in_place_while_copied_is_refused():
-    x = leaf(6, 4)
-    with pytest.raises(RuntimeError, match="changed in place after its copy to the host began"):
-        with offloader():
-            y = x * 1
-            y.square()
-            y.add_(1)
+def test_a_change_in_place_while_copied_is_refused_in_backward():
+    offload = offloader()
+    with offload:
+        y = leaf(6, 4) * 1
+        loss = y.square().sum()
+        y.add_(1)
+    with pytest.raises(RuntimeError, match="changed in place after it was saved"):
+        loss.backward()
+    del loss
+    offload.end_step()
+
+
+@pytest.mark.parametrize("min_bytes", [1, 10**6])
+def test_a_change_in_place_that_no_backward_sees_is_none(min_bytes):
+    def run(offload):
+        x = leaf(6, 4)
+        with offload or no_offload():
+            h = x * 2
+            unused = h.square().mean()
+            h += 1
+            loss = h.exp().sum()
+        loss.backward()
+        del unused
+        return (x.grad,)
+
+    offload = offloader(min_bytes=min_bytes)
+    assert_equal(run(offload), run(None))
+    offload.end_step()
 
 
 def test_a_change_in_place_of_what_stayed_is_refused_in_backward():
@@ -500,6 +538,41 @@ def test_a_change_in_place_of_what_stayed_is_refused_in_backward():
         y.add_(1)
     with pytest.raises(RuntimeError, match="changed in place after it was saved"):
         loss.backward()
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_kept_region_in_a_checkpointed_function(inside):
+    def run(offload):
+        x = leaf(6, 4)
+
+        def layer(h):
+            y = h.exp()
+            with keep_on_device():
+                y = y.sin().cos()
+            return y.tanh() * h
+
+        with offload or no_offload():
+            h = x * 0.5
+            for _ in range(3):
+                h = checkpoint(layer, h, use_reentrant=False)
+            loss = h.sum()
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        return (x.grad,)
+
+    assert_equal(run(offloader()), run(None))
+
+
+def test_hooks_that_autograd_refuses_leave_nothing_behind():
+    model = tiny_model("llama")
+    with pytest.raises(RuntimeError, match="not today"):
+        with torch.autograd.graph.disable_saved_tensors_hooks("not today"):
+            with offloader(decoder_layers(model), model):
+                model(torch.arange(4)[None])
+    assert OffloadActivations.active is None
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_one_inside_another_is_refused():
@@ -709,7 +782,7 @@ def test_the_report_adds_up():
     enable_checkpointing(model)
     offload = offloader(decoder_layers(model), model)
     small, large = flatten(documents(0, [4, 3])), flatten(documents(1, [9, 8, 7]))
-    train(model, [large, small], offload)
+    train(model, [small, small, large, small], offload, accumulate=2)
     assert not offload.groups and not offload.live  # nothing piles up from step to step
     report = offload.report()
     assert report["pretend"] is True
@@ -846,7 +919,7 @@ class CopiesInBeforeMemoryIsFree(LateOffload):
 
 
 class FreesTooEarly(LateOffload):
-    def _give_back(self, group, check=True):
+    def _give_back(self, group):
         self.in_flight.clear()
 
 
@@ -893,6 +966,49 @@ def test_a_prefetch_that_nobody_used_is_waited_for_before_its_memory_goes():
     offload.end_step()
 
 
+def test_a_copy_and_its_event_are_on_the_side_stream():
+    """The one line that the simulation replaces."""
+    log, values = [], (torch.zeros(4, dtype=torch.uint8), torch.arange(4, dtype=torch.uint8))
+
+    class Stream:
+        def record_event(self):
+            log.append(("event after the copy", self, torch.equal(*values)))
+            return "event"
+
+    class Streams:
+        @contextmanager
+        def stream(self, stream):
+            log.append(("enter", stream, torch.equal(*values)))
+            yield
+            log.append(("exit", stream, torch.equal(*values)))
+
+    offload, side = offloader(), Stream()
+    offload.streams = Streams()
+    assert offload._copy(side, *values) == "event"
+    assert log == [("enter", side, False), ("event after the copy", side, True), ("exit", side, True)]
+
+
+def test_memory_is_given_back_to_the_stream_that_it_came_from():
+    """Packed and loaded on one stream, let go on another: both wait."""
+    offload = offloader(kind=LateOffload)
+    first = offload.compute
+    with offload:
+        loss = (leaf(6, 4) * 2).exp().sin().cos().sum()
+        second = offload.compute = ComputeStream()
+    assert offload.to_host.done == len(offload.to_host.queue)
+    waits = Counter()
+    for stream in (first, second):
+        wait = stream.wait_event
+        stream.wait_event = lambda event, stream=stream, wait=wait: waits.update([stream]) or wait(event)
+    offload.compute = first
+    copies = list(offload.live)
+    offload._load(copies[0])
+    offload.compute = second
+    del copies, loss
+    assert waits == {first: 1, second: 1}
+    offload.end_step()
+
+
 def test_the_current_stream_is_asked_for_at_every_use(monkeypatch):
     """Backward on another stream than forward: it waits itself, and the allocator hears of it."""
     recorded = Counter()
@@ -930,8 +1046,8 @@ def cuda_model(checkpointing, layers=6):
     return model
 
 
-def cuda_row(lengths=(700, 900, 500)):
-    batch = flatten(documents(0, lengths))
+def cuda_row(seed=0, lengths=(2800, 2600, 3000)):
+    batch = flatten(documents(seed, lengths))
     return {name: v.cuda() if torch.is_tensor(v) else v for name, v in batch.items()}
 
 
@@ -940,8 +1056,8 @@ def cuda_train(model, offloads, steps=3, kind=OffloadActivations, each_layer=Non
     device = torch.device("cuda", torch.cuda.current_device())
     offload = kind(model, decoder_layers(model), device) if offloads else None
     hooks = [m.register_forward_hook(each_layer) for m in decoder_layers(model)] if each_layer else []
-    batch = cuda_row()
     for step in range(steps):
+        batch = cuda_row(step)  # another one each time: the host must not show the step before's
         model.zero_grad()
         if step == 1:
             torch.cuda.synchronize()
@@ -961,15 +1077,24 @@ def cuda_train(model, offloads, steps=3, kind=OffloadActivations, each_layer=Non
 @pytest.mark.gpu
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_cuda_gradients_are_bit_equal_and_memory_is_free(checkpointing, monkeypatch):
-    torch.use_deterministic_algorithms(True, warn_only=True)  # index_add in the embedding's backward
+    # the embedding's and attention's backward add up in any order otherwise
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
     try:
         plain, plain_peak = cuda_train(cuda_model(checkpointing), False)
         found, peak = cuda_train(cuda_model(checkpointing), True)
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(found[name], plain[name]) for name in plain)
-    layer_input = 2100 * 256 * 2
+    layer_input = 8400 * 256 * 2
     assert plain_peak - peak > (2 * layer_input if checkpointing else 20 * layer_input)
+
+
+def assert_near(found, expected):
+    """To the order of additions in bf16. A stale or half-written layer is off by its whole size."""
+    for name in expected:
+        difference = (found[name] - expected[name]).float().norm()
+        assert difference <= 0.02 * expected[name].float().norm(), name
 
 
 def sleep(*_):
@@ -981,7 +1106,7 @@ def sleep(*_):
 def test_cuda_copies_wait_for_values_that_are_computed_late(checkpointing):
     plain, _ = cuda_train(cuda_model(checkpointing), False)
     found, _ = cuda_train(cuda_model(checkpointing), True, each_layer=sleep)
-    assert all(torch.allclose(found[name], plain[name], rtol=1e-2, atol=1e-3) for name in plain)
+    assert_near(found, plain)
 
 
 @pytest.mark.gpu
@@ -993,7 +1118,7 @@ def test_cuda_on_a_stream_that_is_not_the_default_one(checkpointing):
     with torch.cuda.stream(stream):
         found, _ = cuda_train(model, True, each_layer=sleep)
     torch.cuda.current_stream().wait_stream(stream)
-    assert all(torch.allclose(found[name], plain[name], rtol=1e-2, atol=1e-3) for name in plain)
+    assert_near(found, plain)
 
 
 class LateView(torch.autograd.Function):
@@ -1053,6 +1178,6 @@ def test_cuda_the_slab_is_pinned_and_not_rounded_up():
             loss = batch_nll_sum(model, cuda_row(), 64)
         loss.backward()
         offload.end_step()
-    assert offload.host.slab.is_pinned() and len(offload.host.slab) == offload.host.peak == 5 * 2100 * 512
+    assert offload.host.slab.is_pinned() and len(offload.host.slab) == offload.host.peak == 5 * 8400 * 512
     report = offload.report()
     assert report["pretend"] is False and report["layer_seconds"] > 0

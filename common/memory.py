@@ -249,7 +249,7 @@ def format_gib(count):
 
 def memory_ledger(predicted, measured):
     """Join the two sides into rows: dicts with name, formula, predicted and measured (bytes, or None)."""
-    names = list(predicted) or list(measured)
+    names = [*predicted, *(name for name in measured if name not in predicted)]
     return [
         {
             "name": name,

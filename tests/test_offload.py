@@ -13,7 +13,7 @@ from helpers import FAMILIES, documents, enable_checkpointing, gradients, tiny_m
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed._tools.mem_tracker import MemTracker
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from common.collators import flatten, pad
 from common.offload import OffloadActivations, keep_on_device
@@ -445,9 +445,11 @@ def test_a_backward_inside_moves_no_layer_count(monkeypatch):
     with offload:
         h = leaf(6, 4) * 1
         for layer in layers:
-            h = checkpoint(layer, h, use_reentrant=False)
+            with set_checkpoint_early_stop(False):
+                h = checkpoint(layer, h, use_reentrant=False)
         before = offload.layer, offload.group, len(offload.marks)
-        h.sum().backward()
+        with set_checkpoint_early_stop(False):
+            h.sum().backward()
         assert (offload.layer, offload.group, len(offload.marks)) == before
 
 
@@ -782,13 +784,14 @@ def test_the_report_adds_up():
     enable_checkpointing(model)
     offload = offloader(decoder_layers(model), model)
     small, large = flatten(documents(0, [4, 3])), flatten(documents(1, [9, 8, 7]))
-    train(model, [small, small, large, small], offload, accumulate=2)
+    larger = flatten(documents(1, [9, 8, 9]))  # in the first step, whose copies are slow: not reported
+    train(model, [larger, small, large, small], offload, accumulate=2)
     assert not offload.groups and not offload.live  # nothing piles up from step to step
     report = offload.report()
     assert report["pretend"] is True
     assert report["offloaded_bytes"] == 2 * 24 * 32 * 4 == 2 * report["bytes_per_layer"]
     assert report["stayed_bytes"]["last layers"] == 24 * 32 * 4
-    assert report["peak_host_bytes"] == 2 * 24 * 32 * 4  # a multiple of 512
+    assert report["peak_host_bytes"] == 2 * -(-26 * 32 * 4 // 512) * 512
     assert 0 < report["layer_seconds"] < 1
     json.dumps(report)
 
@@ -991,20 +994,21 @@ def test_a_copy_and_its_event_are_on_the_side_stream():
 def test_memory_is_given_back_to_the_stream_that_it_came_from():
     """Packed and loaded on one stream, let go on another: both wait."""
     offload = offloader(kind=LateOffload)
-    first = offload.compute
-    with offload:
-        loss = (leaf(6, 4) * 2).exp().sin().cos().sum()
-        second = offload.compute = ComputeStream()
-    assert offload.to_host.done == len(offload.to_host.queue)
+    first, second = offload.compute, ComputeStream()
     waits = Counter()
     for stream in (first, second):
         wait = stream.wait_event
         stream.wait_event = lambda event, stream=stream, wait=wait: waits.update([stream]) or wait(event)
+    with offload:
+        loss = (leaf(6, 4) * 2).exp().sin().sum()  # sin saves what exp saved: one copy
+        offload.compute = second
+    assert waits == {first: 1, second: 1}
     offload.compute = first
-    copies = list(offload.live)
-    offload._load(copies[0])
+    [copy] = offload.live
+    offload._load(copy)
     offload.compute = second
-    del copies, loss
+    waits.clear()
+    del copy, loss
     assert waits == {first: 1, second: 1}
     offload.end_step()
 

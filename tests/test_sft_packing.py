@@ -294,7 +294,7 @@ def test_a_mean_per_micro_batch_is_found(base, tmp_path, monkeypatch):
     monkeypatch.setattr(
         sft_packing,
         "batch_nll_sum",
-        lambda model, batch, size: batch_nll_sum(model, batch, size) / count(batch)[0],
+        lambda model, batch, *rest: batch_nll_sum(model, batch, *rest) / count(batch)[0],
     )
     sizes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
     eight = run(tmp_path / "1x8", base, packing=False, **sizes)
@@ -1252,7 +1252,7 @@ def test_offloading_changes_only_where_activations_wait(changes, tmp_path):
     assert plain.returned["activation_offloading"] is None
     report = offloaded.returned["activation_offloading"]
     if flags.get("gradient_checkpointing", True) and "gradient_accumulation_steps" not in flags:
-        largest = max(line["num_tokens"] for line in offloaded.metrics)
+        largest = max(line["num_tokens"] for line in offloaded.metrics[1:])  # the first step is not reported
         layer_input = largest * 128 * (2 if flags.get("bf16") else 4)
         assert report["offloaded_bytes"] == 4 * layer_input  # of 5 layers
         assert report["stayed_bytes"]["last layers"] == layer_input
@@ -1269,8 +1269,9 @@ def test_offloading_changes_nothing_on_two_ranks(tmp_path):
         runs.append(read_run(tmp_path / name))
     assert_same_bits(*runs)
     report = json.loads((tmp_path / "offloaded/summary.json").read_text())["activation_offloading"]
-    # FSDP2's gathered weights are recognised: nothing but the layers' inputs has moved
-    assert report["offloaded_bytes"] == 4 * 256 * 128 * 4
+    layer_input = report["stayed_bytes"]["last layers"]
+    assert 0.9 * 256 * 128 * 4 < layer_input <= 256 * 128 * 4
+    assert report["offloaded_bytes"] == 4 * layer_input
 
 
 def test_the_ledgers_host_bytes_are_those_of_the_measured_step(base, tmp_path, monkeypatch):
@@ -1283,7 +1284,7 @@ def test_the_ledgers_host_bytes_are_those_of_the_measured_step(base, tmp_path, m
     tokens = [line["num_tokens"] for line in done.metrics]
     assert tokens == [50, 30]
     assert bytes_of(done.returned)["on_host"] == -(-30 * 32 * 4 // 512) * 512  # of 2 layers the first one's
-    assert done.returned["activation_offloading"]["offloaded_bytes"] == 50 * 32 * 4
+    assert done.returned["activation_offloading"]["offloaded_bytes"] == 30 * 32 * 4  # not the first step
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [True, False])

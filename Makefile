@@ -1,4 +1,4 @@
-# make demo: set up, then train the embedded demo, offline. make test: set up, then test. make lint: ruff.
+# make demo: set up, then train the embedded demo by SFT and by DPO, offline. make test: set up, then test. make lint: ruff.
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
@@ -8,6 +8,11 @@ export HF_HUB_OFFLINE := 1
 demo: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python sft_packing.py --learning_rate 1e-3 --measure_memory \
 		--eval_dataset_name demo/sft_eval.jsonl --output_dir outputs/demo/sft --overwrite_output_dir
+	head -n 480 demo/preferences.jsonl > outputs/demo/preferences.jsonl
+	tail -n 120 demo/preferences.jsonl > outputs/demo/preferences_eval.jsonl
+	OMP_NUM_THREADS=1 $(BIN)/python dpo_padding_free.py --learning_rate 3e-4 --per_device_train_batch_size 8 \
+		--measure_memory --dataset_name outputs/demo/preferences.jsonl \
+		--eval_dataset_name outputs/demo/preferences_eval.jsonl --output_dir outputs/demo/dpo --overwrite_output_dir
 
 test: .venv/.installed
 	$(BIN)/python -m pytest -q

@@ -24,7 +24,7 @@ import time
 import warnings
 from collections import defaultdict
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -43,8 +43,6 @@ from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
     HfArgumentParser,
     get_scheduler,
 )
@@ -71,6 +69,7 @@ from common.data import (
     shared_prefix_length,
     source_hash,
 )
+from common.flags import flag, refuse
 from common.liger import apply_liger_kernels, check_liger, liger_nll_sum
 from common.logps import check_head, head_computes, nll_sum
 from common.memory import (
@@ -83,7 +82,8 @@ from common.memory import (
     traffic,
 )
 from common.offload import MIN_BYTES, OffloadActivations, keep_on_device
-from common.report import describe_data, device_name, versions, write_metrics
+from common.pretrained import load_tokenizer_and_config, write_pretrained
+from common.report import describe_data, describe_speed, ledger_title, summarize, write_metrics
 from common.truncation import OVERFLOW, check_limit, fit_to_length
 
 HERE = Path(__file__).resolve().parent
@@ -93,10 +93,6 @@ HERE = Path(__file__).resolve().parent
 
 
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
-
-
-def flag(default, text):
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -187,11 +183,6 @@ def check_arguments(args):
     ignored = args.liger_cross_entropy and args.loss_chunk_size != Arguments.loss_chunk_size
     chunk = f"--loss_chunk_size {args.loss_chunk_size} with --liger_cross_entropy, which chooses its own: "
     refuse(ignored, f"{chunk}drop one.")
-
-
-def refuse(wrong, message):
-    if wrong:
-        raise ValueError(message)
 
 
 # --- 2. Data ---
@@ -720,41 +711,13 @@ def save_model(args, model, tokenizer, rank):
     """The final model in Hugging Face format, in the dtype that it came in."""
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank == 0:
-        config = AutoConfig.from_pretrained(args.model_name_or_path)
-        dtype = config.dtype or torch.float32
-        with torch.device("meta"):  # a shell that knows names, ties and config; the weights are handed to it
-            shell = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        try:
-            shell.generation_config = GenerationConfig.from_pretrained(args.model_name_or_path)
-        except OSError:
-            pass  # the model came without one
+        # a tied weight once
+        names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+        weights = {name: weight for name, weight in weights.items() if name in names}
         temporary = fresh_folder(Path(args.output_dir) / "model.tmp")
-        names = {
-            name for name, _ in (*model.named_parameters(), *model.named_buffers())
-        }  # a tied weight once
-        shell.save_pretrained(
-            temporary, state_dict={k: v.to(dtype) for k, v in weights.items() if k in names}
-        )
-        tokenizer.save_pretrained(temporary)
+        write_pretrained(temporary, args.model_name_or_path, weights, tokenizer)
         commit_files(temporary, args.output_dir)
     barrier()
-
-
-def load_tokenizer_and_config(args):
-    """Raise ValueError for a model that is not there, or that max_length does not fit."""
-    try:
-        config = AutoConfig.from_pretrained(args.model_name_or_path)
-        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--model_name_or_path {args.model_name_or_path} cannot be loaded: {error}"
-        ) from error
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and args.max_length > positions:
-        raise ValueError(
-            f"--max_length {args.max_length} is over the model's {positions} positions: lower it."
-        )
-    return tokenizer, config
 
 
 def prepare_data(args, tokenizer, vocab_size, local_rank):
@@ -828,7 +791,7 @@ def main(args):
 def train(args, rank, local_rank, world, device, sigterm):
     torch.manual_seed(args.seed + rank)  # for dropout; the order of the data has a generator of its own
     flat = args.packing or args.padding_free
-    tokenizer, config = load_tokenizer_and_config(args)
+    tokenizer, config = load_tokenizer_and_config(args.model_name_or_path, args.max_length)
     if args.use_liger_kernel or args.liger_cross_entropy:
         check_liger(config.model_type if args.use_liger_kernel else None)
     rows, eval_rows, data = prepare_data(args, tokenizer, config.vocab_size, local_rank)
@@ -937,33 +900,16 @@ def train(args, rank, local_rank, world, device, sigterm):
     save_model(args, model, tokenizer, rank)
     ledger = memory_ledger(predict(args, model, meter.largest_batch, world), meter.measured)
     data["padding_fraction"] = totals["padding"] / max(totals["tokens"], 1)
-    summary = {
-        "args": asdict(args),
-        "versions": versions(),
-        "device": device_name(device),
-        "world_size": world,
-        "data": data,
-        "throughput": {
-            "tokens_per_second": totals["tokens"] / max(totals["seconds"], 1e-9),
-            "real_tokens_per_second": (totals["tokens"] - totals["padding"]) / max(totals["seconds"], 1e-9),
-            "num_tokens": int(totals["tokens"]),
-            "seconds": totals["seconds"],
-        },
-        "ledger": ledger,
-        "activation_offloading": traffic(offload.report(), measure_bandwidth(device)) if offload else None,
-        "final_metrics": metrics,
-    }
+    moved = traffic(offload.report(), measure_bandwidth(device)) if offload else None
+    totals["real_tokens"] = totals["tokens"] - totals["padding"]
+    summary = summarize(args, device, world, data, totals, ledger, moved, metrics)
     if rank == 0:
         (Path(args.output_dir) / "summary.json").write_text(json.dumps(summary, indent=1))
-        title = f"{Path(args.model_name_or_path).name}  {summary['device']}  world {world}"
         print(describe_data(data, args.max_length))
-        speed, real = (
-            summary["throughput"][name] for name in ("tokens_per_second", "real_tokens_per_second")
-        )
-        print(f"speed     {speed:.0f} tokens/s, {real:.0f} without padding")
-        print(format_ledger(title, ledger))
-        if offload:
-            print(format_traffic(summary["activation_offloading"]))
+        print(describe_speed(summary))
+        print(format_ledger(ledger_title(summary), ledger))
+        if moved:
+            print(format_traffic(moved))
     return summary
 
 

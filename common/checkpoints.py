@@ -40,9 +40,9 @@ def check_output_dir(output_dir, overwrite, resume):
 MODEL_FILES = ("*.safetensors*", "*config.json", "tokenizer*", "chat_template*", "vocab*", "merges.txt")
 
 
-def prepare_output_dir(output_dir, step):
+def prepare_output_dir(output_dir, step, keep=()):
     """Remove what an abandoned run left after `step` (0 for a new run): checkpoints, metrics, summary,
-    model.
+    model; files named in `keep` stay.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,8 @@ def prepare_output_dir(output_dir, step):
     # a file that the new model does not write would be read as a part of it
     for pattern in ("summary.json", *MODEL_FILES):
         for file in folder.glob(pattern):
-            file.unlink()
+            if file.name not in keep:
+                file.unlink()
 
 
 def fresh_folder(path):

@@ -98,12 +98,12 @@ def source_hash():
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def check_token_ids(examples, vocab_size, name):
-    """Raise ValueError if a datasets.Dataset with input_ids holds an id that the model has no embedding
-    for.
-    """
+def check_token_ids(examples, vocab_size, name, columns=("input_ids",)):
+    """Raise ValueError if a datasets.Dataset holds an id in `columns` that the model has no embedding for."""
     batches = examples.with_format("numpy").iter(1_000)
-    largest = max(int(np.concatenate(list(batch["input_ids"])).max()) for batch in batches)
+    largest = max(
+        int(np.concatenate(list(batch[column])).max(initial=0)) for batch in batches for column in columns
+    )
     if largest >= vocab_size:
         raise ValueError(
             f"{name}: token id {largest} is outside the vocabulary of {vocab_size}. Tokenizer and model do "

@@ -33,14 +33,16 @@ class MemoryMeter:
     Args:    model, optimizer; device: where the model runs; track: count on a CPU as well (slows that step).
              track_step: which call of `step` MemTracker watches; the second one finds the optimizer's state
              there. offload: an OffloadActivations, for on_host: bytes that waited on the host at once.
+             others: further models that run in a step, frozen ones.
     After:   measured: the most that any measured step held: parameters, gradients, optimizer, activations
              (held when the loss head starts), loss_head (its own peak beyond that) and peak, in bytes of
              this rank; empty if nothing was measured.
     """
 
-    def __init__(self, model, optimizer, device, track=False, track_step=2, offload=None):
+    def __init__(self, model, optimizer, device, track=False, track_step=2, offload=None, others=()):
         self.model, self.optimizer, self.device, self.offload = model, optimizer, device, offload
         self.track, self.track_step, self.calls = track and device.type == "cpu", track_step, 0
+        self.others = list(others)
         self.measured = {}
         self.largest_batch = None  # of the measured steps; of all steps if none was measured
         self.counting = False  # whether MemTracker watched the latest step
@@ -62,13 +64,15 @@ class MemoryMeter:
         if tracked:
             self.tracker = MemTracker()
             tensors = [v for batch in batches for v in batch.values() if torch.is_tensor(v)]
-            self.tracker.track_external(self.model, self.optimizer, *tensors)
+            self.tracker.track_external(self.model, *self.others, self.optimizer, *tensors)
         now = {"activations": 0, "loss_head": 0, "peak": 0}
         start = {}
 
         def forward_starts(module, _):
-            if module is self.model and self.tracker is not None:
+            if self.tracker is not None and any(module is m for m in (self.model, *self.others)):
                 self.tracker.reset_mod_stats()  # MemTracker takes a second forward for a mistake otherwise
+                # a forward without gradients leaves callbacks that the next backward would run
+                self.tracker._mod_tracker._post_bw_callbacks_to_enqueue.clear()
             if module is embedding:  # by now FSDP has gathered the outer weights: they are no activations
                 start["forward"] = self._allocated()
 
@@ -106,6 +110,7 @@ class MemoryMeter:
             now["on_host"] = self.offload.step_host_bytes
         self.measured = {
             "parameters": _bytes(self.model.parameters()),
+            **({"reference": _bytes(p for m in self.others for p in m.parameters())} if self.others else {}),
             "gradients": now.pop("gradients"),
             "optimizer": _bytes(states),
             **{name: max(count, self.measured.get(name, 0)) for name, count in now.items()},
@@ -150,6 +155,10 @@ def predict_ledger(
     accumulates=False,
     offload_min_bytes=None,
     world=1,
+    num_keys=None,
+    num_masked=0,
+    head_recomputes=False,
+    num_frozen=0,
 ):
     """What one step of a Llama-like decoder (rotary, RMSNorm, gated MLP) will hold, from its configuration
     alone.
@@ -158,6 +167,10 @@ def predict_ledger(
              included. num_parameters: tied weights counted once. rows: of a padded batch, 1 for a flat row;
              masked: whether it holds any padding. accumulates: whether a step has several forwards.
              offload_min_bytes: with offloading, storages from this size on wait on the host (offload.py).
+             num_keys: tokens that serve as keys, where shared prompts repeat some; num_masked: elements of
+             the masks that SDPA is given segment by segment. head_recomputes: the loss head makes its logits
+             again in backward (token_logps) instead of its gradient in forward (nll_sum). num_frozen:
+             parameters of further models.
     Returns: {name: (formula, bytes)} for one rank, in the ledger's order; {} for other architectures.
     """
     needs = ("hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps", "num_key_value_heads")
@@ -179,9 +192,12 @@ def predict_ledger(
     # Saved by one layer for each token. Norms compute in fp32: in bf16 they keep an fp32 copy of their input.
     norms = 2 * (8 * h if bf16 else 12 * h)  # input, normalised, scaled
     joined = q if rows == 1 else 0  # a flat row's documents are joined after attention: a copy of its output
-    attention = c * (2 * q + 2 * kv + joined)  # q, k, v, output
+    attention = c * (2 * q + joined)  # q, output
+    keys = c * 2 * kv * (num_keys or num_tokens)  # k, v
     mlp = c * 4 * inner  # gate, silu(gate), up, their product
-    one_layer = num_tokens * (norms + attention + mlp) + c * mask  # SDPA adds the mask as numbers
+    one_layer = (
+        num_tokens * (norms + attention + mlp) + keys + c * (mask + num_masked)
+    )  # a mask added as numbers
     # the last norm, the rotary cosines and sines, the mask as booleans
     outside = num_tokens * norms // 2 + 2 * c * head_dim * num_tokens // rows + mask
     if gradient_checkpointing:
@@ -197,28 +213,29 @@ def predict_ledger(
         activations, prefetched = kept + outside, kept
         host = {"on_host": ("activations of L - 1 layers", (layers - 1) * kept)}
     logits = 4 * num_scored * vocabulary
-    chunk = min(chunk_size, num_scored) * (vocabulary * (6 if bf16 else 4) + h * c)
-    # scored hidden states and their gradient, the weight's gradient, one chunk of logits
-    loss_head = 2 * num_scored * h * c + 4 * head_weight + chunk
+    hidden = num_scored * h * c  # of the scored tokens; as much again for their gradient
+    chunk = min(chunk_size, num_scored) * vocabulary * (6 if bf16 else 4)
+    head_backward = 2 * hidden + 4 * head_weight + chunk + min(chunk_size, num_scored) * h * c
+    loss_head = hidden + chunk if head_recomputes else head_backward
 
-    states = 12 * num_parameters // world
+    states = (12 * num_parameters + 4 * num_frozen) // world
     gradients = 4 * num_parameters // world
     sharded = bf16 or world > 1
     # FSDP gathers what lies outside the layers for the whole step, and two layers at a time (one is
     # prefetched)
     gathered = c * ((num_parameters - in_layers) + 2 * in_layers // layers) if sharded else 0
     before = states + gathered + (gradients if accumulates else 0)
-    at_head = before + activations + loss_head
+    at_head = before + activations + head_backward
     # the last layer's backward: everything is still there, plus the gradients that flow
     flowing = c * head_weight + c * num_tokens * (h + inner)
     if sharded:  # one layer's gradient: as computed, in fp32 for the reduce-scatter, and this rank's part
         flowing += (c + 4 + 4 // world) * in_layers // layers
     in_last = before + activations + prefetched + recomputed + flowing
     # the first layer's backward: the other layers' activations are gone, their gradients are there
-    others = 0 if accumulates else 4 * (in_layers - in_layers // layers) // world
-    in_first = before + others + kept + recomputed + flowing
-    # the second layer's: the first one's come back from the host, its gradient is not there
-    in_second = in_first - (0 if accumulates else 4 * in_layers // layers // world) + prefetched
+    others = 0 if accumulates else 4 * in_layers // world
+    in_first = before + others + outside + (recomputed or kept) + flowing
+    # the second layer's: the first one's activations are back from the host, its gradient is not there
+    in_second = in_first - others // layers + prefetched
     # the embedding's backward: a gradient of V * h of its own, added to the head's where the two are tied
     extra = (2 if config.tie_word_embeddings else 0) + (1 if accumulates else 0)
     at_end = states + gathered + gradients + c * head_weight * extra
@@ -229,12 +246,15 @@ def predict_ledger(
         "in the first layer's backward": in_first,
         "in the embedding's backward": at_end,
     }
+    head_formula = "chunk x V" + ("" if head_recomputes else " + 4 V h")
+    frozen = {"reference": ("fp32   4 P" + (" / W" if world > 1 else ""), 4 * num_frozen // world)}
     return {
         "parameters": ("fp32   4 P" + (" / W" if world > 1 else ""), 4 * num_parameters // world),
+        **(frozen if num_frozen else {}),
         "gradients": ("fp32   4 P" + (" / W" if world > 1 else ""), gradients),
         "optimizer": ("AdamW  8 P" + (" / W" if world > 1 else ""), 8 * num_parameters // world),
         "activations": (formula, activations),
-        "loss_head": (f"chunk x V + 4 V h (all at once: {format_gib(logits).strip()})", loss_head),
+        "loss_head": (f"{head_formula} (all at once: {format_gib(logits).strip()})", loss_head),
         "peak": (max(moments, key=moments.get), max(moments.values())),
         **host,
     }

@@ -4,6 +4,7 @@ screen.
 
 import json
 import platform
+from dataclasses import asdict
 from pathlib import Path
 
 import datasets
@@ -46,3 +47,61 @@ def describe_data(data, max_length):
         f"rows      {data['rows']}, filled {data['fill_fraction']:.1%} of max_length {max_length}; "
         f"padding {data['padding_fraction']:.1%} of the tokens computed"
     )
+
+
+def describe_pairs(data):
+    """Three lines about what became of the pairs."""
+    groups = {"examples_": "", "tokens_": ""}
+    for group in groups:
+        groups[group] = "  ".join(
+            f"{k.removeprefix(group)} {v}" for k, v in data.items() if k.startswith(group)
+        )
+    cut = (
+        "prompts_truncated",
+        "prompts_parted",
+        "completions_truncated",
+        "completions_without_eos",
+        "boundaries_moved",
+    )
+    return (
+        f"pairs     {groups['examples_']}; tokens  {groups['tokens_']}\n"
+        f"cut       {'  '.join(f'{name} {data[name]}' for name in cut)}\n"
+        f"computed  {data['computed_fraction']:.1%} of the pairs' tokens; "
+        f"padding {data['padding_fraction']:.1%} of the tokens computed"
+    )
+
+
+def summarize(args, device, world, data, totals, ledger, offloading, metrics):
+    """What summary.json holds.
+
+    Args: data: counts of examples, tokens and rows. totals: seconds, tokens (computed) and real_tokens (of
+          the data) of the steps that count. ledger: its rows. offloading: memory.traffic's report, or None.
+          metrics: of the last step.
+    """
+    seconds = max(totals["seconds"], 1e-9)
+    return {
+        "args": asdict(args),
+        "versions": versions(),
+        "device": device_name(device),
+        "world_size": world,
+        "data": data,
+        "throughput": {
+            "tokens_per_second": totals["tokens"] / seconds,
+            "real_tokens_per_second": totals["real_tokens"] / seconds,
+            "num_tokens": int(totals["tokens"]),
+            "seconds": totals["seconds"],
+        },
+        "ledger": ledger,
+        "activation_offloading": offloading,
+        "final_metrics": metrics,
+    }
+
+
+def describe_speed(summary):
+    computed, real = (summary["throughput"][name] for name in ("tokens_per_second", "real_tokens_per_second"))
+    return f"speed     {computed:.0f} tokens/s computed, {real:.0f} tokens/s of the data"
+
+
+def ledger_title(summary):
+    name = Path(summary["args"]["model_name_or_path"]).name
+    return f"{name}  {summary['device']}  world {summary['world_size']}"

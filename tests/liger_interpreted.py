@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import common.offload
+import dpo_padding_free
 import sft_packing
 from common.collators import IGNORE, flatten, pad
 from common.liger import _runs_liger, apply_liger_kernels, liger_nll_sum
@@ -292,6 +293,35 @@ def test_a_run_with_liger_is_a_run_without(sharded, tmp_path, monkeypatch):
             assert found[metric] == pytest.approx(expected[metric], rel=1e-5)
     assert worst(trained, weights) <= 1e-5
     assert ledger == []  # nothing is measured here, and no prediction made for Liger's kernels
+
+
+@pytest.mark.parametrize("precompute", [True, False])
+def test_preferences_with_ligers_kernels_are_preferences_without(precompute, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    write_inputs(tmp_path, num_hidden_layers=1)
+    pairs = [
+        {"prompt": "ab", "chosen": "cd", "rejected": "e"},
+        {"prompt": "f", "chosen": "g", "rejected": "hi"},
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    calls, results = calls_of(monkeypatch), []
+    for name in ("plain", "liger"):
+        args = dpo_padding_free.Arguments(
+            model_name_or_path=str(tmp_path / "model"),
+            dataset_name=str(tmp_path / "pairs.jsonl"),
+            output_dir=str(tmp_path / name),
+            max_length=8,
+            max_steps=2,
+            learning_rate=1e-2,
+            precompute_ref_log_probs=precompute,
+            use_liger_kernel=name == "liger",
+            check_isolation=False,
+        )
+        results.append(dpo_padding_free.main(args)["final_metrics"])
+        assert (calls["LigerRMSNormFunction"] > 0) == (name == "liger")
+    plain, liger = results
+    for metric in ("loss", "grad_norm", "logps/chosen", "rewards/margins"):
+        assert liger[metric] == pytest.approx(plain[metric], rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [True, False])

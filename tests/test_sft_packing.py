@@ -557,13 +557,14 @@ def test_edited_tokenisation_is_not_taken_from_the_cache(tmp_path):
 import importlib, sys
 sys.path.insert(0, {str(tmp_path)!r})
 import common.data, sft_packing
+from transformers import AutoTokenizer
 
 def load(file, edit):
     with open({str(tmp_path)!r} + file, "a") as source:
         source.write(edit)
     importlib.reload(common.data)
     importlib.reload(sft_packing)
-    tokenizer = sft_packing.AutoTokenizer.from_pretrained({str(DEMO_MODEL)!r})
+    tokenizer = AutoTokenizer.from_pretrained({str(DEMO_MODEL)!r})
     examples, _ = sft_packing.load_examples({name!r}, "train", tokenizer, sft_packing.Arguments(), "truncate")
     print(examples[0]["input_ids"][3:])
 

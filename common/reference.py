@@ -1,0 +1,51 @@
+"""A reference model's log-probabilities on disk, with a fingerprint of all that they depend on."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+REFERENCE = "reference_logps.safetensors"  # in output_dir
+
+
+def weights_fingerprint(model):
+    """Names the weights, on any number of ranks: each parameter's fp32 bits, summed as integers mod 2^64."""
+    names, sums = [], []
+    for name, parameter in model.named_parameters():
+        parameter = parameter.detach()
+        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        pieces = local.flatten().view(torch.int32).split(2**24)  # widened to 64 bits 128 MiB at a time
+        names.append(name)
+        sums.append(sum(piece.sum(dtype=torch.int64) for piece in pieces))
+    sums = torch.stack(sums)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return hashlib.sha256(json.dumps([names, sums.tolist()]).encode()).hexdigest()
+
+
+def read_reference(output_dir, fingerprint):
+    """The tensors that an earlier start of this run wrote, {} if there are none.
+
+    Raises: ValueError if their fingerprint ({what: its name}) is another one.
+    """
+    path = Path(output_dir) / REFERENCE
+    if not path.exists():
+        return {}
+    with safe_open(path, "pt") as file:
+        found = file.metadata() or {}
+        other = [what for what in fingerprint if found.get(what) != fingerprint[what]]
+        if other:
+            raise ValueError(
+                f"{path} belongs to another run: its {' and its '.join(other)} is not this one's. Use that "
+                "run's model, data and limits, or remove the file to have the reference computed again."
+            )
+        return {name: file.get_tensor(name) for name in file.keys()}
+
+
+def write_reference(temporary, tensors, fingerprint):
+    """Write into an existing folder, from which checkpoints.commit_files moves the file to its place."""
+    save_file(tensors, Path(temporary) / REFERENCE, metadata=fingerprint)

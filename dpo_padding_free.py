@@ -57,6 +57,7 @@ from common.checkpoints import (
 )
 from common.collators import IGNORE, flatten, flatten_shared_prompt, pad
 from common.data import (
+    check_text,
     check_token_ids,
     end_with_eos,
     load_rows,
@@ -175,6 +176,7 @@ def check_arguments(args):
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be a finite number >= 0.")
     steps, epochs, attention = args.max_steps, args.num_train_epochs, args.attn_implementation
     refuse(steps < 1 and steps != -1, f"--max_steps {steps}: give a number >= 1, or -1 for num_train_epochs.")
+    refuse(args.seed < 0, f"--seed {args.seed}: give a number >= 0.")
     refuse(not 0 < epochs < math.inf, f"--num_train_epochs {epochs}: it must be a finite number above 0.")
     never = "a sequence's first token is never predicted"
     refuse(args.max_length < 2, f"--max_length 1: {never}; give at least 2.")
@@ -213,6 +215,7 @@ def tokenize(example, tokenizer):
     The prompt ends with the chat template's generation prompt. It is tokenised alone and together with each
     completion; where that differs, it ends at the last token which all share, and moved is True.
     """
+    check_text(example, [name for name in ("prompt", "chosen", "rejected") if name in example])
     prompt, chosen, rejected = example.get("prompt"), example["chosen"], example["rejected"]
     conversation = isinstance(chosen, list)
     if prompt is None and conversation:
@@ -221,6 +224,11 @@ def tokenize(example, tokenizer):
         prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
     if conversation:
         answers = chosen[0]["role"] == rejected[0]["role"] == "assistant"
+        for name, messages in (("chosen", chosen), ("rejected", rejected)):
+            if messages[-1]["role"] != "assistant":
+                raise ValueError(f"{name} ends with a message of role {messages[-1]['role']}: no answer.")
+        if example.get("prompt") and prompt[-1]["role"] == "assistant" and answers:
+            raise ValueError("prompt ends with an answer, and chosen and rejected begin with another one.")
         prompt_ids = render_chat(prompt, tokenizer, add_generation_prompt=answers)[0] if prompt else []
         whole = [render_chat([*prompt, *completion], tokenizer)[0] for completion in (chosen, rejected)]
         whole = [end_turn(input_ids, tokenizer) for input_ids in whole]
@@ -252,6 +260,7 @@ def check_columns(rows, name, tokenizer, args):
     if not {"chosen", "rejected"} <= set(columns):
         wanted = "chosen and rejected, and prompt unless they begin with it"
         raise ValueError(f"{name} has the columns {', '.join(columns)}; wanted: {wanted}.")
+    refuse("tools" in columns, f"{name} has a column tools: tools in chats are not supported.")
     if isinstance(first["chosen"], list) and tokenizer.chat_template is None:
         raise ValueError(f"{name} holds conversations, but {args.model_name_or_path} has no chat template.")
 
@@ -278,7 +287,7 @@ def load_examples(name, split, tokenizer, args):
         try:
             prompt_ids, chosen_ids, rejected_ids, moved = tokenize(example, tokenizer)
         except Exception as error:  # a null, a number, a role that the template refuses: say in which example
-            raise ValueError(f"{name}, example {index}: {type(error).__name__}: {error}") from error
+            raise ValueError(f"{name}, example {index}: {error}") from error
         cut = cut_pair(prompt_ids, chosen_ids, rejected_ids, limits)
         return {"example": index, "boundaries_moved": moved, **cut}
 
@@ -815,7 +824,7 @@ def read_progress(path, fingerprint):
     progress = json.loads((path / "progress.json").read_text())
     if progress["fingerprint"] != fingerprint:
         raise ValueError(
-            f"{path} belongs to other data or another plan: use its dataset, max_length and seed."
+            f"{path} belongs to other data, limits or losses: use its dataset, max_length, loss and seed."
         )
     return progress
 
@@ -946,7 +955,9 @@ def train(args, rank, local_rank, world, device, sigterm):
         check_liger(config.model_type)
     pairs, eval_pairs, data = prepare_data(args, tokenizer, config.vocab_size, local_rank)
     pad_token_id = tokenizer.pad_token_id or 0  # masked: any id will do
-    progress = {"step": 0, "epoch": 0, "pairs_done": 0, "fingerprint": f"{pairs.fingerprint()} {args.seed}"}
+    objective = f"{args.loss_type} {args.beta} {args.label_smoothing}"
+    fingerprint = f"{pairs.fingerprint()} {args.seed} {objective}"
+    progress = {"step": 0, "epoch": 0, "pairs_done": 0, "fingerprint": fingerprint}
     if args.resume_from_checkpoint:
         checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
         progress = read_progress(checkpoint, progress["fingerprint"])
@@ -956,6 +967,9 @@ def train(args, rank, local_rank, world, device, sigterm):
 
     attention = args.attn_implementation or ("varlen" if args.padding_free else "sdpa")
     model = load_model(args, device, attention)
+    reference_model_name = weights_fingerprint(model)  # the weights that a run begins with are its reference
+    if progress.setdefault("reference_model", reference_model_name) != reference_model_name:
+        raise ValueError(f"{checkpoint} began with another model, its reference: use that one.")
     first_batch = to_device(pairs.batch(np.array([0]), pad_token_id), device)
     if args.use_liger_kernel:
         apply_liger_kernels(model, first_batch["input_ids"][:1, :64])
@@ -978,6 +992,10 @@ def train(args, rank, local_rank, world, device, sigterm):
     )
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, total_steps)
 
+    if progress["step"] == total_steps and (Path(args.output_dir) / "summary.json").exists():
+        raise ValueError(
+            f"{args.output_dir} has finished its {total_steps} steps: raise --max_steps to go on."
+        )
     if args.resume_from_checkpoint:
         load_checkpoint(checkpoint, model, optimizer, scheduler, progress["step"], rank)
     if rank == 0:

@@ -62,6 +62,7 @@ from common.checkpoints import (
 )
 from common.collators import IGNORE, flatten, pad
 from common.data import (
+    check_text,
     check_token_ids,
     end_with_eos,
     load_rows,
@@ -159,6 +160,7 @@ def check_arguments(args):
         args.max_length < 2, "--max_length 1: a document's first token is never predicted; give at least 2."
     )
     refuse(steps < 1 and steps != -1, f"--max_steps {steps}: give a number >= 1, or -1 for num_train_epochs.")
+    refuse(args.seed < 0, f"--seed {args.seed}: give a number >= 0.")
     refuse(not 0 < epochs < math.inf, f"--num_train_epochs {epochs}: it must be a finite number above 0.")
     refuse(overflow not in (None, *OVERFLOW), f"--overflow {overflow}: choose one of {', '.join(OVERFLOW)}.")
     known = strategy in ("bfd", "bfd_split", "wrapped")
@@ -188,8 +190,16 @@ def check_arguments(args):
 # --- 2. Data ---
 
 
+TYPES = (
+    ("messages",),
+    ("text",),
+    ("prompt", "completion"),
+)  # columns, in the order in which they are looked for
+
+
 def tokenize(example, tokenizer, assistant_only_loss):
     """One example of any supported type -> (input_ids, labels), of one length; labels -100 = not scored."""
+    check_text(example, next(columns for columns in TYPES if set(columns) <= set(example)))
     if "messages" in example:
         input_ids, scored = render_chat(example["messages"], tokenizer, assistant_only_loss)
     elif "text" in example:
@@ -218,6 +228,7 @@ def check_columns(rows, name, tokenizer, args):
     wanted = "messages, or text, or prompt and completion"
     if not ("messages" in columns or "text" in columns or {"prompt", "completion"} <= set(columns)):
         raise ValueError(f"{name} has the columns {', '.join(columns)}; wanted: {wanted}.")
+    refuse("tools" in columns, f"{name} has a column tools: tools in chats are not supported.")
     chat = "messages" in columns or "text" not in columns and isinstance(first["prompt"], list)
     if chat and tokenizer.chat_template is None:
         raise ValueError(f"{name} holds conversations, but {args.model_name_or_path} has no chat template.")
@@ -247,7 +258,7 @@ def load_examples(name, split, tokenizer, args, overflow):
         try:
             input_ids, labels = tokenize(example, tokenizer, assistant_only_loss)
         except Exception as error:  # a null, a number, a role that the template refuses: say in which example
-            raise ValueError(f"{name}, example {index}: {type(error).__name__}: {error}") from error
+            raise ValueError(f"{name}, example {index}: {error}") from error
         return {"input_ids": input_ids, "labels": labels, "num_tokens": len(input_ids), "example": index}
 
     def fit(batch, code):
@@ -819,6 +830,10 @@ def train(args, rank, local_rank, world, device, sigterm):
     )
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, total_steps)
 
+    if progress["step"] == total_steps and (Path(args.output_dir) / "summary.json").exists():
+        raise ValueError(
+            f"{args.output_dir} has finished its {total_steps} steps: raise --max_steps to go on."
+        )
     if args.resume_from_checkpoint:
         load_checkpoint(checkpoint, model, optimizer, scheduler, progress["step"], rank)
     if rank == 0:

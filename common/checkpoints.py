@@ -88,7 +88,10 @@ def commit_files(temporary, folder):
     """Move each file of `temporary` into `folder`, replacing what is there file by file, and remove
     `temporary`.
     """
+    umask = os.umask(0)
+    os.umask(umask)
     for file in sorted(Path(temporary).iterdir()):
+        file.chmod(0o666 & ~umask)  # safetensors writes files that only their owner may read
         _sync(file)
         os.replace(file, Path(folder) / file.name)
     os.rmdir(temporary)

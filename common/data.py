@@ -111,6 +111,31 @@ def check_token_ids(examples, vocab_size, name, columns=("input_ids",)):
         )
 
 
+def check_text(example, columns):
+    """Raise ValueError unless each of these columns holds a string, or each a conversation without tools.
+
+    A conversation is a list of messages, dicts with role and content, both strings.
+    """
+    conversations = []
+    for column in columns:
+        value = example[column]
+        conversations.append(isinstance(value, list))
+        if not value and not isinstance(value, str) or not isinstance(value, (str, list)):
+            raise ValueError(f"{column} is {value!r}; wanted: a string, or a list of messages.")
+        for message in value if isinstance(value, list) else ():
+            fields = [
+                message.get(name) if isinstance(message, dict) else None for name in ("role", "content")
+            ]
+            if not all(isinstance(field, str) for field in fields):
+                raise ValueError(
+                    f"{column} holds {message!r}; a message has a role and a content, both strings."
+                )
+            if message.get("tool_calls"):
+                raise ValueError(f"{column} holds tool calls, which are not supported.")
+    if len(set(conversations)) > 1:
+        raise ValueError(f"{' and '.join(columns)} are partly strings and partly lists of messages.")
+
+
 def render_chat(messages, tokenizer, assistant_only_loss=False, add_generation_prompt=False):
     """Conversation -> (input_ids, scored), lists of one length; scored marks all or the assistant's."""
     encoded = tokenizer.apply_chat_template(

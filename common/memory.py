@@ -232,7 +232,8 @@ def predict_ledger(
         flowing += (c + 4 + 4 // world) * in_layers // layers
     in_last = before + activations + prefetched + recomputed + flowing
     # the first layer's backward: the other layers' activations are gone, their gradients are there
-    others = 0 if accumulates else 4 * in_layers // world
+    own = in_layers // layers if sharded else 0  # in `flowing`
+    others = 0 if accumulates else 4 * (in_layers - own) // world
     in_first = before + others + outside + (recomputed or kept) + flowing
     # the second layer's: the first one's activations are back from the host, its gradient is not there
     in_second = in_first - others // layers + prefetched

@@ -19,7 +19,9 @@ def write_metrics(metrics, output_dir, bar, every):
         file.write(json.dumps(metrics) + "\n")
     bar.update()
     if "eval_loss" in metrics:
-        tqdm.write(f"step {metrics['step']}: eval_loss {metrics['eval_loss']:.4f}")
+        evaluated = {name: value for name, value in metrics.items() if name.startswith("eval_")}
+        values = "  ".join(f"{name} {value:.4f}" for name, value in evaluated.items())
+        tqdm.write(f"step {metrics['step']}: {values}")
     if metrics["step"] % every == 0:
         loss, speed = f"{metrics['loss']:.4f}", f"{metrics['tokens_per_second']:.0f}"
         bar.set_postfix(

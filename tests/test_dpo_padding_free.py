@@ -624,17 +624,23 @@ def test_every_form_of_preferences(form, tmp_path):
         ),
         # an answer that both begin with belongs to the prompt, but never the last one
         (
-            {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("b"), user("c")]},
+            {
+                "chosen": [user("a"), assistant("b")],
+                "rejected": [user("a"), assistant("b"), user("c"), assistant("d")],
+            },
             "<|user|>a<|end|><|assistant|>",
             "b<|end|>",
-            "b<|end|><|user|>c<|end|>",
+            "b<|end|><|user|>c<|end|><|assistant|>d<|end|>",
         ),
         # the conversations part at a question: no generation prompt
         (
-            {"chosen": [*TALK[:2], user("c"), assistant("b")], "rejected": [*TALK[:2], user("d")]},
+            {
+                "chosen": [*TALK[:2], user("c"), assistant("b")],
+                "rejected": [*TALK[:2], user("d"), assistant("e")],
+            },
             "<|user|>hi<|end|><|assistant|>yo<|end|>",
             "<|user|>c<|end|><|assistant|>b<|end|>",
-            "<|user|>d<|end|>",
+            "<|user|>d<|end|><|assistant|>e<|end|>",
         ),
         # nothing in common: no prompt
         (
@@ -925,6 +931,29 @@ BAD_DATA = {
         lambda make: make.data({**FORMS["conversational"], "prompt": [{"role": "tool", "content": "a"}]}),
         "example 0: .*role tool",
     ),
+    "no answer": (
+        lambda make: make.data({"chosen": [user("a"), assistant("b")], "rejected": [user("a")]}),
+        "example 0: rejected ends with a message of role user",
+    ),
+    "two answers": (
+        lambda make: make.data({**FORMS["conversational"], "prompt": [user("a"), assistant("b")]}),
+        "example 0: prompt ends with an answer",
+    ),
+    "a null prompt": (
+        lambda make: make.data(FORMS["plain"], {**FORMS["plain"], "prompt": None}),
+        "example 1: prompt is None",
+    ),
+    "a message without content": (
+        lambda make: make.data({**FORMS["conversational"], "chosen": [{"role": "assistant"}]}),
+        "example 0: chosen holds .*a message has a role and a content",
+    ),
+    "tools": (lambda make: make.data({**FORMS["plain"], "tools": "x"}), "tools in chats are not supported"),
+    "tool calls": (
+        lambda make: make.data(
+            {**FORMS["conversational"], "chosen": [{**assistant("b"), "tool_calls": [{"name": "x"}]}]}
+        ),
+        "example 0: chosen holds tool calls",
+    ),
     "no message": (lambda make: make.data({**FORMS["conversational"], "chosen": []}), "example 0: "),
     "all equal": (
         lambda make: make.data(plain("a", "b", "b")),
@@ -971,6 +1000,7 @@ BAD_MODELS = {
     "scaled logits": (lambda make: make.model("granite", logits_scaling=8.0), "changes its logits"),
 }
 BAD_FLAGS = [
+    {"seed": -1},
     *({name: 0} for name in ("max_length", "max_prompt_length", "max_completion_length")),
     *({name: 0} for name in ("per_device_train_batch_size", "max_tokens_per_batch", "loss_chunk_size")),
     {"gradient_accumulation_steps": -1},
@@ -1069,10 +1099,24 @@ def test_a_folder_that_holds_another_run_is_refused(flags, message, base, copied
     assert_refused(copied_run, {**base, **flags}, message)
 
 
-def test_resuming_with_another_model_is_refused(base, copied_run, tmp_path):
+@pytest.mark.parametrize("how", ["file there", "file gone", "second model"])
+def test_resuming_with_another_model_is_refused(how, base, copied_run, tmp_path):
+    """Its log-probabilities would be another reference than that of the steps before."""
     name = write_model(tmp_path / "other", initializer_range=0.1)
+    if how == "file gone":
+        (Path(copied_run) / REFERENCE).unlink()
     flags = {**base, "model_name_or_path": name, "resume_from_checkpoint": "latest"}
-    assert_refused(copied_run, flags, "its model is not this one's.*remove the file")
+    flags["precompute_ref_log_probs"] = how != "second model"
+    assert_refused(copied_run, flags, "checkpoint-3 began with another model")
+
+
+@pytest.mark.parametrize("change", [{"beta": 0.5}, {"loss_type": "hinge"}, {"label_smoothing": 0.1}])
+def test_resuming_with_another_loss_is_refused(change, base, copied_run):
+    assert_refused(copied_run, {**base, **change, "resume_from_checkpoint": "latest"}, "limits or losses")
+
+
+def test_a_finished_run_is_left_as_it_is(base, copied_run):
+    assert_refused(copied_run, {**base, "resume_from_checkpoint": "latest"}, "has finished its 3 steps")
 
 
 def test_resuming_with_other_data_is_refused(base, copied_run, tmp_path):

@@ -628,6 +628,15 @@ BAD_DATA = {
     ),
     "prompt alone": (lambda make: make.data({"prompt": "a"}), "has the columns prompt; wanted"),
     "a null": (lambda make: make.data({"text": "a"}, {"text": None}), "bad.jsonl, example 1: "),
+    "tools": (lambda make: make.data({"text": "a", "tools": "x"}), "tools in chats are not supported"),
+    "tool calls": (
+        lambda make: make.data({"messages": [user("a"), {**assistant("b"), "tool_calls": [{"name": "x"}]}]}),
+        "example 0: messages holds tool calls",
+    ),
+    "string and messages": (
+        lambda make: make.data({"prompt": "a", "completion": [assistant("b")]}),
+        "example 0: prompt and completion are partly strings",
+    ),
     "unknown role": (
         lambda make: make.data({"messages": [user("a")]}, {"messages": [{"role": "tool", "content": "a"}]}),
         "example 1: .*role tool",
@@ -682,6 +691,7 @@ BAD_MODELS = {
     "scaled logits": (lambda make: make.model("granite", logits_scaling=8.0), "changes its logits"),
 }
 BAD_FLAGS = [
+    ({"seed": -1}, "--seed -1"),
     ({"max_length": 0}, "--max_length is 0"),
     ({"per_device_train_batch_size": 0}, "--per_device_train_batch_size is 0"),
     ({"gradient_accumulation_steps": -1}, "--gradient_accumulation_steps is -1"),
@@ -766,6 +776,11 @@ def test_an_attention_that_is_not_installed_is_refused(base, copied_run):
 )
 def test_a_folder_that_holds_another_run_is_refused(flags, message, base, copied_run):
     assert_refused(copied_run, {**base, **flags}, message)
+
+
+def test_a_finished_run_is_left_as_it_is(base, copied_run):
+    flags = {**base, "max_steps": 4, "resume_from_checkpoint": "latest"}
+    assert_refused(copied_run, flags, "has finished its 4 steps")
 
 
 def test_resuming_with_other_data_is_refused(base, copied_run, tmp_path):

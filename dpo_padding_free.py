@@ -31,6 +31,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
+from datasets import Features, List, Value
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -79,7 +80,7 @@ from common.memory import (
 )
 from common.offload import MIN_BYTES, OffloadActivations, keep_on_device
 from common.pretrained import load_tokenizer_and_config, write_pretrained
-from common.reference import REFERENCE, read_reference, weights_fingerprint, write_reference
+from common.reference import REFERENCE, model_fingerprint, read_reference, write_reference
 from common.report import describe_pairs, describe_speed, ledger_title, summarize, write_metrics
 from common.truncation import TRUNCATION_MODES, check_limit, truncate_pair
 
@@ -292,12 +293,18 @@ def load_examples(name, split, tokenizer, args):
         return {"example": index, "boundaries_moved": moved, **cut}
 
     # datasets knows the functions of imported modules by name only: their text has to join the key
+    code = source_hash(__file__)
+    # and it would guess types from the first 1,000 rows: of prompts that are all empty, none
+    ids, number, mark = List(Value("int64")), Value("int64"), Value("bool")
+    first = encode(rows[0], 0, code).items()
+    kinds = {n: ids if n in TOKENS else mark if isinstance(value, bool) else number for n, value in first}
     examples = rows.map(
         encode,
+        features=Features(kinds),
         with_indices=True,
         remove_columns=rows.column_names,
         num_proc=args.dataset_num_proc,
-        fn_kwargs={"code": source_hash()},
+        fn_kwargs={"code": code},
         desc=f"Tokenising {name}",
     )
     counts = {n: np.array(examples[n]) for n in examples.column_names if n not in TOKENS}
@@ -421,6 +428,7 @@ class Pairs:
             self.costs = self.costs - shared - (prefix if args.share_prefix else 0)
         elif not args.padding_free:
             self.costs = 2 * np.maximum(chosen, rejected)
+        self.shares = (shared > 0) + (prefix > 0).astype(int)  # of prompt and prefix, how many both have
         self.examples, self.args = examples, args
         self.reference = None  # (E, 2) float32: the reference's log-probabilities of chosen and rejected
         largest, budget = int(self.costs.argmax()), args.max_tokens_per_batch
@@ -492,13 +500,14 @@ class Pairs:
 
 @torch.no_grad()
 def check_batching(model, pairs, args, device, max_tokens=64):
-    """Prove on the first two pairs that this model gives in a flat row what it gives each sequence alone.
+    """Prove on two pairs that this model gives in a flat row what it gives each sequence alone.
 
-    Looks at a prompt's last and a completion's first max_tokens tokens, whatever the pairs hold.
+    Looks at pairs that share something, if there are any, and of them at a prompt's last and a completion's first max_tokens tokens, whatever the pairs hold.
 
     Raises: ValueError if a log-probability is off by more than 1e-4 (fp32) or 5e-2 (bf16) of the largest.
     """
-    first = [pairs.examples[i] for i in range(min(2, len(pairs)))]
+    # a pair without a common prompt would prove nothing about sharing
+    first = [pairs.examples[i] for i in np.argsort(-pairs.shares, kind="stable")[:2].tolist()]
     for pair in first:
         for name in TOKENS:
             pair[name] = pair[name][-max_tokens:] if "prompt" in name else pair[name][:max_tokens]
@@ -689,11 +698,13 @@ def prepare_reference(model, pairs, eval_pairs, args, rank, world, device, pad_t
     """
     sets = {"data": pairs, "evaluation data": eval_pairs} if eval_pairs else {"data": pairs}
     precision = ("bf16" if args.bf16 else "fp32") + (" Liger" if args.use_liger_kernel else "")
-    fingerprint = {"model": weights_fingerprint(model), "precision": precision}
+    fingerprint = {"model": model_fingerprint(model), "precision": precision}
     fingerprint |= {name: some.fingerprint() for name, some in sets.items()}
     tensors = {} if args.overwrite_output_dir else read_reference(args.output_dir, fingerprint)
-    for name, some in sets.items():
-        if name not in tensors:
+    # computing is a collective: where one rank lacks the file (a folder of its own machine), all compute
+    ranks = all_sum([float(name in tensors) for name in sets], device)
+    for (name, some), found in zip(sets.items(), ranks):
+        if found < world:
             tensors[name] = compute_reference(model, some, args, rank, world, device, pad_token_id)
         some.reference = tensors[name]
     return {"tensors": {name: tensors[name] for name in sets}, "fingerprint": fingerprint}
@@ -905,7 +916,8 @@ def predict(args, model, batch, world):
         return {}
     _, num_scored, num_tokens, num_padding = count(batch)
     num_parameters, num_masked = sum(p.numel() for p in model.parameters()), 0
-    if "kv_index" in batch and model.device.type == "cpu":  # there, a completion's attention takes a mask
+    # where SDPA runs segment by segment (attention.py), a completion's takes a mask
+    if "kv_index" in batch and (model.device.type == "cpu" or not args.bf16):
         lengths_q, lengths_k = batch["cu_seq_lens_q"].diff(), batch["cu_seq_lens_k"].diff()
         num_masked = int((lengths_q * lengths_k)[lengths_q != lengths_k].sum())
     return predict_ledger(
@@ -967,7 +979,7 @@ def train(args, rank, local_rank, world, device, sigterm):
 
     attention = args.attn_implementation or ("varlen" if args.padding_free else "sdpa")
     model = load_model(args, device, attention)
-    reference_model_name = weights_fingerprint(model)  # the weights that a run begins with are its reference
+    reference_model_name = model_fingerprint(model)  # the weights that a run begins with are its reference
     if progress.setdefault("reference_model", reference_model_name) != reference_model_name:
         raise ValueError(f"{checkpoint} began with another model, its reference: use that one.")
     first_batch = to_device(pairs.batch(np.array([0]), pad_token_id), device)

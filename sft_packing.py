@@ -278,7 +278,7 @@ def load_examples(name, split, tokenizer, args, overflow):
         return fitted
 
     # datasets knows the functions of imported modules by name only: their text has to join the key
-    options = {"num_proc": args.dataset_num_proc, "fn_kwargs": {"code": source_hash()}}
+    options = {"num_proc": args.dataset_num_proc, "fn_kwargs": {"code": source_hash(__file__)}}
     encoded = rows.map(
         encode, with_indices=True, remove_columns=rows.column_names, desc=f"Tokenising {name}", **options
     )

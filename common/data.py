@@ -92,9 +92,9 @@ def _check_lines(path):
                 )
 
 
-def source_hash():
-    """Names the text of this file and of those beside it."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
+def source_hash(script):
+    """Names the text of a script, of this file and of those beside it."""
+    files = [Path(script), *sorted(Path(__file__).parent.glob("*.py"))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

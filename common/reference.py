@@ -12,9 +12,12 @@ from safetensors.torch import save_file
 REFERENCE = "reference_logps.safetensors"  # in output_dir
 
 
-def weights_fingerprint(model):
-    """Names the weights, on any number of ranks: each parameter's fp32 bits, summed as integers mod 2^64."""
-    names, sums = [], []
+def model_fingerprint(model):
+    """Names a model on any number of ranks: its configuration, and each weight's fp32 bits summed mod 2^64."""
+    config = model.config.to_dict()
+    for name in ("_name_or_path", "dtype", "transformers_version"):  # the same model by another way
+        config.pop(name, None)
+    names, sums = [json.dumps(config, sort_keys=True, default=str)], []
     for name, parameter in model.named_parameters():
         parameter = parameter.detach()
         local = parameter.to_local() if hasattr(parameter, "to_local") else parameter

@@ -197,8 +197,7 @@ def make_reference(count):
     return torch.randn(2 * count, generator=torch.Generator().manual_seed(count)) - 20
 
 
-def naive(model, pairs):
-    """Log-probabilities, mean loss and gradients: each sequence alone, from all its logits; DPO's formula."""
+def naive_logps(model, pairs):
     model.set_attn_implementation("sdpa")
     logps = []
     for pair in pairs:
@@ -207,7 +206,12 @@ def naive(model, pairs):
             log_p = model(input_ids=ids[None], use_cache=False).logits[0].log_softmax(-1)
             first = max(len(pair[prompt]), 1)
             logps.append(log_p[range(first - 1, len(ids) - 1), ids[first:]].sum())
-    logps = torch.stack(logps)
+    return torch.stack(logps)
+
+
+def naive(model, pairs):
+    """Log-probabilities, mean loss and gradients: each sequence alone, from all its logits; DPO's formula."""
+    logps = naive_logps(model, pairs)
     ratios = logps - make_reference(len(pairs))
     loss = -torch.nn.functional.logsigmoid(0.1 * (ratios[0::2] - ratios[1::2])).mean()
     loss.backward()
@@ -336,6 +340,20 @@ def test_every_run_is_the_naive_run(way, precompute_ref_log_probs, naive_run, ev
     assert worst(found.weights, naive_run.weights) <= 1e-4
     for name in METRICS:
         assert values(found, f"eval_{name}") == pytest.approx(values(naive_run, f"eval_{name}"), abs=2e-5)
+
+
+def test_metrics_are_those_of_each_sequence_alone(evaluated, tmp_path):
+    """All ten pairs in one step that changes nothing: the policy is the reference."""
+    done = run(tmp_path, evaluated, per_device_train_batch_size=10, learning_rate=0.0)
+    model = AutoModelForCausalLM.from_pretrained(evaluated["model_name_or_path"]).eval()
+    tokenizer = AutoTokenizer.from_pretrained(evaluated["model_name_or_path"])
+    [line] = done.metrics
+    for prefix, name in (("", "dataset_name"), ("eval_", "eval_dataset_name")):
+        examples, _ = load_examples(evaluated[name], "train", tokenizer, Arguments(max_length=64))
+        logps = naive_logps(model, list(examples))
+        assert line[f"{prefix}logps/chosen"] == pytest.approx(logps[0::2].mean().item(), rel=1e-5)
+        assert line[f"{prefix}logps/rejected"] == pytest.approx(logps[1::2].mean().item(), rel=1e-5)
+        assert line[f"{prefix}loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
 # --- 2. Mutations: what the comparisons above would catch ---
@@ -848,6 +866,48 @@ def test_batches_hold_as_many_pairs_as_their_tokens_allow(sizes, slack, start, w
     assert [chunk.tolist() for chunk in again] == [chunk.tolist() for chunk in chunks[start:]]
 
 
+def test_every_epoch_and_seed_has_an_order_of_its_own(base):
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    examples, _ = load_examples(base["dataset_name"], "train", tokenizer, Arguments(max_length=64))
+    orders = [
+        Pairs(examples, Arguments(max_length=64, seed=seed), "data").order(epoch).tolist()
+        for seed in (0, 1)
+        for epoch in (0, 1)
+    ]
+    assert len({tuple(order) for order in [*orders, range(10)]}) == 5
+    assert all(sorted(order) == list(range(10)) for order in orders)
+
+
+def test_a_thousand_empty_prompts_first(tmp_path):
+    """The first rows that datasets writes have no prompt's type to show."""
+    rows = [{"prompt": "", "chosen": "a", "rejected": "b"}] * 1001
+    name = write_jsonl(tmp_path / "rows.jsonl", [*rows, {"prompt": "c", "chosen": "a", "rejected": "b"}])
+    examples, data = load_examples(name, "train", AutoTokenizer.from_pretrained(DEMO_MODEL), Arguments())
+    assert data["examples_used"] == 1002 and examples[1001]["chosen_prompt_ids"] == [66]  # "c"
+
+
+def test_the_start_up_check_looks_at_pairs_that_share(base, tmp_path, monkeypatch):
+    rows = [{"prompt": "", "chosen": "a", "rejected": "b"}] * 2 + random_preferences(0, 4)
+    name = write_jsonl(tmp_path / "rows.jsonl", rows)
+    change_shared_rows(monkeypatch, keys_of_another_prompt)
+    with pytest.raises(ValueError, match="mixes the sequences"):
+        run(tmp_path / "out", base, dataset_name=name)
+
+
+def test_ranks_that_find_different_files_all_compute(base, copied_run, tmp_path, monkeypatch):
+    """As if another rank had not found the file that this one has."""
+    computed = []
+    compute = dpo_padding_free.compute_reference
+    monkeypatch.setattr(
+        dpo_padding_free, "compute_reference", lambda *args: computed.append(1) or compute(*args)
+    )
+    all_sum = dpo_padding_free.all_sum
+    missing = lambda values, device: [0.0] if len(values) == 1 else all_sum(values, device)  # noqa: E731
+    monkeypatch.setattr(dpo_padding_free, "all_sum", missing)
+    run(copied_run, base, max_steps=4, resume_from_checkpoint="latest")
+    assert computed
+
+
 def test_steps_by_tokens(base, tmp_path):
     flags = {**base, "max_tokens_per_batch": 80, "gradient_accumulation_steps": 2, "num_train_epochs": 2}
     done = run(tmp_path, flags)
@@ -1119,9 +1179,10 @@ def test_a_finished_run_is_left_as_it_is(base, copied_run):
     assert_refused(copied_run, {**base, "resume_from_checkpoint": "latest"}, "has finished its 3 steps")
 
 
-def test_resuming_with_other_data_is_refused(base, copied_run, tmp_path):
+@pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
+def test_resuming_with_other_data_is_refused(column, base, copied_run, tmp_path):
     rows = [json.loads(line) for line in open(base["dataset_name"])]
-    rows[7]["chosen"] = rows[7]["chosen"][::-1]  # as long as before
+    rows[7][column] = "".join(chr(ord(c) + 1) for c in rows[7][column])  # as long as before
     name = write_jsonl(tmp_path / "rows.jsonl", rows)
     assert_refused(
         copied_run, {**base, "dataset_name": name, "resume_from_checkpoint": "latest"}, "other data"

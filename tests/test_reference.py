@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import tiny_model
 
-from common.reference import REFERENCE, read_reference, weights_fingerprint, write_reference
+from common.reference import REFERENCE, model_fingerprint, read_reference, write_reference
 
 FINGERPRINT = {"model": "m", "data": "d", "precision": "fp32"}
 TENSORS = {"data": torch.tensor([[-1.5, -2.5], [-3.0, float(2**-20)]])}
@@ -30,9 +30,20 @@ def test_that_of_another_run_is_refused(other, tmp_path):
 
 def test_equal_weights_have_one_name_and_others_another():
     first, second = tiny_model("llama"), tiny_model("llama", "sdpa")
-    assert weights_fingerprint(first) == weights_fingerprint(second)
-    assert weights_fingerprint(first) != weights_fingerprint(tiny_model("llama", tie_word_embeddings=True))
+    assert model_fingerprint(first) == model_fingerprint(second)
+    assert model_fingerprint(first) != model_fingerprint(tiny_model("llama", tie_word_embeddings=True))
     with torch.no_grad():
         weight = second.model.norm.weight
         weight[3] = torch.nextafter(weight[3], torch.tensor(2.0))
-    assert weights_fingerprint(first) != weights_fingerprint(second)
+    assert model_fingerprint(first) != model_fingerprint(second)
+
+
+def test_the_same_weights_under_another_configuration_or_name_have_another_name():
+    name = model_fingerprint(tiny_model("llama"))
+    assert model_fingerprint(tiny_model("llama", rms_norm_eps=0.1)) != name
+    swapped = tiny_model("llama")
+    first, second = (layer.self_attn.q_proj.weight.data for layer in swapped.model.layers)
+    kept = first.clone()
+    first.copy_(second)
+    second.copy_(kept)
+    assert model_fingerprint(swapped) != name

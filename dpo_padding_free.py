@@ -502,7 +502,8 @@ class Pairs:
 def check_batching(model, pairs, args, device, max_tokens=64):
     """Prove on two pairs that this model gives in a flat row what it gives each sequence alone.
 
-    Looks at pairs that share something, if there are any, and of them at a prompt's last and a completion's first max_tokens tokens, whatever the pairs hold.
+    Looks at pairs that share something, if there are any, and of each at the prompt's last and the
+    completions' first max_tokens tokens.
 
     Raises: ValueError if a log-probability is off by more than 1e-4 (fp32) or 5e-2 (bf16) of the largest.
     """

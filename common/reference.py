@@ -13,7 +13,7 @@ REFERENCE = "reference_logps.safetensors"  # in output_dir
 
 
 def model_fingerprint(model):
-    """Names a model on any number of ranks: its configuration, and each weight's fp32 bits summed mod 2^64."""
+    """Names a model, on any number of ranks: configuration, and each weight's fp32 bits summed mod 2^64."""
     config = model.config.to_dict()
     for name in ("_name_or_path", "dtype", "transformers_version"):  # the same model by another way
         config.pop(name, None)

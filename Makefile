@@ -1,4 +1,4 @@
-# make demo: set up, then train the embedded demo by SFT and by DPO, offline. make test: set up, then test. make lint: ruff.
+# make demo: set up, then train the embedded demo by SFT, DPO and GRPO, offline. make test: set up, then test. make lint: ruff.
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
@@ -13,6 +13,11 @@ demo: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python dpo_padding_free.py --learning_rate 3e-4 --per_device_train_batch_size 8 \
 		--measure_memory --dataset_name outputs/demo/preferences.jsonl \
 		--eval_dataset_name outputs/demo/preferences_eval.jsonl --output_dir outputs/demo/dpo --overwrite_output_dir
+	head -n 32 demo/prompts.jsonl > outputs/demo/prompts.jsonl
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2 grpo_zero3.py \
+		--learning_rate 2e-4 --max_steps 32 --per_device_train_batch_size 64 --max_completion_length 40 \
+		--dataset_name outputs/demo/prompts.jsonl --log_completions_steps 16 \
+		--output_dir outputs/demo/grpo --overwrite_output_dir
 
 test: .venv/.installed
 	$(BIN)/python -m pytest -q

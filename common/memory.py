@@ -118,9 +118,7 @@ class MemoryMeter:
 
     def peak_bytes(self):
         """Highest so far: on CUDA allocated by tensors, on a CPU resident in the process."""
-        if self.device.type == "cuda":
-            return self.measured["peak"]
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return self.measured["peak"] if self.device.type == "cuda" else peak_memory_bytes(self.device)
 
     def _allocated(self):
         if self.tracker is None:
@@ -295,6 +293,13 @@ def format_ledger(title, rows):
     if any(row["formula"] for row in rows):
         lines.append("P parameters, N tokens of a forward, h hidden size, L layers, V vocabulary, W ranks")
     return "\n".join(lines)
+
+
+def peak_memory_bytes(device):
+    """Highest so far: on CUDA allocated by tensors, on a CPU resident in the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def measure_bandwidth(device, num_bytes=2**26, repetitions=5):

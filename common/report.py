@@ -107,3 +107,32 @@ def describe_speed(summary):
 def ledger_title(summary):
     name = Path(summary["args"]["model_name_or_path"]).name
     return f"{name}  {summary['device']}  world {summary['world_size']}"
+
+
+def format_completions(step, rows, width=100):
+    """A table of sampled completions: rows of (prompt, completion, reward), texts cut to about `width`."""
+
+    def shortened(text, length):
+        text = " ".join(text.split())
+        return text if len(text) <= length else "..." + text[3 - length :]  # the end is what counts
+
+    lines = [f"step {step}  {'prompt':<{width // 2}}  {'completion':<{width // 2}}  reward"]
+    margin = " " * len(f"step {step}")
+    for prompt, completion, reward in rows:
+        texts = "  ".join(f"{shortened(text, width // 2):<{width // 2}}" for text in (prompt, completion))
+        lines.append(f"{margin}  {texts}  {reward:6.2f}")
+    return "\n".join(lines)
+
+
+def describe_prompts(data):
+    """One line about what became of the prompts."""
+    return "prompts   " + "  ".join(f"{name} {value}" for name, value in data.items())
+
+
+def describe_rewards(output_dir):
+    """One line: the mean reward of the first and of the last tenth of the run's rollouts."""
+    lines = [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
+    rewards = [line["reward"] for line in lines]
+    part = max(1, len(rewards) // 10)
+    first, last = (sum(values) / part for values in (rewards[:part], rewards[-part:]))
+    return f"reward    {first:.3f} in the first {part} steps, {last:.3f} in the last {part}"

@@ -1,44 +1,40 @@
-"""Tokenizer and configuration by name; a model written as it came."""
-
-from pathlib import Path
+"""A model written tensor by tensor is the model that was written."""
 
 import pytest
 import torch
-from helpers import tiny_model
+from grpo_cases import write_model
+from helpers import tiny_model, worst
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common.pretrained import load_tokenizer_and_config, write_pretrained
-
-DEMO_MODEL = str(Path(__file__).parents[1] / "demo/model")
+from common.pretrained import write_pretrained_streamed
 
 
-def test_the_demos_own():
-    tokenizer, config = load_tokenizer_and_config(DEMO_MODEL, max_length=1024)
-    assert len(tokenizer) == config.vocab_size
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("max_shard_bytes", [2**30, 20_000, 1])
+def test_shards_make_the_model(max_shard_bytes, tied, tmp_path):
+    name = write_model(tmp_path / "model", torch.bfloat16, tie_word_embeddings=tied)
+    trained = tiny_model("llama", vocab_size=261, tie_word_embeddings=tied)
+    for i, parameter in enumerate(trained.parameters()):
+        parameter.data += i
+    weights = dict(trained.named_parameters())
+    (tmp_path / "out").mkdir()
+    held = []
 
+    def one_by_one():
+        for key, parameter in weights.items():
+            tensor = parameter.clone()
+            yield key, tensor
+            tensor.fill_(0)  # gathered weights are gone when the next one comes
+            held.append(key)
 
-@pytest.mark.parametrize(
-    "name, max_length, message",
-    [
-        ("no/such-model-here", 8, "--model_name_or_path no/such-model-here cannot be loaded"),
-        (DEMO_MODEL, 1025, "--max_length 1025 is over the model's 1024 positions"),
-    ],
-)
-def test_refusals(name, max_length, message):
-    with pytest.raises(ValueError, match=message):
-        load_tokenizer_and_config(name, max_length)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_come_back_in_the_dtype_that_the_model_had(dtype, tmp_path):
-    first, written = tmp_path / "first", tmp_path / "written"
-    tiny_model("llama", tie_word_embeddings=True).to(dtype).save_pretrained(first)
-    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(first)
-    model = AutoModelForCausalLM.from_pretrained(first, dtype=torch.float32)
-    weights = {name: parameter.detach() + 1 for name, parameter in model.named_parameters()}
-    written.mkdir()
-    write_pretrained(written, str(first), weights, AutoTokenizer.from_pretrained(first))
-    again = AutoModelForCausalLM.from_pretrained(written)
-    for name, parameter in again.named_parameters():
-        assert parameter.dtype == dtype and torch.equal(parameter, weights[name].to(dtype))
-    assert AutoTokenizer.from_pretrained(written)("a<|end|>").input_ids
+    shapes = {key: parameter.shape for key, parameter in weights.items()}
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    write_pretrained_streamed(tmp_path / "out", name, shapes, one_by_one(), tokenizer, max_shard_bytes)
+    files = list((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) == {2**30: 1, 20_000: len(files), 1: len(weights)}[max_shard_bytes]
+    assert (len(files) > 1) == (tmp_path / "out/model.safetensors.index.json").exists()
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert {p.dtype for p in read.parameters()} == {torch.bfloat16}
+    expected = {key: parameter.to(torch.bfloat16) for key, parameter in weights.items()}
+    assert worst(dict(read.named_parameters()), expected) == 0
+    assert held == list(weights)

@@ -1,0 +1,807 @@
+"""GRPO under ZeRO-3: the same tokens from gathered and streamed weights, the naive loss, and exact runs."""
+
+import ast
+import functools
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from dataclasses import fields
+from pathlib import Path
+
+import datasets
+import deepspeed
+import pytest
+import torch
+from grpo_cases import (
+    DEMO_MODEL,
+    GROUPS,
+    LIMIT,
+    LOSS_CASES,
+    all_advantages,
+    case_tensors,
+    noise,
+    prompt_ids,
+    scored_lengths,
+    write_model,
+)
+from helpers import worst
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+
+import grpo_zero3
+from common.checkpoints import list_checkpoints
+from grpo_zero3 import (
+    Arguments,
+    Prompts,
+    check_arguments,
+    deepspeed_config,
+    group_advantages,
+    load_engine,
+    main,
+    sample,
+    start_distributed,
+    without_local_rank,
+)
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "grpo_zero3.py"
+MODES = ("all", "none", "third", "half", "exact", "byte")
+TIMEOUT = 200  # DeepSpeed builds an extension at its first use on a CPU
+
+
+def ranks(program, *arguments, count=2, timeout=TIMEOUT, env=()):
+    """Run on `count` ranks, killed with all their processes if they hang. Returns exit code and output."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    process = subprocess.Popen(
+        [*launcher, str(program), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # DeepSpeed looks for ninja on PATH
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **dict(env)},
+        start_new_session=True,
+    )
+    try:
+        output = process.communicate(timeout=timeout)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return process.returncode, output
+
+
+# --- 1. What two ranks answered ---
+
+
+@functools.cache
+def model():
+    return AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32, attn_implementation="sdpa")
+
+
+def naive_logps(prompt, completion, temperature):
+    """Log-probabilities of one completion alone, from all its logits."""
+    logits = model()(input_ids=torch.tensor([prompt + completion]), use_cache=False).logits[0]
+    logps = torch.log_softmax(logits[len(prompt) - 1 : -1] / temperature, dim=-1)
+    return logps.gather(1, torch.tensor(completion)[:, None])[:, 0]
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory):
+    """The answers of tests/grpo_worker.py: one for each rank; its folder."""
+    folder = tmp_path_factory.mktemp("worker")
+    shutil.copytree(DEMO_MODEL, folder / "model")
+    base = {}
+    with torch.no_grad():
+        for name, flags in LOSS_CASES.items():
+            temperature = flags.get("temperature", 1.0)
+            base[name] = [naive_logps(p, c, temperature).tolist() for p, cs in GROUPS for c in cs]
+    (folder / "base.json").write_text(json.dumps(base))
+    returncode, output = ranks(ROOT / "tests/grpo_worker.py", folder)
+    assert returncode == 0, output[-4000:]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)], folder, base
+
+
+@functools.cache
+def unsharded(rank):
+    """Greedy completions of plain transformers, each prompt alone."""
+    found = []
+    for ids in prompt_ids(rank):
+        out = model().generate(torch.tensor([ids]), max_new_tokens=LIMIT, do_sample=False)
+        found += [out[0, len(ids) :].tolist()] * 2
+    return found
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_gives_the_unsharded_models_tokens(mode, worker):
+    for rank, answers in enumerate(worker[0]):
+        assert answers[f"mode {mode}"]["completions"] == unsharded(rank)
+        assert answers[f"mode {mode}"]["finished"] == [ids[-1] == 257 for ids in unsharded(rank)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_ranks_that_stop_at_different_lengths_step_together(mode, worker):
+    lengths = [max(map(len, unsharded(rank))) for rank in range(2)]
+    assert lengths[0] < lengths[1]
+    assert [answers[f"mode {mode}"]["forwards"] for answers in worker[0]] == [lengths[1]] * 2
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_between_forwards_the_residents_alone_are_whole(mode, worker):
+    for answers in worker[0]:
+        answer = answers[f"mode {mode}"]
+        assert set(answer["between"]) == {answer["resident"]}
+        assert answer["budget"] is None or answer["resident"] <= answer["budget"]
+        assert answer["peak"] <= answer["resident"] + answer["largest"]
+        layer = 4 * sum(p.numel() for p in model().model.layers[0].parameters())
+        assert mode in ("none", "byte") or answer["peak"] <= answer["resident"] + layer
+    assert worker[0][0]["mode all"]["resident"] == worker[0][0]["mode exact"]["resident"] > 4_000_000
+    assert 0 == worker[0][0]["mode byte"]["resident"] < worker[0][0]["mode third"]["resident"]
+    assert worker[0][0]["mode third"]["resident"] < worker[0][0]["mode half"]["resident"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_bytes_announced_are_gathered(mode, worker):
+    for answers in worker[0]:
+        answer = answers[f"mode {mode}"]
+        assert answer["gathered"] == answer["streamed"] * answer["forwards"]
+        # one gather for each of 5 layers, the last norm, and the embedding, kept for the head
+        if mode == "none":
+            assert answer["gathers"] == (5 + 1 + 1) * answer["forwards"]
+        if mode in ("all", "exact"):
+            assert answer["gathers"] == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_all_is_put_back_after_a_rollout(mode, worker):
+    assert all(answers[f"mode {mode}"]["restored"] for answers in worker[0])
+
+
+@pytest.mark.parametrize("mode", ["all", "none", "half"])
+@pytest.mark.parametrize("error", ["Crash", "KeyboardInterrupt"])
+def test_an_exception_in_mid_generation_leaves_a_working_engine(error, mode, worker):
+    for answers in worker[0]:
+        answer = answers[f"{error} {mode}"]
+        assert answer["raised"] and answer["restored"] and answer["again"]
+        assert answer["step"] == answers["steps"][0]
+
+
+def test_the_step_after_a_rollout_is_the_step_without(worker):
+    for answers in worker[0]:
+        assert len(answers["steps"]) == 1 + 3
+        assert all(step == answers["steps"][0] for step in answers["steps"])
+
+
+def test_hooks_that_stay_on_resident_modules_would_be_seen(worker):
+    for answers in worker[0]:
+        assert set(answers["hooks stay"]["between"]) != {answers["mode half"]["resident"]}
+
+
+def test_the_weights_are_sharded_and_tied(worker):
+    total = sum(p.numel() for p in model().parameters())
+    for answers in worker[0]:
+        assert answers["tied"] and total / 2 <= answers["shards"] <= 1.01 * total / 2
+
+
+# --- 2. The loss ---
+
+
+def naive(name, base):
+    """GRPO in one process: every completion alone, every mean written out."""
+    flags = LOSS_CASES[name]
+    args = Arguments(**flags)
+    _, advantages, _, _, lengths = case_tensors(name, 0, 1, base)
+    old, ref, i, per_completion = noise(1), noise(2), 0, []
+    for prompt, completions in GROUPS:
+        for completion in completions:
+            logps = naive_logps(prompt, completion, args.temperature)
+            before = torch.tensor(base[i]) + old[i]
+            ratio, high = torch.exp(logps - before), args.epsilon_high or args.epsilon
+            a = all_advantages()[i]
+            losses = -torch.min(ratio * a, torch.clamp(ratio, 1 - args.epsilon, 1 + high) * a)
+            if args.beta:
+                d = torch.tensor(base[i]) + ref[i] - logps
+                losses = losses + args.beta * (d.exp() - d - 1)
+            per_completion.append(losses if scored_lengths(name)[i] else losses[:0])
+            i += 1
+    kept = [losses for losses in per_completion if len(losses)]
+    if args.loss_type == "dapo":
+        loss = torch.cat(kept).mean()
+    elif args.loss_type == "grpo":
+        loss = torch.stack([losses.mean() for losses in kept]).mean()
+    elif args.loss_type == "bnpo":
+        groups = [torch.cat(per_completion[g : g + 3]) for g in range(0, 15, 3)]
+        loss = torch.stack([losses.mean() for losses in groups if len(losses)]).mean()
+    else:
+        loss = torch.cat(kept).sum() / (len(kept) * 9)
+    model().zero_grad()
+    loss.backward()
+    return loss.item(), {key: p.grad.clone() for key, p in model().named_parameters()}
+
+
+@pytest.mark.parametrize("name", LOSS_CASES)
+def test_loss_and_gradients_are_the_naive_ones(name, worker):
+    (first, second), folder, base = worker
+    loss, gradients = naive(name, base[name])
+    assert first[f"loss {name}"]["sums"] == second[f"loss {name}"]["sums"]
+    assert abs(first[f"loss {name}"]["sums"][0] - loss) <= 1e-5
+    largest = max(gradient.abs().max().item() for gradient in gradients.values())
+    assert worst(load_file(folder / f"{name}.safetensors"), gradients) <= 1e-5 * max(1, largest)
+    assert first[f"loss {name}"]["batches"] >= 2
+
+
+def test_a_mask_off_by_one_would_be_seen(worker):
+    (first, _), _, base = worker
+    assert abs(first["off by one"]["sums"][0] - naive("dapo", base["dapo"])[0]) > 1e-3
+
+
+# --- 3. Whole runs ---
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder))
+        patch.setenv("HF_DATASETS_CACHE", str(folder))  # for subprocesses
+        # a run on one rank and a run on two are to be compared to the last digits: both on the CPU
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+        yield folder
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Flags of a run of a few steps: 12 prompts of 2 to 7 tokens, 4 of them in each rollout."""
+    folder = tmp_path_factory.mktemp("base")
+    rows = [{"prompt": "abcdefgh"[: 2 + i % 6] + "xyz"[i % 3], "wanted": "abc"[i % 3]} for i in range(12)]
+    return {
+        "model_name_or_path": write_model(folder / "model"),
+        "dataset_name": write_jsonl(folder / "prompts.jsonl", rows),
+        "reward_funcs": "grpo_cases:upper",
+        "max_prompt_length": 8,
+        "max_completion_length": 6,
+        "num_generations": 3,
+        "per_device_train_batch_size": 12,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "cosine",
+        "loss_chunk_size": 5,
+        "max_steps": 4,
+    }
+
+
+Run = namedtuple("Run", ["returned", "metrics", "weights"])
+
+
+def run(output_dir, flags, **changes):
+    return read_run(output_dir, main(Arguments(output_dir=str(output_dir), **{**flags, **changes})))
+
+
+def read_run(output_dir, returned=None):
+    lines = (Path(output_dir) / "metrics.jsonl").read_text().splitlines()
+    weights = Path(output_dir) / "model.safetensors"
+    weights = load_file(weights) if weights.exists() else None
+    return Run(returned, [json.loads(line) for line in lines], weights)
+
+
+def assert_same_bits(first, second):
+    for name in ("loss", "grad_norm", "reward", "entropy", "kl", "num_tokens", "learning_rate", "epoch"):
+        assert [s[name] for s in first.metrics] == [s[name] for s in second.metrics], name
+    assert first.weights.keys() == second.weights.keys()
+    assert all(torch.equal(first.weights[name], second.weights[name]) for name in first.weights)
+
+
+def assert_same_curve(first, second):
+    assert len(first.metrics) == len(second.metrics)
+    for a, b in zip(first.metrics, second.metrics):
+        for name in ("loss", "reward", "reward_std", "entropy", "kl", "clip_ratio", "epoch"):
+            assert a[name] == pytest.approx(b[name], abs=1e-5), name
+        for name in ("num_scored_tokens", "completions/mean_length", "frac_reward_zero_std"):
+            assert a[name] == b[name]
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    assert worst(first.weights, second.weights) <= 1e-4
+
+
+@pytest.fixture(scope="module")
+def runs(base, tmp_path_factory):
+    """Runs on two ranks, all in one process each: {name: its folder}, their results on both ranks."""
+    folder = tmp_path_factory.mktemp("runs")
+    half = {"per_device_train_batch_size": 6}  # 12 completions on two ranks, as base has on one
+    dropout = {**half, "model_name_or_path": write_model(folder / "dropout", attention_dropout=0.2)}
+    dropout |= {"max_steps": 6, "num_iterations": 2, "reward_funcs": "grpo_cases:by_column,grpo_cases:upper"}
+    resume = {"resume_from_checkpoint": "latest"}
+    jobs = {
+        "two": {"flags": half},
+        "streamed": {"flags": {**half, "ds3_gather_for_generation": False}},
+        "budget": {"flags": {**half, "gather_budget_gib": 5e-5}},
+        "through": {"flags": {**dropout, "save_steps": 2, "save_total_limit": 2}},
+        "resumed": {"flags": {**dropout, **resume, "save_steps": 2}, "copy": ["through", "resumed", 4]},
+        "stopped": {"flags": dropout, "sigterm": 1},
+        "continued": {"flags": {**dropout, **resume}, "copy": ["stopped", "continued", 4]},
+        "reference": {"flags": {**half, "beta": 0.2, "max_steps": 3}},
+        "masked": {
+            "flags": {**half, "mask_truncated_completions": True, "max_completion_length": 1, "max_steps": 2}
+        },
+        "offloaded": {"flags": {**half, "offload_optimizer": True, "offload_param": True, "max_steps": 2}},
+        "bf16": {"flags": {**half, "bf16": True, "max_steps": 2}},
+    }
+    for name, job in jobs.items():
+        job["flags"] = {**base, **job["flags"], "output_dir": str(folder / name)}
+        if "copy" in job:
+            source, target, step = job["copy"]
+            job["copy"] = [str(folder / source), str(folder / target), step]
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    returncode, output = ranks(ROOT / "tests/grpo_runs.py", folder)
+    assert returncode == 0, output[-4000:]
+    results = [json.loads((folder / f"results{rank}.json").read_text()) for rank in range(2)]
+    return {name: folder / name for name in jobs}, results
+
+
+def test_two_ranks_are_one_rank(runs, base, tmp_path):
+    one, two = run(tmp_path, base), read_run(runs[0]["two"])
+    assert len(one.metrics) == 4 and len({step["reward"] for step in one.metrics}) > 1
+    assert_same_curve(two, one)
+
+
+@pytest.mark.parametrize("name", ["streamed", "budget"])
+def test_every_way_to_generate_takes_the_same_steps(name, runs):
+    assert_same_curve(read_run(runs[0][name]), read_run(runs[0]["two"]))
+
+
+def test_the_metrics_tell_the_ways_apart(runs):
+    gathered = {name: read_run(runs[0][name]).metrics[0] for name in ("two", "streamed", "budget")}
+    assert gathered["two"]["gathered_bytes_per_token"] == 0 == gathered["streamed"]["resident_bytes"]
+    for name in ("gathered_bytes_per_token", "resident_bytes"):
+        ordered = sorted(gathered, key=lambda way: gathered[way][name])
+        assert ordered == ["two", "budget", "streamed"][:: 1 if name.startswith("gathered") else -1]
+    assert 0 < gathered["budget"]["resident_bytes"] <= 5e-5 * 2**30
+
+
+@pytest.mark.parametrize("name", ["resumed", "continued"])
+def test_a_resumed_run_is_the_uninterrupted_one(name, runs):
+    through = read_run(runs[0]["through"])
+    assert len(through.metrics) == 6
+    assert_same_bits(read_run(runs[0][name]), through)
+
+
+def test_sigterm_on_one_rank_saves_a_checkpoint_after_the_rollout(runs):
+    """It comes in the second rollout, with step 3 of 3 and 4."""
+    assert [results["stopped"]["returned"] for results in runs[1]] == [{"stopped_at_step": 4}] * 2
+    assert [step for step, _ in list_checkpoints(runs[0]["stopped"])] == [4]
+
+
+def test_the_newest_checkpoints_are_kept(runs):
+    assert [step for step, _ in list_checkpoints(runs[0]["through"])] == [4, 6]
+    assert not [path for path in runs[0]["through"].iterdir() if path.suffix in (".tmp", ".deleted")]
+
+
+def test_another_number_of_ranks_is_refused(runs, tmp_path):
+    folder = shutil.copytree(runs[0]["stopped"], tmp_path / "run")
+    before = contents(folder)
+    flags = json.loads((runs[0]["stopped"].parent / "jobs.json").read_text())["stopped"]["flags"]
+    with pytest.raises(ValueError, match="written by 2 ranks, and this run has 1.*Resume with 2 ranks"):
+        main(Arguments(**{**flags, "output_dir": str(folder), "resume_from_checkpoint": "latest"}))
+    assert contents(folder) == before
+
+
+def test_the_first_iteration_is_on_policy_and_the_second_is_not(runs):
+    steps = read_run(runs[0]["two"]).metrics
+    assert all(step["clip_ratio"] == 0 == step["kl"] for step in steps)
+    reference = read_run(runs[0]["reference"]).metrics
+    assert reference[0]["kl"] == pytest.approx(0, abs=1e-6) and reference[2]["kl"] > 1e-5
+
+
+def test_a_rollout_without_a_scored_token_changes_nothing(runs, base):
+    masked = read_run(runs[0]["masked"])
+    assert worst(masked.weights, load_file(Path(base["model_name_or_path"]) / "model.safetensors")) == 0
+    for step in masked.metrics:
+        assert step["loss"] == step["grad_norm"] == step["num_scored_tokens"] == 0
+        assert step["completions/clipped_ratio"] == 1 and all(map(math.isfinite, step.values()))
+
+
+def test_offloading_changes_the_place_alone(runs):
+    offloaded, two = read_run(runs[0]["offloaded"]), read_run(runs[0]["two"])
+    for a, b in zip(offloaded.metrics, two.metrics):
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+
+
+def test_bf16_follows_fp32(runs):
+    first, expected = read_run(runs[0]["bf16"]).metrics[0], read_run(runs[0]["two"]).metrics[0]
+    # a few of the sampled tokens are others
+    for name, tolerance in (("entropy", 0.05), ("grad_norm", 0.3)):
+        assert first[name] == pytest.approx(expected[name], rel=tolerance) and first[name] != expected[name]
+
+
+def contents(folder):
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+# --- 4. Functions ---
+
+
+def test_advantages_are_those_of_each_group():
+    rewards = torch.tensor([0.0, 1.0, 2.0, 10.0, 10.0, 16.0])
+    found = group_advantages(rewards, 3)
+    for i in (0, 3):
+        group = rewards[i : i + 3]
+        expected = (group - group.mean()) / (group.std() + 1e-4)
+        assert worst(found[i : i + 3], expected) <= 1e-6
+    assert worst(found, group_advantages(rewards, 6)) > 0.1  # across groups
+    assert group_advantages(rewards, 3, scale_rewards=False).tolist() == [-1, 0, 1, -2, -2, 4]
+
+
+@pytest.mark.parametrize("scale_rewards", [True, False])
+@pytest.mark.parametrize("reward", [0.0, 0.1, 1e8])
+def test_equal_rewards_give_exactly_0(reward, scale_rewards):
+    rewards = torch.tensor([reward] * 6 + [1.0, 2.0, 3.0])
+    found = group_advantages(rewards, 3, scale_rewards)
+    assert found[:6].tolist() == [0.0] * 6 and found[6:].abs().sum() > 0
+
+
+def draw(logits, uniform, **options):
+    options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **options}
+    return sample(logits.expand(len(uniform), -1), uniform, **options)
+
+
+def test_sampling_has_the_softmaxs_frequencies():
+    logits = torch.tensor([[1.0, -1.0, 0.5, 3.0, -20.0]])
+    uniform = torch.linspace(0, 1, 20_001)[:-1]
+    for temperature in (0.5, 1.0, 2.0):
+        ids, entropy = draw(logits, uniform, temperature=temperature)
+        probs = torch.softmax(logits[0] / temperature, dim=0)
+        assert worst(ids.bincount(minlength=5) / len(ids), probs) <= 2e-4
+        assert entropy[0].item() == pytest.approx(-(probs * probs.log()).sum().item(), rel=1e-5)
+
+
+def test_top_k_and_top_p_keep_the_likeliest():
+    logits = torch.tensor([[0.1, 0.5, 0.3, 0.06, 0.04]]).log()
+    uniform = torch.linspace(0, 1, 10_001)[:-1]
+
+    def shares(**options):
+        return (draw(logits, uniform, **options)[0].bincount(minlength=5) / 10_000).tolist()
+
+    assert shares(top_k=2) == pytest.approx([0, 0.625, 0.375, 0, 0], abs=1e-3)
+    assert shares(top_p=0.5) == shares(top_k=1) == [0, 1, 0, 0, 0]
+    assert shares(top_p=0.81) == pytest.approx([1 / 9, 5 / 9, 3 / 9, 0, 0], abs=1e-3)
+    assert shares(top_k=9) == pytest.approx([0.1, 0.5, 0.3, 0.06, 0.04], abs=1e-3)
+    assert draw(logits, uniform[:3], temperature=0)[0].tolist() == [1, 1, 1]
+
+
+def test_a_token_of_probability_0_is_never_drawn():
+    logits = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0, -math.inf]])
+    extremes = torch.tensor([0.0, 0.4999999, 0.5, 1 - 2**-24])
+    for options in ({}, {"top_k": 4}, {"top_p": 0.9}):
+        ids, entropy = draw(logits, extremes, **options)
+        assert set(ids.tolist()) == {1, 3} and entropy.isfinite().all()
+
+
+def test_stop_strings_end_a_completion(base, tmp_path):
+    through = run(tmp_path / "through", base, max_steps=1, max_completion_length=12)
+    stop = {
+        "ds3_gather_for_generation": False,
+        "stop_strings": list("abcdefghijklmnopqrstuvwxyz"),
+        "max_completion_length": 12,
+    }
+    stopped = run(tmp_path / "stopped", base, max_steps=1, **stop)
+    [before], [after] = through.metrics, stopped.metrics
+    # one token in ten of a random model is such a letter
+    assert after["completions/mean_length"] < before["completions/mean_length"] - 2
+    assert after["completions/clipped_ratio"] < before["completions/clipped_ratio"]
+
+
+def test_equal_rewards_teach_nothing(base, tmp_path):
+    done = run(tmp_path, base, reward_funcs="grpo_cases:equal", max_steps=2)
+    for step in done.metrics:
+        assert step["loss"] == step["grad_norm"] == step["reward_std"] == 0
+        assert step["frac_reward_zero_std"] == 1 and step["num_scored_tokens"] > 0
+    assert worst(done.weights, load_file(Path(base["model_name_or_path"]) / "model.safetensors")) == 0
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        grpo_zero3, "group_advantages", lambda rewards, *_: torch.full((len(rewards),), torch.nan)
+    )
+    with pytest.raises(FloatingPointError, match="step 1: loss nan, gradient norm .* Prompts 0 to 3"):
+        run(tmp_path, base, save_steps=1)
+    assert list_checkpoints(tmp_path) == [] and not (tmp_path / "model.safetensors").exists()
+
+
+def test_the_reward_rises(tmp_path):
+    """Of the demo's model on 8 of the demo's prompts, about the half of which it gets right."""
+    rows = (ROOT / "demo/prompts.jsonl").read_text().splitlines(keepends=True)[44:52]
+    (tmp_path / "prompts.jsonl").write_text("".join(rows))
+    flags = {"dataset_name": str(tmp_path / "prompts.jsonl"), "learning_rate": 3e-4, "max_steps": 12}
+    flags |= {"per_device_train_batch_size": 64, "max_completion_length": 32}
+    rewards = [step["reward"] for step in run(tmp_path / "out", flags).metrics]
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.1
+
+
+def test_rotary_frequencies_stay_in_fp32(base):
+    args = Arguments(**{**base, "bf16": True})
+    device = start_distributed(args)[3]
+    try:
+        engine = load_engine(args, device)
+        expected = AutoModelForCausalLM.from_pretrained(base["model_name_or_path"], dtype=torch.bfloat16)
+        found = dict(engine.module.named_buffers())
+        assert found.keys() == dict(expected.named_buffers()).keys() and found
+        for name, buffer in expected.named_buffers():
+            assert found[name].dtype == torch.float32 and torch.equal(found[name], buffer)
+        assert {p.dtype for p in engine.module.parameters()} == {torch.bfloat16}
+    finally:
+        deepspeed.comm.destroy_process_group()
+
+
+def test_prompts_come_in_epochs_without_a_gap(base):
+    tokenizer = AutoTokenizer.from_pretrained(base["model_name_or_path"])
+    prompts = Prompts(Arguments(**base), tokenizer)
+    stream = prompts.numbers(0, 36)
+    assert [sorted(stream[i : i + 12]) for i in (0, 12, 24)] == [list(range(12))] * 3
+    assert stream[:12] != stream[12:24]
+    assert [*prompts.numbers(0, 7), *prompts.numbers(7, 29)] == stream
+    texts, columns = prompts.columns(stream[:2], 3)
+    assert len(texts) == 6 and texts[:3] == [prompts.rows[stream[0]]["prompt"]] * 3
+    assert columns == {"wanted": [prompts.rows[i]["wanted"] for i in stream[:2] for _ in range(3)]}
+
+
+def test_long_prompts_keep_their_end(base, tmp_path):
+    name = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "0123456789abc"}, {"prompt": "xyz"}])
+    tokenizer = AutoTokenizer.from_pretrained(base["model_name_or_path"])
+    prompts = Prompts(Arguments(**{**base, "dataset_name": name}), tokenizer)
+    assert tokenizer.decode(prompts.examples[0]["input_ids"]) == "56789abc"
+    assert prompts.data["examples_truncated"] == 1 and prompts.data["tokens_cut"] == 5
+
+
+# --- 5. Refusals ---
+
+BAD_FLAGS = [
+    ({"max_completion_length": 0}, "--max_completion_length is 0"),
+    ({"num_generations": 1}, "--num_generations 1"),
+    ({"per_device_train_batch_size": 10}, "not a multiple of --num_generations 3.*Choose 9"),
+    ({"loss_type": "ppo"}, "--loss_type ppo: choose one of dapo"),
+    ({"epsilon": 1.0}, "--epsilon 1.0"),
+    ({"epsilon_high": 0.0}, "--epsilon_high 0.0"),
+    ({"beta": -0.1}, "--beta is -0.1"),
+    ({"temperature": 0.0}, "--temperature 0.0"),
+    ({"top_p": 0.0}, "--top_p 0.0"),
+    ({"top_k": -1}, "--top_k -1"),
+    ({"max_tokens_per_batch": 25}, "--max_tokens_per_batch 25 is too small: a group may take 26"),
+    ({"gather_budget_gib": -1.0}, "--gather_budget_gib -1.0"),
+    ({"gather_budget_gib": 1.0, "ds3_gather_for_generation": False}, "drop one"),
+    ({"save_steps": 3, "num_iterations": 2}, "--save_steps 3 .* multiple of --num_iterations 2"),
+    ({"max_steps": 5, "num_iterations": 2}, "--max_steps 5 .* multiple of --num_iterations 2"),
+    ({"offload_param": True}, "add --offload_optimizer"),
+    ({"collective_timeout_s": 0.0}, "--collective_timeout_s 0.0"),
+    ({"deepspeed": "none.json"}, "--deepspeed none.json"),
+    ({"learning_rate": math.nan}, "--learning_rate is nan"),
+    ({"max_steps": 0}, "--max_steps 0"),
+    ({"reward_funcs": "best"}, "--reward_funcs best: choose last_word, last_number"),
+    ({"reward_funcs": "no_such_module:f"}, "no_such_module:f cannot be imported"),
+    ({"reward_funcs": "last_word"}, "wants the column answer; the dataset has prompt, wanted"),
+    ({"max_prompt_length": 300}, "--max_length 306 is over the model's 256"),
+]
+BAD_DATA = {
+    "missing": (None, "none.jsonl does not exist"),
+    "no prompt": ([{"text": "a"}], "has the columns text; wanted: prompt"),
+    "empty prompt": ([{"prompt": "a"}, {"prompt": ""}], "example 1: the prompt is empty"),
+    "a null": ([{"prompt": "a"}, {"prompt": None}], "example 1: "),
+}
+
+
+@pytest.fixture(scope="module")
+def earlier_run(base, tmp_path_factory):
+    """The folder of a finished run of 4 steps with the checkpoints 2 and 4."""
+    folder = tmp_path_factory.mktemp("earlier") / "run"
+    run(folder, base, save_steps=2)
+    return folder
+
+
+def assert_refused(folder, flags, message):
+    """main raises ValueError with this message, and leaves what is in `folder` as it was."""
+    before = contents(folder)
+    with pytest.raises(ValueError, match=message):
+        run(folder, flags)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("flags, message", BAD_FLAGS)
+def test_contradictory_flags_are_refused(flags, message, base, earlier_run):
+    assert_refused(earlier_run, {**base, "overwrite_output_dir": True, **flags}, message)
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_bad_data_is_refused(name, base, earlier_run, tmp_path):
+    rows, message = BAD_DATA[name]
+    file = str(tmp_path / "none.jsonl") if rows is None else write_jsonl(tmp_path / "bad.jsonl", rows)
+    assert_refused(earlier_run, {**base, "overwrite_output_dir": True, "dataset_name": file}, message)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({}, "holds another run .*--resume_from_checkpoint latest.*--overwrite_output_dir"),
+        ({"resume_from_checkpoint": "latest", "seed": 1}, "other data"),
+        ({"resume_from_checkpoint": "latest", "max_prompt_length": 3}, "other data"),
+        ({"resume_from_checkpoint": "latest", "max_steps": 3}, "past --max_steps 3"),
+    ],
+)
+def test_a_folder_that_holds_another_run_is_refused(flags, message, base, earlier_run):
+    assert_refused(earlier_run, {**base, **flags}, message)
+
+
+@pytest.mark.parametrize(
+    "function, message",
+    [
+        ("raises", "raised ZeroDivisionError: .*prompt '...', completion"),
+        ("too_few", "returned 11 numbers for 12 completions; .*prompt"),
+        ("not_a_number", "returned nan; .*prompt 'bcd', completion"),
+    ],
+)
+def test_a_broken_reward_stops_the_run_and_is_named(function, message, base, tmp_path):
+    rows = [{"prompt": text} for text in ("abcde", "bcd", "cdef", "defgh")]
+    flags = {**base, "dataset_name": write_jsonl(tmp_path / "prompts.jsonl", rows)}
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "out", flags, reward_funcs=f"grpo_cases:{function}")
+    assert not (tmp_path / "out/model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"zero_optimization": {"stage": 2}}, "sets stage to 2; this script needs 3"),
+        ({"gradient_accumulation_steps": 4}, "sets gradient_accumulation_steps to 4"),
+        ({"bf16": {"enabled": True}}, "sets enabled to True"),
+        ({"optimizer": {"type": "Adam"}}, "the script's flags say which"),
+    ],
+)
+def test_deepspeed_settings_that_break_the_script_are_refused(settings, message, tmp_path):
+    (tmp_path / "ds.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=message):
+        deepspeed_config(Arguments(deepspeed=str(tmp_path / "ds.json")))
+
+
+def test_deepspeed_settings_replace_single_ones(tmp_path):
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": 7}}))
+    found = deepspeed_config(Arguments(deepspeed=str(tmp_path / "ds.json"), max_grad_norm=0.5))
+    assert found["zero_optimization"]["reduce_bucket_size"] == 7
+    assert found["zero_optimization"]["stage"] == 3 and found["gradient_clipping"] == 0.5
+
+
+# --- 6. Contract ---
+
+METRICS = (
+    "step epoch loss reward rewards/grpo_cases:upper/mean reward_std frac_reward_zero_std "
+    "completions/mean_length completions/clipped_ratio entropy gathered_bytes_per_token resident_bytes "
+    "gather_seconds generation_seconds generation_steps kl clip_ratio grad_norm learning_rate num_tokens "
+    "num_scored_tokens tokens_per_second step_seconds update_seconds peak_memory_bytes"
+)
+SUMMARY = "args versions device world_size data throughput ledger activation_offloading final_metrics"
+
+
+def parsed():
+    return ast.parse(SCRIPT.read_text())
+
+
+def test_every_flag_is_read_beyond_its_check():
+    """args.name or self.args.name, loaded somewhere outside of check_arguments."""
+    checks = next(node for node in parsed().body if getattr(node, "name", None) == "check_arguments")
+    lines = range(checks.lineno, checks.end_lineno + 1)
+    read = {
+        node.attr
+        for node in ast.walk(parsed())
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and node.lineno not in lines
+        if getattr(node.value, "id", None) == "args" or getattr(node.value, "attr", None) == "args"
+    }
+    assert {field.name for field in fields(Arguments)} - read == set()
+
+
+def test_no_flag_is_written():
+    written = [node for node in ast.walk(parsed()) if isinstance(node, ast.Attribute)]
+    assert not [
+        n.attr for n in written if isinstance(n.ctx, ast.Store) and getattr(n.value, "id", None) == "args"
+    ]
+
+
+def test_importing_does_nothing():
+    """Only definitions, constants and imports stand at the top; the guard at the end is the one exception."""
+    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AugAssign)
+    first, *body, last = parsed().body
+    assert isinstance(first, ast.Expr) and isinstance(first.value.value, str)
+    assert all(isinstance(node, allowed) for node in body)
+    assert isinstance(last, ast.If) and ast.unparse(last.test) == "__name__ == '__main__'"
+
+
+def test_what_a_run_leaves_behind(base, earlier_run):
+    done = read_run(earlier_run)
+    assert [list(step) for step in done.metrics] == [METRICS.split()] * 4
+    summary = json.loads((earlier_run / "summary.json").read_text())
+    assert list(summary) == SUMMARY.split()
+    assert summary["final_metrics"] == done.metrics[-1]
+    ledger = {row["name"]: row for row in summary["ledger"]}
+    for name in ("parameters", "optimizer"):
+        assert ledger[name]["measured"] == pytest.approx(ledger[name]["predicted"], rel=0.02)
+    saved = AutoModelForCausalLM.from_pretrained(earlier_run)
+    before = AutoModelForCausalLM.from_pretrained(base["model_name_or_path"])
+    assert saved.config.to_diff_dict() | {"_name_or_path": ""} == before.config.to_diff_dict() | {
+        "_name_or_path": ""
+    }
+    difference = worst(dict(saved.named_parameters()), dict(before.named_parameters()))
+    assert 1e-4 < difference < 0.1
+
+
+def test_the_launchers_flag_is_swallowed(base):
+    flags = [
+        "--local_rank=1",
+        "--max_steps",
+        "3",
+        "--no_ds3_gather_for_generation",
+        "--stop_strings",
+        "a",
+        "b",
+    ]
+    [args] = HfArgumentParser(Arguments).parse_args_into_dataclasses(without_local_rank(flags))
+    assert (args.max_steps, args.ds3_gather_for_generation, args.stop_strings) == (3, False, ["a", "b"])
+
+
+def readme_commands():
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    commands = [
+        line.split("grpo_zero3.py", 1)[1].split() for line in text.splitlines() if "grpo_zero3.py --" in line
+    ]
+    return commands
+
+
+def test_the_readmes_commands_are_accepted():
+    assert len(readme_commands()) >= 2
+    for command in readme_commands():
+        (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(command)
+        check_arguments(args)
+
+
+def test_deepspeeds_launcher_runs_the_script(base, tmp_path):
+    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port", "29611"]
+    flags = {**base, "output_dir": tmp_path / "out", "max_steps": 1, "per_device_train_batch_size": 6}
+    flags = [f"--{name}={value}" for name, value in flags.items()]
+    done = subprocess.run(
+        [*launcher, SCRIPT, *flags],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "tests")},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["world_size"] == 2
+
+
+def test_unequal_micro_batches_hang_and_the_watchdog_says_where(base, tmp_path):
+    flags = {**base, "output_dir": str(tmp_path), "per_device_train_batch_size": 6}
+    flags |= {"max_tokens_per_batch": 26, "collective_timeout_s": 5.0}
+    code = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import grpo_zero3
+original = grpo_zero3.make_batches
+
+def unequal(*args):
+    batches = original(*args)
+    return batches[: 1 if grpo_zero3.dist.get_rank() else 2]
+
+grpo_zero3.make_batches = unequal
+grpo_zero3.main(grpo_zero3.Arguments(**{flags!r}))
+"""
+    (tmp_path / "unequal.py").write_text(code)
+    returncode, output = ranks(tmp_path / "unequal.py")
+    assert returncode != 0
+    assert "nothing has moved for" in output and "--collective_timeout_s 5.0" in output
+    assert "micro-batch 2 of 2" in output or "optimizer step" in output

@@ -157,6 +157,8 @@ def check_arguments(args):
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be a finite number >= 0.")
     steps, epochs, group = args.max_steps, args.num_train_epochs, args.num_generations
     refuse(steps < 1 and steps != -1, f"--max_steps {steps}: give a number >= 1, or -1 for num_train_epochs.")
+    ignored = args.warmup_steps and args.lr_scheduler_type == "constant"
+    refuse(ignored, "--warmup_steps with --lr_scheduler_type constant: use constant_with_warmup.")
     refuse(not 0 < epochs < math.inf, f"--num_train_epochs {epochs}: it must be a finite number above 0.")
     refuse(group < 2, f"--num_generations {group}: a completion needs another one to be compared with.")
     size = args.per_device_train_batch_size
@@ -185,7 +187,8 @@ def check_arguments(args):
         count = getattr(args, name)
         mid = f"--{name} {count} falls into mid-rollout: give a multiple of --num_iterations {every}."
         refuse(count and count > 0 and count % every, mid)
-    refuse(not args.collective_timeout_s > 0, f"--collective_timeout_s {args.collective_timeout_s}: above 0.")
+    seconds = args.collective_timeout_s
+    refuse(not 0 < seconds < 1e9, f"--collective_timeout_s {seconds}: give a finite number above 0.")
     host = (
         "--offload_param keeps the shards on the host, where the optimizer must be: add --offload_optimizer."
     )
@@ -423,9 +426,10 @@ def sample(logits, uniform, temperature, top_k, top_p):
     ids = None
     if top_k or top_p < 1:
         probs, ids = probs.sort(descending=True)
-        kept = probs.cumsum(-1) - probs < top_p  # the first token always
         if top_k:
-            kept[:, top_k:] = False
+            probs[:, top_k:] = 0
+        # of what top_k has left; the first token always
+        kept = probs.cumsum(-1) - probs < top_p * probs.sum(-1, keepdim=True)
         probs = probs * kept
     cumulated = probs.cumsum(-1)
     choice = torch.searchsorted(cumulated, uniform.double()[:, None] * cumulated[:, -1:], right=True)
@@ -789,7 +793,7 @@ def load_engine(args, device, trainable=True):
     # A leaf module's weights come in one coalesced gather, not one gather for each matrix in it.
     set_z3_leaf_modules(model, list({type(layer) for layer in decoder_layers(model)}))
     if not trainable:
-        return deepspeed.initialize(model=model.requires_grad_(False), config=config)[0]
+        return deepspeed.initialize(model=model.requires_grad_(False).eval(), config=config)[0]
     if args.gradient_checkpointing:
         newer = getattr(model, "activation_checkpointing_enable", None)  # its name in newer releases
         (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
@@ -1085,6 +1089,11 @@ def train(args, rank, local_rank, world, device, sigterm, watch):
     total_steps = args.max_steps if args.max_steps > 0 else total_steps
     if progress["step"] > total_steps:
         raise ValueError(f"{checkpoint} is past --max_steps {total_steps}: raise it.")
+    if progress["step"] % args.num_iterations:
+        raise ValueError(
+            f"{checkpoint} is in the middle of a rollout of --num_iterations {args.num_iterations}: use the "
+            "number that it was trained with."
+        )
 
     watch("loading the model")
     engine = load_engine(args, device)

@@ -160,6 +160,8 @@ def check_arguments(args):
         args.max_length < 2, "--max_length 1: a document's first token is never predicted; give at least 2."
     )
     refuse(steps < 1 and steps != -1, f"--max_steps {steps}: give a number >= 1, or -1 for num_train_epochs.")
+    ignored = args.warmup_steps and args.lr_scheduler_type == "constant"
+    refuse(ignored, "--warmup_steps with --lr_scheduler_type constant: use constant_with_warmup.")
     refuse(args.seed < 0, f"--seed {args.seed}: give a number >= 0.")
     refuse(not 0 < epochs < math.inf, f"--num_train_epochs {epochs}: it must be a finite number above 0.")
     refuse(overflow not in (None, *OVERFLOW), f"--overflow {overflow}: choose one of {', '.join(OVERFLOW)}.")

@@ -11,7 +11,7 @@ import math
 import re
 import sys
 
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+NUMBER = re.compile(r"(?:(?<![\d.])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")  # in 10-7 the second number is 7
 
 
 def text_of(completion):
@@ -34,6 +34,8 @@ def last_number(prompts, completions, answer, **columns):
 
     >>> last_number([""] * 3, ["#### 1,200 coins", "12 or 13.0", "none"], ["1200", "so: #### 13", "1"])
     [1.0, 1.0, 0.0]
+    >>> last_number([""] * 2, ["so 10-7", "so -7"], ["7", "-7"])
+    [1.0, 1.0]
     """
     pairs = zip(map(text_of, completions), map(str, answer))
     return [float(_number(text) is not None and _number(text) == _number(wanted)) for text, wanted in pairs]
@@ -55,7 +57,11 @@ def load_reward_funcs(names, columns):
     Returns: {name: function}.
     Raises:  ValueError for what cannot be found, or wants a column that is not there.
     """
-    functions = {}
+    functions, taken = {}, {"prompts", "completions"} & set(columns)
+    if taken:
+        raise ValueError(
+            f"the dataset's column {', '.join(taken)} has the name of what a reward is given: rename it."
+        )
     for name in names.split(","):
         module, colon, function = name.partition(":")
         if not colon:

@@ -240,7 +240,7 @@ def run(folder):
     answers = {}
     args = Arguments(model_name_or_path=str(folder / "model"), collective_timeout_s=60.0)
     rank, _, world, device = grpo_zero3.start_distributed(args)
-    watch = grpo_zero3.Watchdog(200.0, rank)
+    watch = grpo_zero3.Watchdog(600.0, rank)
     try:
         engine = load_engine(args, device)
         answers["tied"] = engine.module.lm_head.weight is engine.module.model.embed_tokens.weight

@@ -1060,6 +1060,7 @@ BAD_MODELS = {
     "scaled logits": (lambda make: make.model("granite", logits_scaling=8.0), "changes its logits"),
 }
 BAD_FLAGS = [
+    {"warmup_steps": 2, "lr_scheduler_type": "constant"},
     {"seed": -1},
     *({name: 0} for name in ("max_length", "max_prompt_length", "max_completion_length")),
     *({name: 0} for name in ("per_device_train_batch_size", "max_tokens_per_batch", "loss_chunk_size")),

@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers import documents, gradients, inputs, tiny_model, worst
 from liger_interpreted import families_as_they_were  # noqa: F401 (a fixture: no patch outlives its test)
+from transformers import AutoTokenizer
 
 import sft_packing
 from common.collators import flatten
@@ -62,7 +63,8 @@ def no_gpu(monkeypatch):
 
 @pytest.mark.parametrize("module", ["triton", "liger_kernel", "liger_kernel.transformers.monkey_patch"])
 def test_a_missing_package_is_named(module, monkeypatch):
-    monkeypatch.setitem(sys.modules, module, None)  # importing it raises ModuleNotFoundError
+    for name in [module, *(name for name in sys.modules if name.startswith(f"{module}."))]:
+        monkeypatch.setitem(sys.modules, name, None)  # importing it raises ModuleNotFoundError
     with pytest.raises(ValueError, match=f"here: .*{module}.* Install requirements.txt"):
         check_liger()
 
@@ -94,7 +96,7 @@ def test_the_script_refuses_before_it_touches_anything(flag, no_gpu, tmp_path):
 def test_the_script_refuses_an_unknown_model_type(no_gpu, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     tiny_model("gpt2").save_pretrained(tmp_path)
-    sft_packing.AutoTokenizer.from_pretrained(ROOT / "demo/model").save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(ROOT / "demo/model").save_pretrained(tmp_path)
     flags = {"model_name_or_path": str(tmp_path), "dataset_name": "none.jsonl", "max_length": 64}
     with pytest.raises(ValueError, match="no kernels for model type 'gpt2'"):
         main(Arguments(use_liger_kernel=True, **flags))

@@ -178,7 +178,7 @@ def check_arguments(args):
     steps, epochs, attention = args.max_steps, args.num_train_epochs, args.attn_implementation
     refuse(steps < 1 and steps != -1, f"--max_steps {steps}: give a number >= 1, or -1 for num_train_epochs.")
     ignored = args.warmup_steps and args.lr_scheduler_type == "constant"
-    refuse(ignored, "--warmup_steps with --lr_scheduler_type constant: use constant_with_warmup.")
+    refuse(ignored, f"--warmup_steps {args.warmup_steps} needs --lr_scheduler_type constant_with_warmup.")
     refuse(args.seed < 0, f"--seed {args.seed}: give a number >= 0.")
     refuse(not 0 < epochs < math.inf, f"--num_train_epochs {epochs}: it must be a finite number above 0.")
     never = "a sequence's first token is never predicted"

@@ -576,7 +576,10 @@ BAD_FLAGS = [
     ({"beta": -0.1}, "--beta is -0.1"),
     ({"temperature": 0.0}, "--temperature 0.0"),
     ({"top_p": 0.0}, "--top_p 0.0"),
-    ({"warmup_steps": 2, "lr_scheduler_type": "constant"}, "use constant_with_warmup"),
+    (
+        {"warmup_steps": 2, "lr_scheduler_type": "constant"},
+        "--warmup_steps 2 needs --lr_scheduler_type constant_with_warmup",
+    ),
     ({"collective_timeout_s": float("inf")}, "--collective_timeout_s inf"),
     ({"top_k": -1}, "--top_k -1"),
     ({"max_tokens_per_batch": 25}, "--max_tokens_per_batch 25 is too small: a group may take 26"),

@@ -691,7 +691,10 @@ BAD_MODELS = {
     "scaled logits": (lambda make: make.model("granite", logits_scaling=8.0), "changes its logits"),
 }
 BAD_FLAGS = [
-    ({"warmup_steps": 2, "lr_scheduler_type": "constant"}, "use constant_with_warmup"),
+    (
+        {"warmup_steps": 2, "lr_scheduler_type": "constant"},
+        "--warmup_steps 2 needs --lr_scheduler_type constant_with_warmup",
+    ),
     ({"seed": -1}, "--seed -1"),
     ({"max_length": 0}, "--max_length is 0"),
     ({"per_device_train_batch_size": 0}, "--per_device_train_batch_size is 0"),

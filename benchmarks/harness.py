@@ -1,0 +1,192 @@
+"""What all benchmarks share: a model and data by name, alternating repetitions, and one form of JSON.
+
+Two things are compared in one process, A B A B .., after a warm-up of each that does not count. What is
+quoted is the median of the ratios pair by pair: they hold where the machine's speed drifts. Bytes are counted
+in a run of their own, for counting slows it down.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+RESULTS = ROOT / "benchmarks/results"
+PACKAGES = ("torch", "transformers", "trl", "deepspeed", "liger-kernel", "flash-attn", "accelerate", "numpy")
+
+
+def parse(description, **defaults):
+    """The command line of a benchmark: --device, --quick, --repeats, and further flags with defaults."""
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--quick", action="store_true", help="the demo's model and data, few repetitions")
+    parser.add_argument("--repeats", type=int, help="counted repetitions of each way")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the JSON")
+    for name, value in defaults.items():
+        parser.add_argument(f"--{name}", type=type(value), default=value)
+    return parser.parse_args()
+
+
+def model_folder(options, scratch):
+    """Folder of the model to measure with.
+
+    --quick: the demo's. $BENCH_MODEL: a local folder. Otherwise random weights in SmolLM2-135M's shape,
+    written into `scratch`, with the demo's tokenizer: the same work for each token, other token counts.
+    """
+    if options.quick:
+        return ROOT / "demo/model"
+    if os.environ.get("BENCH_MODEL"):
+        return Path(os.environ["BENCH_MODEL"])
+    folder = Path(scratch) / "random-SmolLM2-135M"
+    shape = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(shape).to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(ROOT / "demo/model").save_pretrained(folder)
+    return folder
+
+
+def data_file(name, options, demo):
+    """$BENCH_DATA/<name>.jsonl; with --quick, or without that folder, the demo's file `demo`."""
+    folder = os.environ.get("BENCH_DATA")
+    return ROOT / "demo" / demo if options.quick or not folder else Path(folder) / f"{name}.jsonl"
+
+
+def synchronize(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def alternate(ways, repeats, device="cpu", warm_up=1):
+    """Run each way in turn, `repeats` times after the warm-up.
+
+    Args:    ways: {name: function without arguments, returning a dict of what else it measured, or None}.
+    Returns: {name: [{"seconds": .., **measured}, ..]}, the repetitions in their order.
+    """
+    repetitions = {name: [] for name in ways}
+    for count in range(warm_up + repeats):
+        for name, way in ways.items():
+            synchronize(device)
+            started = time.perf_counter()
+            measured = way() or {}
+            synchronize(device)
+            if count >= warm_up:
+                repetitions[name].append({"seconds": time.perf_counter() - started, **measured})
+    return repetitions
+
+
+def case(name, setup, repetitions, once=None):
+    """One comparison as the JSON holds it.
+
+    Args: name: what is compared, e.g. a data set; setup: dict of its sizes; repetitions: of `alternate`;
+          once: {way: {measure: value}}, of what was counted once, like peak_bytes.
+    """
+    ways = {}
+    for way, runs in repetitions.items():
+        medians = {
+            key: statistics.median(run[key] for run in runs)
+            for key, value in runs[0].items()
+            if isinstance(value, (int, float))
+        }
+        ways[way] = {"median": medians, "repetitions": runs, **(once or {}).get(way, {})}
+    return {"case": name, "setup": setup, "ways": ways}
+
+
+def ratio(found, way, baseline, measure="seconds"):
+    """baseline / way, pair by pair: how many times faster (or smaller) `way` is.
+
+    Returns: {"median": .., "min": .., "max": .., "pairs": ..}.
+    """
+    a, b = (found["ways"][name]["repetitions"] for name in (way, baseline))
+    ratios = [y[measure] / x[measure] for x, y in zip(a, b)]
+    return {
+        "median": statistics.median(ratios),
+        "min": min(ratios),
+        "max": max(ratios),
+        "pairs": len(ratios),
+    }
+
+
+def hardware(device):
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        if (info.exists())
+        else []
+    )
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def installed():
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit():
+    """The commit that was measured, with "+changes" where files differ from it (results aside)."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        )
+        paths = ["--", ".", ":!benchmarks/results", ":!benchmarks/figures", ":!README.md"]
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", *paths], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
+
+
+def write(what, options, model, cases):
+    """Write results/<what>-<device>.json (with --quick, <what>-quick.json): everything a reader would need to
+    repeat or doubt it.
+
+    Args: model: its name; cases: list of `case`s, each of which may hold further keys, like "ratios".
+    """
+    document = {
+        "what": what,
+        "device": options.device,
+        "hardware": hardware(options.device),
+        "threads": torch.get_num_threads(),
+        "versions": installed(),
+        "commit": commit(),
+        "command": "python " + " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "model": Path(model).name if model else None,
+        "cases": cases,
+    }
+    options.results.mkdir(parents=True, exist_ok=True)
+    path = options.results / f"{what}-{'quick' if options.quick else options.device}.json"
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    print(f"wrote {path}", file=sys.stderr)
+    return document

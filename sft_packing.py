@@ -440,6 +440,18 @@ def keep_rows(residuals, rows_with, residual, rows):
         rows_with[residual].append(rows)
 
 
+def add_scored(batch):
+    """Add to a batch score_index (M,) int64: which flattened position predicts the m-th scored token; and
+    score_ids (M,): that token.
+    """
+    # position t predicts the label at t + 1; collators have set each document's first label to -100, so no
+    # document is asked to predict the next one's beginning
+    targets = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE).flatten()
+    batch["score_index"] = (targets != IGNORE).nonzero()[:, 0]
+    batch["score_ids"] = targets[batch["score_index"]]
+    return batch
+
+
 class Rows:
     """Rows of a plan, joined from the tokenised examples when a batch needs them, not in advance."""
 
@@ -495,7 +507,7 @@ class Rows:
                 for i, (_, start, stop) in enumerate(spans.tolist())
             ]
         flat = self.args.packing or self.args.padding_free
-        return flatten(sequences) if flat else pad(sequences, pad_token_id)
+        return add_scored(flatten(sequences) if flat else pad(sequences, pad_token_id))
 
     def micro_batches(self, row_numbers, rank, world, pad_token_id):
         """Deal rows out: rank r takes every world-th micro-batch, and all ranks equally many."""
@@ -511,22 +523,18 @@ class Rows:
 
 def batch_nll_sum(model, batch, chunk_size, liger_cross_entropy=False):
     """Sum of the negative log-likelihood over the batch's scored tokens, () float32; no logits are kept.
-
-    The hidden state at position t predicts the label at t + 1. Collators have set each document's first
-    label to -100, so no document is asked to predict the next one's beginning.
     """
-    targets = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE).flatten()
-    scored = (targets != IGNORE).nonzero()[:, 0]
 
     def head(hidden, weight, bias):
         # only scored positions reach the head: a prompt costs no logits
-        hidden = hidden.flatten(0, 1).index_select(0, scored)
+        hidden = hidden.flatten(0, 1).index_select(0, batch["score_index"])
         if liger_cross_entropy:
-            return liger_nll_sum(hidden, weight, targets[scored], bias=bias)
+            return liger_nll_sum(hidden, weight, batch["score_ids"], bias=bias)
         with keep_on_device():  # backward begins here: what this saves would come straight back
-            return nll_sum(hidden, weight, targets[scored], bias=bias, chunk_size=chunk_size)
+            return nll_sum(hidden, weight, batch["score_ids"], bias=bias, chunk_size=chunk_size)
 
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    not_inputs = ("labels", "score_index", "score_ids")
+    inputs = {name: value for name, value in batch.items() if name not in not_inputs}
     with head_computes(model, head):
         # With a cache or a mask, transformers ignores that position_ids restart: documents mix.
         return model(**inputs, use_cache=False).logits
@@ -534,9 +542,8 @@ def batch_nll_sum(model, batch, chunk_size, liger_cross_entropy=False):
 
 def count(batch):
     """Scored tokens, tokens computed, and padding among them."""
-    scored = (batch["labels"][:, 1:] != IGNORE).sum().item()
     padding = (batch["attention_mask"] == 0).sum().item() if "attention_mask" in batch else 0
-    return scored, batch["input_ids"].numel(), padding
+    return len(batch["score_ids"]), batch["input_ids"].numel(), padding
 
 
 def to_device(batch, device):

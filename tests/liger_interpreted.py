@@ -153,7 +153,7 @@ def test_a_frozen_body_is_refused():
 def batch_gradients(model, batches, liger):
     total = 0.0
     for batch in batches:
-        nll = sft_packing.batch_nll_sum(model, batch, 5, liger)
+        nll = sft_packing.batch_nll_sum(model, sft_packing.add_scored(batch), 5, liger)
         (nll / 20).backward()
         total += nll.detach()
     return {"loss": total, **gradients(model)}

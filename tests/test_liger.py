@@ -132,6 +132,7 @@ def test_a_chunk_size_that_liger_would_ignore_is_refused():
 def logits_and_gradients(model, batch, head):
     batch = {name: x.to(model.device) if torch.is_tensor(x) else x for name, x in batch.items()}
     logits = model(**inputs(batch), use_cache=False).logits.detach()
+    batch = sft_packing.add_scored(batch)
     (sft_packing.batch_nll_sum(model, batch, 256, liger_cross_entropy=head) / 100).backward()
     return {"logits": logits, **gradients(model)}
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from common.collators import flatten, pad
 from common.offload import OffloadActivations, keep_on_device
-from sft_packing import batch_nll_sum, decoder_layers, shard
+from sft_packing import add_scored, batch_nll_sum, decoder_layers, shard
 
 CPU = torch.device("cpu")
 
@@ -619,7 +619,7 @@ def train(model, batches, offload, accumulate=1):
 
 def rows(count, padded=False, seed=0):
     join = (lambda sequences: pad(sequences, 0)) if padded else flatten
-    return [join(documents(seed + i, [5 + i, 9, 3])) for i in range(count)]
+    return [add_scored(join(documents(seed + i, [5 + i, 9, 3]))) for i in range(count)]
 
 
 def assert_trains_alike(make, batches, accumulate=1, **options):
@@ -754,7 +754,7 @@ def held_after_forward(checkpointing, offloads):
     model = tiny_model("llama", num_hidden_layers=6, hidden_size=64).train()
     if checkpointing:
         enable_checkpointing(model)
-    [batch] = [flatten(documents(0, [90, 50, 60]))]
+    batch = add_scored(flatten(documents(0, [90, 50, 60])))
     offload = offloader(decoder_layers(model), model) if offloads else None
     train(model, [batch, batch], offload)  # the slab is there
     tracker = MemTracker()
@@ -783,8 +783,8 @@ def test_the_report_adds_up():
     model = tiny_model("llama", num_hidden_layers=3).train()
     enable_checkpointing(model)
     offload = offloader(decoder_layers(model), model)
-    small, large = flatten(documents(0, [4, 3])), flatten(documents(1, [9, 8, 7]))
-    larger = flatten(documents(1, [9, 8, 9]))  # in the first step, whose copies are slow: not reported
+    small, large = (add_scored(flatten(documents(*d))) for d in ((0, [4, 3]), (1, [9, 8, 7])))
+    larger = add_scored(flatten(documents(1, [9, 8, 9])))  # in the first step, whose copies are slow: not reported
     train(model, [larger, small, large, small], offload, accumulate=2)
     assert not offload.groups and not offload.live  # nothing piles up from step to step
     report = offload.report()
@@ -1051,7 +1051,7 @@ def cuda_model(checkpointing, layers=6):
 
 
 def cuda_row(seed=0, lengths=(2800, 2600, 3000)):
-    batch = flatten(documents(seed, lengths))
+    batch = add_scored(flatten(documents(seed, lengths)))
     return {name: v.cuda() if torch.is_tensor(v) else v for name, v in batch.items()}
 
 

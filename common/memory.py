@@ -25,6 +25,14 @@ def _bytes(tensors):
     return sum(_local(t).numel() * t.element_size() for t in tensors)
 
 
+def _gather_buffer_bytes(model):
+    """What FSDP2's latest gather came in: it lives until the next one."""
+    if not hasattr(model, "_get_fsdp_state"):
+        return 0
+    latest = model._get_fsdp_state()._comm_ctx.all_gather_state
+    return latest.all_gather_result.all_gather_output.untyped_storage().nbytes() if latest else 0
+
+
 class ByteCounter(MemTracker):
     """MemTracker without its statistics of each module: the same bytes, in a tenth of the time.
 
@@ -80,12 +88,13 @@ class MemoryMeter:
         start = {}
 
         def forward_starts(*_):  # by now FSDP has gathered the outer weights: they are no activations
-            start["forward"] = self._allocated()
+            start["forward"] = self._allocated() - _gather_buffer_bytes(self.model)
 
         def head_starts(*_):
             now["peak"] = max(now["peak"], self._peak())
             start["head"] = self._reset_peak()
-            now["activations"] = max(now["activations"], start["head"] - start["forward"])
+            held = start["head"] - _gather_buffer_bytes(self.model)
+            now["activations"] = max(now["activations"], held - start["forward"])
 
         def head_ends(*_):
             now["loss_head"] = max(now["loss_head"], self._peak() - start["head"])

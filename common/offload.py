@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor  # a dry run's (dry_run.py)
 from torch.autograd.graph import saved_tensors_hooks
 from torch.cuda._pin_memory_utils import pin_memory, unpin_memory
 from torch.utils._python_dispatch import _disable_current_modes
@@ -212,7 +213,10 @@ class OffloadActivations:
     def _why_stay(self, tensor):
         if _backward_id() != -1:
             return "backward"  # a layer computed again: what it saves is used at once
-        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
+        if (
+            type(tensor) not in (torch.Tensor, torch.nn.Parameter, FakeTensor)
+            or tensor.layout != torch.strided
+        ):
             return "kind"
         if tensor.device != self.device:
             return "elsewhere"

@@ -13,6 +13,7 @@ from helpers import FAMILIES, documents, enable_checkpointing, gradients, tiny_m
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from common.collators import flatten, pad
@@ -711,7 +712,7 @@ def test_weights_that_fsdp_gathers_stay(tied, checkpointing):
         for sharded in (False, True):
             model = tiny_model("llama", num_hidden_layers=3, tie_word_embeddings=tied).train()
             if sharded:
-                shard(model, CPU, bf16=True)
+                shard(model, init_device_mesh("cpu", (1,)), bf16=True)
             else:
                 model.bfloat16()
             if checkpointing:
@@ -784,7 +785,9 @@ def test_the_report_adds_up():
     enable_checkpointing(model)
     offload = offloader(decoder_layers(model), model)
     small, large = (add_scored(flatten(documents(*d))) for d in ((0, [4, 3]), (1, [9, 8, 7])))
-    larger = add_scored(flatten(documents(1, [9, 8, 9])))  # in the first step, whose copies are slow: not reported
+    larger = add_scored(
+        flatten(documents(1, [9, 8, 9]))
+    )  # in the first step, whose copies are slow: not reported
     train(model, [larger, small, large, small], offload, accumulate=2)
     assert not offload.groups and not offload.live  # nothing piles up from step to step
     report = offload.report()

@@ -1,0 +1,116 @@
+"""Memory before there is a GPU: a script's own step on tensors that have shapes and no storage.
+
+Each script takes one step inside `pretend` and counts its bytes as it does in a real one, with
+memory.MemoryMeter; `explore` asks the same of other flags and lengths.
+"""
+
+import itertools
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from tqdm import tqdm
+from transformers import AutoConfig
+
+
+def load_config(name):
+    """A model's configuration by Hub name (from the local cache) or folder; nothing else of it is needed."""
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model_name_or_path {name} has no configuration: {error}") from error
+
+
+@contextmanager
+def pretend(world=None, sets_storages=False):
+    """Inside, new tensors are pretended ones, on a pretended CPU.
+
+    Real tensors may join them, and those that Python has to read (a row's boundaries) should stay real.
+
+    Args:    world: ranks of a process group whose collectives move nothing; None = no group.
+             sets_storages: whether Tensor.set_ will be called: FakeTensorMode's cache, which makes the rest
+             twice as fast, would keep each storage given to it alive.
+    Yields:  a device mesh of the group, or None.
+    Raises:  ValueError for a model that looks at its tensors' values to decide what to compute.
+    """
+    if world is not None:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        mesh = None if world is None else init_device_mesh("cpu", (world,))
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        mode.cache_enabled = not sets_storages
+        with mode:
+            yield mesh
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ValueError(
+            f"--dry_run cannot follow this model: what it computes depends on its tensors' values ({error})."
+        ) from error
+    finally:
+        if world is not None:
+            dist.destroy_process_group()
+
+
+def longest_that_fits(peak_bytes, available_bytes, most, unit=64):
+    """The largest multiple of `unit` tokens below `most` whose peak is within available_bytes, or `most`; 0
+    if there is none.
+
+    Args: peak_bytes: function of a length in tokens, growing with it, in nearly straight lines.
+    """
+    if most <= unit or (bytes_high := peak_bytes(most)) <= available_bytes:
+        return most if peak_bytes(most) <= available_bytes else 0
+    if (bytes_low := peak_bytes(unit)) > available_bytes:
+        return 0
+    low, high = unit, most  # the first fits, the second does not
+    for turn in itertools.count(1):
+        if high - low <= unit:
+            return low
+        # where the straight line between the two meets the border; now and then the middle, in case of a bend
+        share = 0.5 if turn % 3 == 0 else (available_bytes - bytes_low) / (bytes_high - bytes_low)
+        length = int(low + share * (high - low)) // unit * unit
+        length = min(max(length, low + unit), (high - 1) // unit * unit)
+        if (count := peak_bytes(length)) <= available_bytes:
+            low, bytes_low = length, count
+        else:
+            high, bytes_high = length, count
+
+
+def explore(args, check, measure, changes, length_flag, most):
+    """What a run's step holds, what single flags would save of its peak, and the longest that fits.
+
+    Args:    args: the script's Arguments; check: raises ValueError for wrong ones. measure: function of
+             Arguments: {row: (formula, bytes)} of one rank, among them "peak". changes: {what one would type:
+             {flag: value}}. length_flag: the flag whose largest fitting value --gpu_memory_gib asks for;
+             most: its largest value.
+    Returns: rows: measure(args); savings: {what one would type: bytes less at the peak}, the largest first,
+             without changes that change nothing or are refused; length_flag; fits, longest: None without
+             --gpu_memory_gib.
+    """
+
+    def peak_bytes(changed):
+        return measure(changed)["peak"][1]
+
+    rows = measure(args)
+    peak, savings, fits, longest = rows["peak"][1], {}, None, None
+    for text, change in tqdm(changes.items(), "Flags that may save memory", leave=False):
+        changed = replace(args, **change)
+        try:
+            check(changed)
+        except ValueError:
+            continue
+        if changed != args:
+            savings[text] = peak - peak_bytes(changed)
+    if args.gpu_memory_gib is not None:
+        available = int(args.gpu_memory_gib * 2**30)
+        fits = peak <= available
+        longest = longest_that_fits(
+            lambda length: peak_bytes(replace(args, **{length_flag: length})), available, most
+        )
+    savings = dict(sorted(savings.items(), key=lambda item: -item[1]))
+    return {"rows": rows, "savings": savings, "length_flag": length_flag, "fits": fits, "longest": longest}

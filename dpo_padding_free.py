@@ -66,9 +66,10 @@ from common.data import (
     shared_prefix_length,
     source_hash,
 )
-from common.flags import flag, refuse
+from common.dry_run import explore, load_config, pretend
+from common.flags import check_dry_run, flag, refuse
 from common.liger import apply_liger_kernels, check_liger
-from common.logps import check_head, head_computes, token_logps
+from common.logps import check_head, head_computes, token_logps, two_chunks_only
 from common.memory import (
     MemoryMeter,
     format_ledger,
@@ -81,7 +82,14 @@ from common.memory import (
 from common.offload import MIN_BYTES, OffloadActivations, keep_on_device
 from common.pretrained import load_tokenizer_and_config, write_pretrained
 from common.reference import REFERENCE, model_fingerprint, read_reference, write_reference
-from common.report import describe_pairs, describe_speed, ledger_title, summarize, write_metrics
+from common.report import (
+    describe_dry_run,
+    describe_pairs,
+    describe_speed,
+    ledger_title,
+    summarize,
+    write_metrics,
+)
 from common.truncation import TRUNCATION_MODES, check_limit, truncate_pair
 
 HERE = Path(__file__).resolve().parent
@@ -162,6 +170,9 @@ class Arguments:
     resume_from_checkpoint: str | None = flag(None, "a folder checkpoint-<step>, or 'latest' in output_dir")
     check_isolation: bool = flag(True, "whether to prove on the first pairs that batching is exact")
     measure_memory: bool = flag(False, "without CUDA: count every byte of one (slower) step, for the ledger")
+    dry_run: bool = flag(False, "do not train: from the model's configuration, count the bytes of one step")
+    dry_run_world_size: int = flag(1, "with --dry_run: the number of ranks to count for")
+    gpu_memory_gib: float | None = flag(None, "with --dry_run: say what fits into so many GiB")
 
 
 def check_arguments(args):
@@ -203,6 +214,7 @@ def check_arguments(args):
     refuse(args.eval_steps and not args.eval_dataset_name, "--eval_steps needs --eval_dataset_name.")
     twice = args.measure_memory and torch.cuda.is_available()
     refuse(twice, "--measure_memory is for CPUs: on CUDA every step is measured, drop it.")
+    check_dry_run(args)
 
 
 def shares_prompts(args):
@@ -622,7 +634,9 @@ def per_token_logps(model, batch, chunk_size):
 def sequence_logps(model, batch, chunk_size):
     """Log-probabilities of whole completions, (2 B,) float32: chosen, rejected, chosen, .."""
     logps, lengths = per_token_logps(model, batch, chunk_size), batch["completion_lengths"]
-    sequence = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+    sequence = torch.arange(len(lengths), device=lengths.device).repeat_interleave(
+        lengths, output_size=len(logps)
+    )
     return logps.new_zeros(len(lengths)).index_add(0, sequence, logps)
 
 
@@ -766,7 +780,7 @@ def load_model(args, device, attn_implementation):
         with torch.device("meta"):
             config = AutoConfig.from_pretrained(args.model_name_or_path)
             model = AutoModelForCausalLM.from_config(config, **options)
-        shard(model, device, args.bf16)
+        shard(model, init_device_mesh(device.type, (dist.get_world_size(),)), args.bf16)
         model.to_empty(device=device)
         spread = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(model, whole.state_dict() if first else {}, options=spread)
@@ -778,9 +792,13 @@ def load_model(args, device, attn_implementation):
                 buffer.copy_(whole.get_buffer(name))
             dist.broadcast(buffer, src=0)
     if args.gradient_checkpointing:
-        newer = getattr(model, "activation_checkpointing_enable", None)  # its name in newer releases
-        (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        checkpoint_layers(model)
     return model.train()
+
+
+def checkpoint_layers(model):
+    newer = getattr(model, "activation_checkpointing_enable", None)  # its name in newer releases
+    (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def decoder_layers(model):
@@ -789,13 +807,12 @@ def decoder_layers(model):
     return [m for m in model.modules() if type(m).__name__.removeprefix("FSDP") in names]
 
 
-def shard(model, device, bf16):
+def shard(model, mesh, bf16):
     """FSDP2: each rank keeps a slice of the weights in fp32 and gathers a layer's while the layer runs.
 
     In bf16, a layer's weights are cast as they are gathered. So the hidden states are bf16 too; autocast
     would keep them, and with them the layers' inputs that wait for backward, in fp32.
     """
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
     for module in [*decoder_layers(model), model]:
         # True for the outermost as well: after a forward without backward (checks, evaluation) its weights
@@ -943,14 +960,114 @@ def predict(args, model, batch, world):
     )
 
 
+def pretend_batch(args):
+    """A batch of pairs as long as the flags allow: half prompt, unless --max_prompt_length says less."""
+    prompt = min(args.max_prompt_length or args.max_length // 2, args.max_length // 2)
+    completion = min(args.max_completion_length or args.max_length, args.max_length - prompt)
+    pair = {"chosen_prompt_ids": [0] * prompt, "rejected_prompt_ids": [0] * prompt, "prefix_length": 0}
+    pair |= {"chosen_ids": [0] * completion, "rejected_ids": [0] * completion}
+    size, budget = args.per_device_train_batch_size or 4, args.max_tokens_per_batch
+    if budget is not None:
+        size = max(1, budget // collate([pair], args, 0)["input_ids"].numel())
+    pairs = [dict(pair) for _ in range(size)]
+    if not args.padding_free:  # one token of padding, so that there is a mask
+        pairs[0]["rejected_ids"] = [0] * (completion - 1)
+    batch = collate(pairs, args, 0)
+    return batch | {"ref_logps": torch.zeros(2 * size)}
+
+
+def pretend_step(args, config, world, batch=None):
+    """The bytes that one optimizer step holds on each of `world` ranks, by pretended tensors.
+
+    Args:    batch: of each forward; None = as many tokens as the flags allow.
+    Returns: {row of the ledger: (formula, bytes)}.
+    """
+    batch = pretend_batch(args) if batch is None else batch
+    device, accumulation = torch.device("cpu"), args.gradient_accumulation_steps
+    attention = args.attn_implementation or ("varlen" if "cu_seq_lens_q" in batch else "sdpa")
+    attention = "varlen" if attention == "flash_attention_2" else attention  # keeps the same tensors
+    register_varlen_attention()
+
+    def new_model(mesh):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+        if mesh is not None:
+            shard(model, mesh, args.bf16)
+        if args.gradient_checkpointing:
+            checkpoint_layers(model)
+        return model.train()
+
+    sharded = world > 1 or args.bf16
+    with two_chunks_only(), pretend(world if sharded else None, args.activation_offloading) as mesh:
+        model = new_model(mesh)
+        reference_model = None if args.precompute_ref_log_probs else new_model(mesh).eval()
+        others = [] if reference_model is None else [reference_model]
+        offload = args.activation_offloading or None
+        offload = offload and OffloadActivations(model, decoder_layers(model), device)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+        def update():
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        update()  # makes AdamW's moments, and DTensor's plans, whose own pretended tensors are not the step's
+        meter = MemoryMeter(model, optimizer, device, True, 1, offload, others)
+        batches = [batch] * min(accumulation, 2)  # later ones hold what the second does
+        with meter.step(batches):
+            for batch in batches:
+                with offload or nullcontext():
+                    loss_sum, _ = batch_loss(model, reference_model, batch, args)
+                loss_sum.backward()
+            if offload:
+                offload.step_host_bytes = offload.host.step_peak  # end_step would take real memory
+            update()
+    predicted = predict(args, model, batch, world)
+    return {name: (predicted.get(name, [""])[0], count) for name, count in meter.measured.items()}
+
+
+def dry_run(args):
+    """Count the bytes of one step, those that single flags would save, and the longest pairs that fit."""
+    config = load_config(args.model_name_or_path)
+    world, size = args.dry_run_world_size, args.per_device_train_batch_size or 4
+    changes = {
+        "--bf16": {"bf16": True},
+        "--gradient_checkpointing": {"gradient_checkpointing": True},
+        "--activation_offloading": {"activation_offloading": True},
+        "--padding_free": {"padding_free": True},
+        "--share_prompt": {"share_prompt": True},
+        "--precompute_ref_log_probs": {"precompute_ref_log_probs": True},
+        f"--loss_chunk_size {args.loss_chunk_size // 4}": {"loss_chunk_size": args.loss_chunk_size // 4},
+        f"--per_device_train_batch_size {size // 2}": {"per_device_train_batch_size": size // 2},
+        f"--max_length {args.max_length // 2}": {"max_length": args.max_length // 2},
+        f"--dry_run_world_size {2 * world}": {"dry_run_world_size": 2 * world},
+    }
+    found = explore(
+        args,
+        check_arguments,
+        lambda changed: pretend_step(changed, config, changed.dry_run_world_size),
+        changes,
+        "max_length",
+        getattr(config, "max_position_embeddings", args.max_length),
+    )
+    title = f"{Path(args.model_name_or_path).name}  dry run  world {world}"
+    print(format_ledger(title, memory_ledger(found["rows"], {})))
+    print(describe_dry_run(found, args.gpu_memory_gib))
+    return found
+
+
 def main(args):
-    """Train. Returns what summary.json holds; after SIGTERM, {"stopped_at_step": step}.
+    """Train. Returns what summary.json holds; after SIGTERM, {"stopped_at_step": step}; of a dry run, what it
+    counted.
 
     Raises: ValueError for what the arguments, the data or the model make impossible, before output_dir is
             touched; FloatingPointError for a non-finite loss or gradient, before the weights and the
             checkpoints are.
     """
     check_arguments(args)
+    if args.dry_run:
+        return dry_run(args)
     check_output_dir(args.output_dir, args.overwrite_output_dir, args.resume_from_checkpoint)
     rank, local_rank, world, device = start_distributed(args)
     sigterm = []

@@ -2,6 +2,7 @@
 
 import pytest
 
+import dpo_padding_free
 import sft_packing
 from common.dry_run import load_config
 from common.memory import MemoryMeter
@@ -48,3 +49,24 @@ def test_sft(way, tmp_path, monkeypatch):
     args = sft_packing.Arguments(**options | WAYS[way])
     batch, measured = measured_step(sft_packing, args, monkeypatch)
     assert_close(sft_packing.pretend_step(args, load_config(DEMO), 1, batch), measured)
+
+
+DPO_WAYS = {
+    "shared": {},
+    "padding-free": {"share_prompt": False},
+    "padded": {"padding_free": False},
+    "reference beside": {"precompute_ref_log_probs": False},
+    "bf16": {"bf16": True},
+    "no checkpointing, accumulated": {"gradient_checkpointing": False, "gradient_accumulation_steps": 2},
+    "offloaded": {"activation_offloading": True, "gradient_checkpointing": False},
+}
+
+
+@pytest.mark.parametrize("way", DPO_WAYS)
+def test_dpo(way, tmp_path, monkeypatch):
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(open(dpo_padding_free.HERE / "demo/preferences.jsonl").readlines()[:16]))
+    options = {"max_steps": 2, "output_dir": str(tmp_path / "run"), "measure_memory": True}
+    args = dpo_padding_free.Arguments(**options | {"dataset_name": str(data)} | DPO_WAYS[way])
+    batch, measured = measured_step(dpo_padding_free, args, monkeypatch)
+    assert_close(dpo_padding_free.pretend_step(args, load_config(DEMO), 1, batch), measured)

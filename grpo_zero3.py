@@ -802,7 +802,8 @@ def load_engine(args, device, trainable=True):
         # DeepSpeed's own updates on the host from vector registers; it refuses torch's there
         optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(model.parameters(), adamw_mode=True, **options)
     else:
-        optimizer = torch.optim.AdamW(model.parameters(), **options)
+        # fused: the default makes temporaries as large as the weights while it updates
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True, **options)
     return deepspeed.initialize(model=model.train(), optimizer=optimizer, config=config)[0]
 
 

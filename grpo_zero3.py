@@ -59,11 +59,13 @@ from common.checkpoints import (
 )
 from common.collators import flatten, flatten_shared_prompt
 from common.data import check_text, check_token_ids, load_rows, render_chat, source_hash
-from common.flags import flag, refuse
-from common.logps import check_head, head_computes, token_logps
-from common.memory import format_ledger, memory_ledger, peak_memory_bytes
+from common.dry_run import explore, load_config, pretend
+from common.flags import check_dry_run, flag, refuse
+from common.logps import check_head, head_computes, token_logps, two_chunks_only
+from common.memory import ByteCounter, MemoryMeter, format_ledger, memory_ledger, peak_memory_bytes
 from common.pretrained import load_tokenizer_and_config, write_pretrained_streamed
 from common.report import (
+    describe_dry_run,
     describe_prompts,
     describe_rewards,
     describe_speed,
@@ -75,7 +77,7 @@ from common.report import (
 from common.rewards import call_rewards, load_reward_funcs
 from common.truncation import check_limit, truncate_pair
 from common.watchdog import Watchdog
-from common.zero3 import zero3_ledger
+from common.zero3 import gathers_pretended, zero3_ledger, zero3_moments
 
 HERE = Path(__file__).resolve().parent
 HELD = "held for its last owner"  # among a parameter's ds_active_sub_modules
@@ -142,6 +144,9 @@ class Arguments:
     save_total_limit: int | None = flag(None, "keep this many newest checkpoints; None = all")
     resume_from_checkpoint: str | None = flag(None, "a folder checkpoint-<step>, or 'latest' in output_dir")
     check_isolation: bool = flag(True, "before training, prove on the first prompts that they do not mix")
+    dry_run: bool = flag(False, "do not train: from the model's configuration, count the bytes of one step")
+    dry_run_world_size: int = flag(1, "with --dry_run: the number of ranks to count for")
+    gpu_memory_gib: float | None = flag(None, "with --dry_run: say what fits into so many GiB")
 
 
 def check_arguments(args):
@@ -193,6 +198,7 @@ def check_arguments(args):
         "--offload_param keeps the shards on the host, where the optimizer must be: add --offload_optimizer."
     )
     refuse(args.offload_param and not args.offload_optimizer, host)
+    check_dry_run(args)
     deepspeed_config(args)  # reads the file of --deepspeed
 
 
@@ -795,8 +801,7 @@ def load_engine(args, device, trainable=True):
     if not trainable:
         return deepspeed.initialize(model=model.requires_grad_(False).eval(), config=config)[0]
     if args.gradient_checkpointing:
-        newer = getattr(model, "activation_checkpointing_enable", None)  # its name in newer releases
-        (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        checkpoint_layers(model)
     options = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
     if args.offload_optimizer:
         # DeepSpeed's own updates on the host from vector registers; it refuses torch's there
@@ -805,6 +810,18 @@ def load_engine(args, device, trainable=True):
         # fused: the default makes temporaries as large as the weights while it updates
         optimizer = torch.optim.AdamW(model.parameters(), fused=True, **options)
     return deepspeed.initialize(model=model.train(), optimizer=optimizer, config=config)[0]
+
+
+def checkpoint_layers(model):
+    newer = getattr(model, "activation_checkpointing_enable", None)  # its name in newer releases
+    (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+def budget_bytes(args):
+    """Of gathered weights during a rollout, as `generation_weights` takes it."""
+    if args.gather_budget_gib is not None:
+        return int(args.gather_budget_gib * 2**30)
+    return None if args.ds3_gather_for_generation else 0
 
 
 class Rollouts:
@@ -826,9 +843,7 @@ class Rollouts:
         if args.stop_strings:
             criteria = StopStringCriteria(tokenizer, args.stop_strings)
             self.stopped = lambda tokens: criteria(tokens, None)
-        self.budget_bytes = None if args.ds3_gather_for_generation else 0
-        if args.gather_budget_gib is not None:
-            self.budget_bytes = int(args.gather_budget_gib * 2**30)
+        self.budget_bytes = budget_bytes(args)
         resident, self.gathered_bytes_per_token, largest = plan_residents(engine.module, self.budget_bytes)
         self.resident_bytes = whole_bytes(resident)
         self.held_bytes = self.resident_bytes + largest
@@ -1042,14 +1057,162 @@ def learning_rates(args, total_steps):
     return lambda step: args.learning_rate * scheduler.lr_lambdas[0](step)
 
 
+class Unsharded:
+    """A whole model where an engine is expected."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def __call__(self, **inputs):
+        return self.module(**inputs)
+
+
+def pretend_model(args, config):
+    """The model in the dtype it is sharded in, with what ZeRO-3 would say of its parameters."""
+    register_varlen_attention()
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="varlen")
+    for parameter in model.parameters():
+        parameter.ds_numel = parameter.numel()
+    return model
+
+
+def pretend_rollout(args, config, world):
+    """The most bytes that a rollout holds on one rank beyond the shards, by pretended tensors.
+
+    Returns: the peak; of it, keys and values of all completions, and weights gathered at once.
+    """
+    size, prompt, completion = (
+        args.per_device_train_batch_size,
+        args.max_prompt_length,
+        args.max_completion_length,
+    )
+    with pretend():
+        model = pretend_model(args, config).eval()
+        model.set_attn_implementation("sdpa")
+        resident, _, largest = plan_residents(model, budget_bytes(args))
+        whole = {id(p) for p in resident}
+        streamed = [unit for unit in generation_units(model) if id(unit[0][0]) not in whole]
+        tracker = ByteCounter()
+        tracker.track_external(model)
+        with gathers_pretended(streamed if world > 1 else []), tracker, torch.no_grad():
+
+            def step(tokens, length, cache):
+                mask = torch.ones(len(tokens), length, dtype=torch.int64)
+                return model(
+                    input_ids=tokens,
+                    attention_mask=mask,
+                    position_ids=mask.cumsum(1)[:, -tokens.shape[1] :] - 1,
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                ).logits[:, -1]
+
+            cache = DynamicCache(config=config)
+            step(torch.zeros(size // args.num_generations, prompt, dtype=torch.int64), prompt, cache)
+            cache.batch_repeat_interleave(args.num_generations)
+            for i, layer in enumerate(cache.layers):  # the completions, short of their last token
+                shape = (*layer.keys.shape[:2], completion - 1, layer.keys.shape[3])
+                cache.update(layer.keys.new_empty(shape), layer.values.new_empty(shape), i)
+            logits = step(torch.zeros(size, 1, dtype=torch.int64), prompt + completion, cache)
+            sample(logits, torch.rand(size), args.temperature, args.top_k, args.top_p)
+            cached = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+        peak = tracker._peak_mem[torch.device("cpu")] - whole_bytes(model.parameters())
+    gathered = whole_bytes(resident) if world > 1 else 0
+    return gathered + peak, cached, gathered + (largest if world > 1 else 0)
+
+
+def pretend_update(args, config):
+    """The most bytes that an update's forward and backward hold beyond weights and gradients' shards.
+
+    Returns: {"activations", "loss_head", "peak"}, of the largest micro-batch.
+    """
+    group = ([0] * args.max_prompt_length, [[0] * args.max_completion_length] * args.num_generations)
+    longest = args.max_prompt_length + args.num_generations * args.max_completion_length
+    groups = [group] * max(1, (args.max_tokens_per_batch or longest) // longest)
+    size = len(groups) * args.num_generations
+    [batch] = make_batches(groups, torch.ones(size), torch.ones(size), 10**18, torch.device("cpu"), int)
+    with two_chunks_only(), pretend():
+        model = pretend_model(args, config).train()
+        if args.gradient_checkpointing:
+            checkpoint_layers(model)
+        for parameter in model.parameters():  # a gradient goes to its shards as soon as it is there
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        optimizer = torch.optim.SGD(model.parameters())  # ZeRO's states are counted apart
+        meter = MemoryMeter(model, optimizer, torch.device("cpu"), track=True, track_step=1)
+        with meter.step([batch]):
+            logps = per_token_logps(Unsharded(model), batch, args)
+            losses, *_ = grpo_loss(logps, logps.detach(), batch["advantages"], epsilon=args.epsilon)
+            (losses / batch["denominators"]).sum().backward()
+            optimizer.step()  # finds no gradient; the meter waits for it
+    measured = meter.measured
+    measured["peak"] -= whole_bytes(model.parameters())
+    return measured
+
+
+def pretend_step(args, config, world):
+    """The bytes of rollout, update and optimizer step on each of `world` ranks: {row: (formula, bytes)}."""
+    rollout, cached, gathered = pretend_rollout(args, config, world)
+    update = pretend_update(args, config)
+    with torch.device("meta"):
+        model = pretend_model(args, config)
+    numel, dtype = sum(p.numel() for p in model.parameters()), model.dtype
+    held, moments = zero3_moments(
+        numel, dtype, deepspeed_config(args), world, rollout=rollout, update=update["peak"]
+    )
+    share = " / W" if world > 1 else ""
+    formulas = {
+        "parameters": f"{dtype.itemsize} P{share}",
+        "gradients": f"fp32   4 P{share}",
+        "bucket": "of gradients on their way to their shards",
+        "optimizer": f"fp32 copy 4 P{share}, AdamW 8 P{share}",
+    }
+    rows = {name: (formulas[name], count) for name, count in held.items()}
+    rows["rollout_weights"] = ("gathered for the rollout + the largest gather", gathered)
+    rows["kv_cache"] = ("keys and values of all completions", cached)
+    rows |= {name: ("of an update's forward", update[name]) for name in ("activations", "loss_head")}
+    return rows | {"peak": (max(moments, key=moments.get), max(moments.values()))}
+
+
+def dry_run(args):
+    """Count the bytes of a rollout and its update, those that single flags would save, and what fits."""
+    config = load_config(args.model_name_or_path)
+    world, size, group = args.dry_run_world_size, args.per_device_train_batch_size, args.num_generations
+    changes = {
+        "--bf16": {"bf16": True},
+        "--gradient_checkpointing": {"gradient_checkpointing": True},
+        "--no_ds3_gather_for_generation": {"ds3_gather_for_generation": False, "gather_budget_gib": None},
+        "--offload_optimizer": {"offload_optimizer": True},
+        "--offload_optimizer --offload_param": {"offload_optimizer": True, "offload_param": True},
+        f"--loss_chunk_size {args.loss_chunk_size // 4}": {"loss_chunk_size": args.loss_chunk_size // 4},
+        f"--per_device_train_batch_size {group}": {"per_device_train_batch_size": min(size, group)},
+        f"--dry_run_world_size {2 * world}": {"dry_run_world_size": 2 * world},
+    }
+    found = explore(
+        args,
+        check_arguments,
+        lambda changed: pretend_step(changed, config, changed.dry_run_world_size),
+        changes,
+        "max_completion_length",
+        getattr(config, "max_position_embeddings", 2**17) - args.max_prompt_length,
+    )
+    title = f"{Path(args.model_name_or_path).name}  dry run  world {world}"
+    print(format_ledger(title, memory_ledger(found["rows"], {})))
+    print(describe_dry_run(found, args.gpu_memory_gib))
+    return found
+
+
 def main(args):
-    """Train. Returns what summary.json holds; after SIGTERM, {"stopped_at_step": step}.
+    """Train. Returns what summary.json holds; after SIGTERM, {"stopped_at_step": step}; of a dry run, what it
+    counted.
 
     Raises: ValueError for what the arguments, the data, the rewards or the model make impossible, before
             output_dir is touched (a reward's mistake shows when it is called); FloatingPointError for a
             non-finite loss or gradient, before the weights and the checkpoints are.
     """
     check_arguments(args)
+    if args.dry_run:
+        return dry_run(args)
     check_output_dir(args.output_dir, args.overwrite_output_dir, args.resume_from_checkpoint)
     # DeepSpeed calls some of torch's functions by their older names
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)

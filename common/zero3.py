@@ -1,4 +1,6 @@
-"""The ledger of a DeepSpeed ZeRO-3 engine: what each rank holds, counted on its tensors."""
+"""The ledger of a DeepSpeed ZeRO-3 engine: what a rank holds, counted on its tensors, or foretold."""
+
+from contextlib import contextmanager
 
 import torch
 
@@ -28,3 +30,64 @@ def zero3_ledger(engine, rollout_bytes, peak_bytes):
     }
     measured = {name: sum(t.numel() * t.element_size() for t in held) for name, held in tensors.items()}
     return predicted, measured | {"peak": peak_bytes}
+
+
+@contextmanager
+def gathers_pretended(units):
+    """Inside, a forward allocates what ZeRO-3 would gather for it, and its end frees that.
+
+    Args: units: [(parameters, owners)]: gathered at once before the first owner's forward, gone after the
+          last one's.
+    """
+    hooks, whole = [], {}
+    for i, (parameters, owners) in enumerate(units):
+
+        def gather(*_, i=i, parameters=parameters):
+            if i not in whole:
+                size = sum(p.numel() * p.element_size() for p in parameters)
+                # several weights arrive in one buffer, of which each is a copy
+                buffer = torch.empty(size if len(parameters) > 1 else 0, dtype=torch.uint8)
+                whole[i] = torch.empty(size, dtype=torch.uint8)
+                del buffer
+
+        def release(*_, i=i):
+            whole.pop(i, None)
+
+        hooks += [owners[0].register_forward_pre_hook(gather), owners[-1].register_forward_hook(release)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def zero3_moments(numel, dtype, config, world, *, rollout, update):
+    """What ZeRO-3 holds of a model on each rank, and the peaks of the three phases of a GRPO step.
+
+    Args:    numel: parameters of the model, in dtype; config: the engine's; rollout, update: the most bytes
+             that those hold beyond the shards, in an update without the weights gathered for it.
+    Returns: {row: bytes held throughout}, {moment: bytes}.
+    """
+    zero, c = config["zero_optimization"], dtype.itemsize
+    on_host = "offload_optimizer" in zero
+    states = 0 if on_host else numel // world  # elements
+    held = {
+        "parameters": 0 if "offload_param" in zero else c * numel // world,
+        "gradients": 4 * states,
+        "bucket": c * zero["reduce_bucket_size"],
+        "optimizer": 12 * states,
+    }
+    # DeepSpeed's defaults: in training, weights stay whole that are used again within 1e9 elements, and those
+    # of the next 50 million are gathered in advance, in a buffer that waits for them to be cut from it
+    gathered = prefetched = 0
+    if world > 1:
+        gathered = c * min(numel, zero.get("stage3_max_live_parameters", 10**9))
+        prefetched = 2 * c * min(numel, zero.get("stage3_prefetch_bucket_size", 5 * 10**7))
+    always = sum(held.values())
+    moments = {
+        "in the rollout": always + rollout,
+        "in the update's forward and backward": always + gathered + max(prefetched, update),
+        "in the optimizer's step": always
+        + 4 * states,  # the gradients once more, as the optimizer wants them
+    }
+    return held, moments

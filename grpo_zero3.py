@@ -77,7 +77,7 @@ from common.report import (
 from common.rewards import call_rewards, load_reward_funcs
 from common.truncation import check_limit, truncate_pair
 from common.watchdog import Watchdog
-from common.zero3 import gathers_pretended, zero3_ledger, zero3_moments
+from common.zero3 import gathers_pretended, zero3_learned_bytes, zero3_ledger, zero3_moments
 
 HERE = Path(__file__).resolve().parent
 HELD = "held for its last owner"  # among a parameter's ds_active_sub_modules
@@ -1122,15 +1122,17 @@ def pretend_rollout(args, config, world):
     return gathered + peak, cached, gathered + (largest if world > 1 else 0)
 
 
-def pretend_update(args, config):
-    """The most bytes that an update's forward and backward hold beyond weights and gradients' shards.
+def pretend_update(args, config, world):
+    """The most bytes that an update's forward and backward hold on one rank beyond the shards.
 
     Returns: {"activations", "loss_head", "peak"}, of the largest micro-batch.
     """
     group = ([0] * args.max_prompt_length, [[0] * args.max_completion_length] * args.num_generations)
     longest = args.max_prompt_length + args.num_generations * args.max_completion_length
-    groups = [group] * max(1, (args.max_tokens_per_batch or longest) // longest)
+    all_groups = args.per_device_train_batch_size // args.num_generations
+    groups = [group] * min(all_groups, (args.max_tokens_per_batch or longest) // longest)
     size = len(groups) * args.num_generations
+    repeats = len(groups) < all_groups or args.num_iterations > 1
     [batch] = make_batches(groups, torch.ones(size), torch.ones(size), 10**18, torch.device("cpu"), int)
     with two_chunks_only(), pretend():
         model = pretend_model(args, config).train()
@@ -1140,20 +1142,28 @@ def pretend_update(args, config):
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         optimizer = torch.optim.SGD(model.parameters())  # ZeRO's states are counted apart
         meter = MemoryMeter(model, optimizer, torch.device("cpu"), track=True, track_step=1)
-        with meter.step([batch]):
+        # The first forward and backward after a rollout gather for one module at a time. ZeRO-3 learns their
+        # order, and for the others gathers in advance, and keeps, what zero3_learned_bytes says.
+        units = [] if repeats or world == 1 else generation_units(model)
+        units = [(parameters, [owner]) for parameters, owners in units for owner in owners]
+        with gathers_pretended(units), meter.step([batch]):
             logps = per_token_logps(Unsharded(model), batch, args)
             losses, *_ = grpo_loss(logps, logps.detach(), batch["advantages"], epsilon=args.epsilon)
             (losses / batch["denominators"]).sum().backward()
             optimizer.step()  # finds no gradient; the meter waits for it
     measured = meter.measured
     measured["peak"] -= whole_bytes(model.parameters())
+    if repeats and world > 1:
+        numel, zero = sum(p.numel() for p in model.parameters()), deepspeed_config(args)["zero_optimization"]
+        learned, in_advance = zero3_learned_bytes(numel, model.dtype, zero)
+        measured["peak"] = learned + max(in_advance, measured["peak"])
     return measured
 
 
 def pretend_step(args, config, world):
     """The bytes of rollout, update and optimizer step on each of `world` ranks: {row: (formula, bytes)}."""
     rollout, cached, gathered = pretend_rollout(args, config, world)
-    update = pretend_update(args, config)
+    update = pretend_update(args, config, world)
     with torch.device("meta"):
         model = pretend_model(args, config)
     numel, dtype = sum(p.numel() for p in model.parameters()), model.dtype

@@ -34,7 +34,7 @@ def zero3_ledger(engine, rollout_bytes, peak_bytes):
 
 @contextmanager
 def gathers_pretended(units):
-    """Inside, a forward allocates what ZeRO-3 would gather for it, and its end frees that.
+    """Inside, a forward or backward allocates what ZeRO-3 would gather for it, and its end frees that.
 
     Args: units: [(parameters, owners)]: gathered at once before the first owner's forward, gone after the
           last one's.
@@ -54,6 +54,9 @@ def gathers_pretended(units):
             whole.pop(i, None)
 
         hooks += [owners[0].register_forward_pre_hook(gather), owners[-1].register_forward_hook(release)]
+        if torch.is_grad_enabled():
+            hooks += [owners[0].register_full_backward_pre_hook(gather)]
+            hooks += [owners[-1].register_full_backward_hook(release)]
     try:
         yield
     finally:
@@ -61,11 +64,23 @@ def gathers_pretended(units):
             hook.remove()
 
 
+def zero3_learned_bytes(numel, dtype, zero):
+    """Weights whole in a forward or backward whose order ZeRO-3 has learned from an earlier one.
+
+    Args:    numel: parameters of the model, in dtype; zero: the configuration's "zero_optimization".
+    Returns: bytes kept whole, for by default a weight stays that is used again within 1e9 elements; and those
+             of two buffers, each of the next 50 million elements, that wait for weights to be cut from them.
+    """
+    kept = min(numel, zero.get("stage3_max_live_parameters", 10**9))
+    in_advance = min(numel, 2 * zero.get("stage3_prefetch_bucket_size", 5 * 10**7))
+    return dtype.itemsize * kept, dtype.itemsize * in_advance
+
+
 def zero3_moments(numel, dtype, config, world, *, rollout, update):
     """What ZeRO-3 holds of a model on each rank, and the peaks of the three phases of a GRPO step.
 
     Args:    numel: parameters of the model, in dtype; config: the engine's; rollout, update: the most bytes
-             that those hold beyond the shards, in an update without the weights gathered for it.
+             that those hold beyond the shards.
     Returns: {row: bytes held throughout}, {moment: bytes}.
     """
     zero, c = config["zero_optimization"], dtype.itemsize
@@ -77,16 +92,10 @@ def zero3_moments(numel, dtype, config, world, *, rollout, update):
         "bucket": c * zero["reduce_bucket_size"],
         "optimizer": 12 * states,
     }
-    # DeepSpeed's defaults: in training, weights stay whole that are used again within 1e9 elements, and those
-    # of the next 50 million are gathered in advance, in a buffer that waits for them to be cut from it
-    gathered = prefetched = 0
-    if world > 1:
-        gathered = c * min(numel, zero.get("stage3_max_live_parameters", 10**9))
-        prefetched = 2 * c * min(numel, zero.get("stage3_prefetch_bucket_size", 5 * 10**7))
     always = sum(held.values())
     moments = {
         "in the rollout": always + rollout,
-        "in the update's forward and backward": always + gathered + max(prefetched, update),
+        "in the update's forward and backward": always + update,
         "in the optimizer's step": always
         + 4 * states,  # the gradients once more, as the optimizer wants them
     }

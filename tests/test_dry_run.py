@@ -1,11 +1,23 @@
 """A dry run's bytes against those counted in a real step over the same batch."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import dpo_padding_free
+import grpo_zero3
 import sft_packing
-from common.dry_run import load_config
+from common.dry_run import load_config, longest_that_fits
 from common.memory import MemoryMeter
+
+ROOT = Path(__file__).parents[1]
 
 DEMO = sft_packing.Arguments.model_name_or_path
 
@@ -70,3 +82,75 @@ def test_dpo(way, tmp_path, monkeypatch):
     args = dpo_padding_free.Arguments(**options | {"dataset_name": str(data)} | DPO_WAYS[way])
     batch, measured = measured_step(dpo_padding_free, args, monkeypatch)
     assert_close(dpo_padding_free.pretend_step(args, load_config(DEMO), 1, batch), measured)
+
+
+def on_ranks(what, jobs, folder, world=2):
+    """What dry_run_worker.py measures for each job's flags."""
+    (folder / f"{what}.json").write_text(json.dumps(jobs))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # DeepSpeed looks for ninja
+    run = subprocess.run(
+        [*command, "tests/dry_run_worker.py", what, str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return torch.load(folder / f"{what}.pt", weights_only=True)
+
+
+def test_sft_on_two_ranks(tmp_path):
+    flags = {"max_steps": 2, "output_dir": str(tmp_path / "run"), "measure_memory": True, "bf16": True}
+    [found] = on_ranks("sft", {"bf16": flags}, tmp_path).values()
+    args = sft_packing.Arguments(**flags)
+    assert_close(sft_packing.pretend_step(args, load_config(DEMO), 2, found["batch"]), found["measured"])
+
+
+GRPO_WAYS = {
+    "all": {},
+    "none": {"ds3_gather_for_generation": False},
+    "half": {"gather_budget_gib": 2 / 1024},
+    "bf16, all": {"bf16": True},
+    "bf16, none": {"bf16": True, "ds3_gather_for_generation": False},
+    "no checkpointing": {"gradient_checkpointing": False},
+    "three micro-batches": {"per_device_train_batch_size": 24, "ds3_gather_for_generation": False},
+}
+GRPO_SIZES = {"max_prompt_length": 64, "max_completion_length": 16, "per_device_train_batch_size": 8}
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_grpo(world, tmp_path):
+    # DeepSpeed's bucket of 50 million elements would hide all else of so small a model
+    settings = tmp_path / "deepspeed.json"
+    settings.write_text('{"zero_optimization": {"reduce_bucket_size": 100000}}')
+    jobs = {name: GRPO_SIZES | {"deepspeed": str(settings)} | flags for name, flags in GRPO_WAYS.items()}
+    config = load_config(DEMO)
+    for name, measured in on_ranks("grpo", jobs, tmp_path, world).items():
+        args = grpo_zero3.Arguments(**jobs[name])
+        rollout, _, _ = grpo_zero3.pretend_rollout(args, config, world)
+        update = grpo_zero3.pretend_update(args, config, world)["peak"]
+        rows = grpo_zero3.pretend_step(args, config, world)
+        held = sum(rows[row][1] for row in ("parameters", "gradients", "bucket", "optimizer"))
+        assert held == pytest.approx(measured["held"], rel=0.02), name
+        assert held + rollout == pytest.approx(measured["rollout"], rel=0.02), name
+        step = rows["gradients"][1]  # the optimizer's step wants them once more
+        assert held + max(update, step) == pytest.approx(measured["update"], rel=0.02), name
+        assert rows["peak"][1] == pytest.approx(max(measured["rollout"], measured["update"]), rel=0.02), name
+
+
+@given(
+    slope=st.integers(1, 100),
+    start=st.integers(0, 10_000),
+    bend=st.integers(0, 5000),
+    available=st.integers(0, 500_000),
+    most=st.integers(1, 5000),
+)
+def test_longest_that_fits(slope, start, bend, available, most):
+    def peak(length):
+        return start + slope * length + max(0, 3 * slope * (length - bend))
+
+    found = longest_that_fits(peak, available, most, unit=64)
+    fitting = [n for n in (*range(64, most, 64), most) if peak(n) <= available]
+    assert found == max(fitting, default=0)

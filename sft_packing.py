@@ -360,15 +360,14 @@ def plan_rows(lengths, max_length, strategy="bfd", seed=0):
         starts = (spans[:, 2] - spans[:, 1]).cumsum() - (spans[:, 2] - spans[:, 1])
         return np.append(np.flatnonzero(starts % max_length == 0), len(spans)), spans
     spans = cut_spans(np.zeros_like(lengths), lengths, max_length)
-    order, row, slot, row_sizes = best_fit_decreasing(spans[:, 2] - spans[:, 1], max_length, rng)
+    order, row = best_fit_decreasing(spans[:, 2] - spans[:, 1], max_length, rng)
+    row_sizes = np.bincount(row)
     # best-fit-decreasing puts long documents into the first rows: shuffle
     shuffled = rng.permutation(len(row_sizes))
     row_offsets = np.zeros(len(row_sizes) + 1, dtype=np.int64)
     row_offsets[1 + shuffled] = row_sizes
-    row_offsets = row_offsets.cumsum()
-    ordered = np.empty_like(spans)
-    ordered[row_offsets[shuffled][row] + slot] = spans[order]
-    return row_offsets, ordered
+    # take: for whole rows of an array it is twice as fast as an index in brackets
+    return row_offsets.cumsum(), spans.take(order[radix_argsort(shuffled[row])], axis=0)
 
 
 def cut_spans(begins, ends, max_length):
@@ -396,23 +395,16 @@ def best_fit_decreasing(lengths, max_length, rng):
     of the item-by-item rule.
 
     Args:    lengths (S,) int64, 1 <= length <= max_length.
-    Returns: order (S,): the items, longest first; row, slot (S,): the row of each item of `order`, and its
-             place there; row_sizes (R,): items in each row.
+    Returns: order (S,): the items, longest first; row (S,): the row of each item of `order`.
     """
     # Equal lengths are shuffled first, or neighbours in the data would stay neighbours in a row.
     order = rng.permutation(len(lengths))
-    key = max_length - lengths[order]
-    # numpy sorts 16-bit keys by radix: 10 times faster
-    order = order[np.argsort(key.astype(np.uint16) if max_length < 2**16 else key, kind="stable")]
-    row, slot = np.empty(len(lengths), dtype=np.int32), np.empty(len(lengths), dtype=np.int32)
-    row_sizes = np.zeros(len(lengths), dtype=np.int64)  # trimmed to the rows opened
+    order = order[radix_argsort(max_length - lengths[order])]
+    rows_taken, items_each = [], []  # in the order in which items are placed: rows, and how many each takes
     num_rows = 0
-    residuals, rows_with = (
-        [],
-        defaultdict(list),
-    )  # sorted residuals of open rows; residual -> arrays of row numbers
+    residuals = []  # of open rows, sorted
+    rows_with = defaultdict(list)  # residual -> arrays of row numbers
     counts = np.bincount(lengths, minlength=max_length + 1)
-    placed = 0
     for length in np.flatnonzero(counts)[::-1].tolist():
         remaining = int(counts[length])
         while remaining:
@@ -431,17 +423,23 @@ def best_fit_decreasing(lengths, max_length, rng):
             full = min(len(rows), remaining // each)  # rows that take `each` items
             last = min(remaining - full * each, each) if full < len(rows) else 0  # items of one more row
             for taken, items in ((rows[:full], each), (rows[full : full + 1], last)):
-                if len(taken) == 0 or items == 0:
-                    continue
-                here = slice(placed, placed + len(taken) * items)
-                row[here] = np.repeat(taken, items)
-                slot[here] = (row_sizes[taken][:, None] + np.arange(items)).ravel()
-                row_sizes[taken] += items
-                keep_rows(residuals, rows_with, residual - items * length, taken)
-                placed = here.stop
-                remaining -= len(taken) * items
+                if len(taken) and items:
+                    rows_taken.append(taken)
+                    items_each.append(items)
+                    keep_rows(residuals, rows_with, residual - items * length, taken)
+            remaining -= full * each + last
             keep_rows(residuals, rows_with, residual, rows[full + (last > 0) :])
-    return order, row, slot, row_sizes[:num_rows]
+    items = np.repeat(np.array(items_each, dtype=np.int64), [len(taken) for taken in rows_taken])
+    return order, np.repeat(np.concatenate([np.empty(0, dtype=np.int64), *rows_taken]), items)
+
+
+def radix_argsort(keys):
+    """Stable argsort of keys (S,) int64, 0 <= key < 2**32: numpy sorts 16-bit numbers by radix, ten times as
+    fast as wider ones, so the lower 16 bits are sorted first, then the upper ones.
+    """
+    order = np.argsort(keys.astype(np.uint16), kind="stable")
+    upper = keys >> 16
+    return order[np.argsort(upper[order].astype(np.uint16), kind="stable")] if upper.any() else order
 
 
 def keep_rows(residuals, rows_with, residual, rows):

@@ -68,6 +68,12 @@ def model_folder(options, scratch):
     return folder
 
 
+def tokenizer_folder(options):
+    """The folder that model_folder would name, for a benchmark that needs no weights: none are made."""
+    named = os.environ.get("BENCH_MODEL")
+    return Path(named) if named and not options.quick else ROOT / "demo/model"
+
+
 def data_file(name, options, demo):
     """$BENCH_DATA/<name>.jsonl; with --quick, or without that folder, the demo's file `demo`."""
     folder = os.environ.get("BENCH_DATA")

@@ -10,7 +10,6 @@ import datetime
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -22,9 +21,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from cases import RESULTS, case, ratio  # noqa: E402, F401
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-RESULTS = ROOT / "benchmarks/results"
 PACKAGES = ("torch", "transformers", "trl", "deepspeed", "liger-kernel", "flash-attn", "accelerate", "numpy")
 
 
@@ -101,38 +100,6 @@ def alternate(ways, repeats, device="cpu", warm_up=1):
             if count >= warm_up:
                 repetitions[name].append({"seconds": time.perf_counter() - started, **measured})
     return repetitions
-
-
-def case(name, setup, repetitions, once=None):
-    """One comparison as the JSON holds it.
-
-    Args: name: what is compared, e.g. a data set; setup: dict of its sizes; repetitions: of `alternate`;
-          once: {way: {measure: value}}, of what was counted once, like peak_bytes.
-    """
-    ways = {}
-    for way, runs in repetitions.items():
-        medians = {
-            key: statistics.median(run[key] for run in runs)
-            for key, value in runs[0].items()
-            if isinstance(value, (int, float))
-        }
-        ways[way] = {"median": medians, "repetitions": runs, **(once or {}).get(way, {})}
-    return {"case": name, "setup": setup, "ways": ways}
-
-
-def ratio(found, way, baseline, measure="seconds"):
-    """baseline / way, pair by pair: how many times faster (or smaller) `way` is.
-
-    Returns: {"median": .., "min": .., "max": .., "pairs": ..}.
-    """
-    a, b = (found["ways"][name]["repetitions"] for name in (way, baseline))
-    ratios = [y[measure] / x[measure] for x, y in zip(a, b)]
-    return {
-        "median": statistics.median(ratios),
-        "min": min(ratios),
-        "max": max(ratios),
-        "pairs": len(ratios),
-    }
 
 
 def hardware(device):

@@ -1,9 +1,10 @@
-# make demo: set up, then train the embedded demo by SFT, DPO and GRPO, offline. make test: set up, then test. make lint: ruff.
+# make demo: set up, then train the embedded demo by SFT, DPO and GRPO, offline. make test: set up, then test.
+# make lint: ruff. make bench: measure on this CPU, beside TRL; make bench-quick: try every benchmark, small.
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint
+.PHONY: demo test lint bench bench-quick
 # one thread: a model this small gains little from a second, and loses much where another program wants the core
 demo: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python sft_packing.py --learning_rate 1e-3 --measure_memory \
@@ -25,6 +26,31 @@ test: .venv/.installed
 lint: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+# one after another, or they would slow each other down; then README's tables and the figures from the JSON
+COMPARED := packing loss_head growth sft dpo grpo_update
+BENCH := benchmarks/.venv/bin
+bench: benchmarks/.venv/.installed
+	for name in $(COMPARED); do $(BENCH)/python benchmarks/$$name.py || exit 1; done
+	PATH="$(CURDIR)/$(BENCH):$$PATH" OMP_NUM_THREADS=1 $(BENCH)/torchrun --standalone --nproc_per_node 2 \
+		benchmarks/zero3_generation.py
+	$(BENCH)/python benchmarks/tables.py
+	$(BENCH)/python benchmarks/figures.py
+
+# leaves README, results and figures alone
+bench-quick: benchmarks/.venv/.installed
+	for name in $(COMPARED); do \
+		$(BENCH)/python benchmarks/$$name.py --quick --results outputs/bench-quick || exit 1; done
+	PATH="$(CURDIR)/$(BENCH):$$PATH" OMP_NUM_THREADS=1 $(BENCH)/torchrun --standalone --nproc_per_node 2 \
+		benchmarks/zero3_generation.py --quick --results outputs/bench-quick
+	cp README.md outputs/bench-quick/README.md
+	$(BENCH)/python benchmarks/tables.py --results outputs/bench-quick --readme outputs/bench-quick/README.md
+	$(BENCH)/python benchmarks/figures.py --results outputs/bench-quick --figures outputs/bench-quick
+
+benchmarks/.venv/.installed: benchmarks/requirements.txt requirements.txt
+	$(PYTHON) -m venv benchmarks/.venv
+	$(BENCH)/python -m pip install --quiet -r benchmarks/requirements.txt
+	touch $@
 
 # made again when requirements.txt changes, and at once otherwise
 .venv/.installed: requirements.txt

@@ -48,18 +48,17 @@ def load(results=RESULTS):
     return {(document["what"], document["device"]): document for document in documents}
 
 
-def series(document, axis, way, measure, once=False):
-    """Points of a curve: of all cases along `axis` that have this way, sorted.
+def series(document, x, way, measure, **where):
+    """Points of a curve: of all cases that have this way, and whose setup says `where`.
 
-    Args:    axis: what setup["axis"] says, and the name in setup of what grows. once: the measure was counted
-             once, and stands beside the medians.
-    Returns: [(setup[axis], value), ..]
+    Args:    x: the name in setup of what grows; measure: among the medians, or counted once beside them.
+    Returns: [(setup[x], value), ..], sorted.
     """
     points = []
     for found in document["cases"]:
-        if found["setup"].get("axis") == axis and way in found["ways"]:
-            values = found["ways"][way]
-            points.append((found["setup"][axis], (values if once else values["median"])[measure]))
+        setup, values = found["setup"], found["ways"].get(way)
+        if values and x in setup and all(setup.get(key) == wanted for key, wanted in where.items()):
+            points.append((setup[x], values["median"].get(measure, values.get(measure))))
     return sorted(points)
 
 

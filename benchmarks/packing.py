@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 from harness import alternate, case, data_file, parse, ratio, tokenizer_folder, write
 from transformers import AutoTokenizer
-from trl.data_utils import pack_dataset
 
 from sft_packing import plan_rows, tokenize
 
@@ -77,6 +76,8 @@ def check_trl(lengths, packed):
 
 def measure(name, lengths, ours_only, one_batch, repeats):
     """One case: ours, TRL as it comes, and TRL with all documents in one batch of `map` (its fewest rows)."""
+    from trl.data_utils import pack_dataset  # here: the bound's tests run without TRL
+
     dataset = None if ours_only else in_memory(lengths)
     results = {}
 

@@ -146,6 +146,8 @@ def write(what, options, model, cases):
 
     Args: model: its name; cases: list of `case`s, each of which may hold further keys, like "ratios".
     """
+    ranks = os.environ.get("WORLD_SIZE")
+    launcher = f"torchrun --standalone --nproc_per_node {ranks}" if ranks else "python"
     document = {
         "what": what,
         "device": options.device,
@@ -153,7 +155,7 @@ def write(what, options, model, cases):
         "threads": torch.get_num_threads(),
         "versions": installed(),
         "commit": commit(),
-        "command": "python " + " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": " ".join([launcher, f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "model": Path(model).name if model else None,
         "cases": cases,

@@ -1,39 +1,33 @@
-"""Generation under ZeRO-3: seconds and bytes for each way to hold the weights, alternating, same tokens.
+"""Generation under ZeRO-3: seconds and bytes for each way to hold the weights, in turn, with the same tokens.
 
-torchrun --standalone --nproc_per_node 2 benchmarks/zero3_generation.py --model <folder> --prompts <jsonl> \
-    --output benchmarks/results/zero3_generation.json
+torchrun --standalone --nproc_per_node 2 benchmarks/zero3_generation.py [--device cuda] [--quick]
 
 "no leaf modules" is "none" with every linear layer gathering its weights for itself. "hooks per module" is
 what generation without gathering was before: transformers' own generate with DeepSpeed's default settings,
 which prefetch and hold whatever the next billion elements of the forward will need: whole models at once.
+Without --quick, also the growth with the share of the weights that stays, and with the sequences of a batch.
 """
 
-import argparse
 import json
-import platform
-import statistics
-import sys
+import tempfile
 import time
-from pathlib import Path
+from functools import partial
 
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import deepspeed  # noqa: E402
-import transformers  # noqa: E402
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus  # noqa: E402
-from deepspeed.runtime.zero.partitioned_param_coordinator import (  # noqa: E402
+import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partitioned_param_coordinator import (
     PartitionedParameterCoordinator as Coordinator,
 )
-from transformers import AutoTokenizer  # noqa: E402
+from harness import alternate, case, data_file, model_folder, parse, ratio, write
+from transformers import AutoTokenizer
 
-import grpo_zero3  # noqa: E402
-from common.report import device_name  # noqa: E402
-from grpo_zero3 import Arguments, all_sum, generate, generation_weights, load_engine, whole_bytes  # noqa: E402
+import grpo_zero3
+from grpo_zero3 import Arguments, all_sum, generate, generation_weights, load_engine, whole_bytes
 
 GATHER = "_PartitionedParameterCoordinator__all_gather_params_"
+SHARES = (0, 0.25, 0.5, 0.75, 0.9, 1)  # of the weights, held whole throughout
+BATCHES = (1, 4, 16)  # sequences on each rank
 
 
 class Counter:
@@ -94,93 +88,119 @@ def rollout_per_module(engine, prompts, tokens, device):
     return out[:, width:].tolist(), 0.0, time.perf_counter() - started
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--prompts", required=True, help="a .jsonl file with prompt")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=8)
-    parser.add_argument("--sequences", type=int, default=8, help="on each rank")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--fp32", action="store_true")
-    options = parser.parse_args()
-    args = Arguments(model_name_or_path=options.model, bf16=not options.fp32)
-    rank, _, world, device = grpo_zero3.start_distributed(args)
-    engine = load_engine(args, device)
+def load_engines(args, device):
+    """The script's engine; one whose layers gather matrix by matrix; one with DeepSpeed's own settings."""
     leaf_modules, config = grpo_zero3.set_z3_leaf_modules, grpo_zero3.deepspeed_config
 
     def default_config(*given):
-        changed = config(*given)
-        changed["zero_optimization"] = {"stage": 3}
-        return changed
+        return {**config(*given), "zero_optimization": {"stage": 3}}
 
-    grpo_zero3.set_z3_leaf_modules = lambda *_: None
-    no_leaves = load_engine(args, device)
-    grpo_zero3.deepspeed_config = default_config
-    per_module = load_engine(args, device)
-    grpo_zero3.set_z3_leaf_modules, grpo_zero3.deepspeed_config = leaf_modules, config
+    try:
+        engine = load_engine(args, device)
+        grpo_zero3.set_z3_leaf_modules = lambda *_: None
+        no_leaves = load_engine(args, device)
+        grpo_zero3.deepspeed_config = default_config
+        return engine, no_leaves, load_engine(args, device)
+    finally:
+        grpo_zero3.set_z3_leaf_modules, grpo_zero3.deepspeed_config = leaf_modules, config
 
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    rows = [json.loads(line)["prompt"] for line in open(options.prompts)]
-    rows = rows[rank * options.sequences : (rank + 1) * options.sequences]
-    prompts = tokenizer.apply_chat_template(rows, add_generation_prompt=True)["input_ids"]
-    total = whole_bytes(engine.module.parameters())
-    ways = {
-        name: (engine, lambda n, b=budget: rollout(engine, prompts, b, n, device))
-        for name, budget in (("all", None), ("none", 0), ("half", total // 2), ("90 %", total * 9 // 10))
-    }
-    ways["no leaf modules"] = no_leaves, lambda n: rollout(no_leaves, prompts, 0, n, device)
-    ways["hooks per module"] = per_module, lambda n: rollout_per_module(per_module, prompts, n, device)
 
-    results = {}
-    for name, (used, way) in ways.items():
-        with Counter(used.module) as counter:
-            completions, _, _ = way(options.tokens)
-        results[name] = {
-            "completions": completions,
-            "gathered_bytes_per_token": counter.gathered / options.tokens,
-            "gathers_per_token": counter.gathers / options.tokens,
+def compare(name, setup, ways, tokens, repeats, device):
+    """Count what each way gathers in one rollout, then time them all in turn.
+
+    Args:    ways: {name: (engine, function of a number of tokens that makes a rollout)}; the first one's
+             completions are those that the others must have.
+    Returns: {way: repetitions}, {way: what was counted}.
+    """
+    counted, expected = {}, None
+    for way, (engine, roll) in ways.items():
+        with Counter(engine.module) as counter:
+            completions, _, _ = roll(tokens)
+        expected = completions if expected is None else expected
+        counted[way] = {
+            "gathered_bytes_per_token": counter.gathered / tokens,
+            "gathers_per_token": counter.gathers / tokens,
             "peak_whole_bytes": counter.peak,
-            "gather_seconds": [],
-            "prefill_seconds": [],
-            "seconds": [],
+            "same_tokens_on_all_ranks": all_sum([completions == expected], device)[0] == setup["ranks"],
         }
-    for _ in range(options.repeats):
-        for name, (_, way) in ways.items():
-            _, _, first = way(1)  # gathering and prompts; what is beyond it is paid for each token
-            completions, gather, seconds = way(options.tokens)
-            results[name]["gather_seconds"].append(gather)
-            results[name]["prefill_seconds"].append(first)
-            results[name]["seconds"].append(seconds)
-            assert completions == results[name]["completions"]
-    expected = results["all"]["completions"]
-    for result in results.values():
-        beyond = statistics.median(result["seconds"]) - statistics.median(result["prefill_seconds"])
-        result["seconds_per_token"] = beyond / (options.tokens - 1)
-        same = result.pop("completions") == expected
-        result["same_tokens_on_all_ranks"] = all_sum([int(same)], device)[0] == world
+
+    def timed(roll):
+        _, _, first = roll(1)  # gathering and prompts; what is beyond it is paid for each token
+        _, gather, seconds = roll(tokens)
+        beyond = (seconds - first) / (tokens - 1)
+        return {
+            "seconds": seconds,  # of the second rollout alone
+            "gather_seconds": gather,
+            "prefill_seconds": first,
+            "seconds_per_token": beyond,
+        }
+
+    runs = {way: partial(timed, roll) for way, (_, roll) in ways.items()}
+    return alternate(runs, repeats, device.type, warm_up=0), counted  # counting was the warm-up
+
+
+def show(found):
+    for way, values in found["ways"].items():
+        median = values["median"]
+        print(
+            f"{found['case']:<16}{way:<18}{median['seconds_per_token']:8.3f} s/token "
+            f"{median['seconds']:7.2f} s {values['gathered_bytes_per_token'] / 2**20:8.1f} MiB/token "
+            f"{values['gathers_per_token']:.0f} gathers {values['peak_whole_bytes'] / 2**20:.1f} MiB peak "
+            f" {values['same_tokens_on_all_ranks']}",
+            flush=True,
+        )
+
+
+def main():
+    options = parse(__doc__, tokens=8, sequences=8, dtype="bf16")
+    rank, _, ranks, device = grpo_zero3.start_distributed(Arguments())
+    repeats = options.repeats or (2 if options.quick else 3)
+    scratch = tempfile.TemporaryDirectory()
+    folder = [model_folder(options, scratch.name) if rank == 0 else None]
+    dist.broadcast_object_list(folder)  # the first rank may have made it
+    model = folder[0]
+    args = Arguments(model_name_or_path=str(model), bf16=options.dtype == "bf16")
+    engine, no_leaves, per_module = load_engines(args, device)
+    total = whole_bytes(engine.module.parameters())
+    setup = {"ranks": ranks, "dtype": options.dtype, "weights_bytes": total, "tokens": options.tokens}
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    file, most = data_file("gsm8k_prompts", options, "prompts.jsonl"), max(options.sequences, *BATCHES)
+    rows = [json.loads(line)["prompt"] for line in open(file, encoding="utf-8")][rank * most :][:most]
+    prompts = tokenizer.apply_chat_template(rows, add_generation_prompt=True)["input_ids"]
+
+    def held(budget, sequences=options.sequences):
+        return engine, lambda tokens: rollout(engine, prompts[:sequences], budget, tokens, device)
+
+    chosen = prompts[: options.sequences]
+    ways = {name: held(b) for name, b in (("all", None), ("90 %", total * 9 // 10), ("half", total // 2))}
+    ways["none"] = held(0)
+    ways["no leaf modules"] = no_leaves, lambda n: rollout(no_leaves, chosen, 0, n, device)
+    ways["hooks per module"] = per_module, lambda n: rollout_per_module(per_module, chosen, n, device)
+    setup["sequences"] = options.sequences
+    measured = compare("ways", setup, ways, options.tokens, repeats, device)
+    cases = [case("ways", setup, *measured)]
+    cases[0]["ratios"] = {way: ratio(cases[0], way, "hooks per module") for way in ways}
+
+    if not options.quick:
+        shares = {f"{share:.0%}": held(None if share == 1 else int(total * share)) for share in SHARES}
+        runs, counted = compare("resident share", setup, shares, options.tokens, repeats, device)
+        for share, name in zip(SHARES, shares):  # timed together, then a case for each
+            sizes = {**setup, "axis": "resident share", "resident_share": share}
+            cases.append(case(f"resident {name}", sizes, {"budget": runs[name]}, {"budget": counted[name]}))
+        for sequences in BATCHES:
+            budgets = (("all", None), ("half", total // 2), ("none", 0))
+            batch = {name: held(budget, sequences) for name, budget in budgets}
+            sizes = {**setup, "axis": "sequences", "sequences": sequences}
+            measured = compare("sequences", sizes, batch, options.tokens, repeats, device)
+            cases.append(case(f"{sequences} sequences", sizes, *measured))
     if rank == 0:
-        versions = {m.__name__: m.__version__ for m in (torch, transformers, deepspeed)}
-        document = {
-            "model": Path(options.model).name,
-            "world_size": world,
-            "dtype": "fp32" if options.fp32 else "bf16",
-            "weights_bytes": total,
-            "sequences_per_rank": options.sequences,
-            "tokens": options.tokens,
-            "device": device_name(device),
-            "python": platform.python_version(),
-            **versions,
-            "ways": results,
-        }
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(document, indent=1))
-        for name, r in results.items():
-            print(
-                f"{name:<18}{r['seconds_per_token']:8.3f} s/token  {statistics.median(r['seconds']):7.2f} s "
-                f"{r['gathered_bytes_per_token'] / 2**20:8.1f} MiB/token {r['gathers_per_token']:.0f} gathers"
-                f" {r['peak_whole_bytes'] / 2**20:.1f} MiB peak  {r['same_tokens_on_all_ranks']}"
-            )
+        for found in cases:
+            show(found)
+        write("generation", options, model, cases)
+    dist.barrier()
+    scratch.cleanup()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import cases  # noqa: E402
 import figures  # noqa: E402
 import harness  # noqa: E402
+import ladder  # noqa: E402
 import packing  # noqa: E402
 import tables  # noqa: E402
 
@@ -130,7 +131,33 @@ def test_lost_tokens_are_counted_and_long_rows_refused():
         packing.check_ours(lengths, (row_offsets, spans))
 
 
-# --- 3. README and figures from the JSON ---
+# --- 3. The longest length that fits ---
+
+
+@given(st.integers(0, 5000), st.integers(1, 600), st.integers(1, 4000))
+def test_the_longest_length_that_fits_is_found(end, start, limit):
+    tried = []
+
+    def fits(length):
+        tried.append(length)
+        return length <= end
+
+    found = ladder.longest(fits, start, limit, precision=0.03)
+    best = min(end, limit)
+    if start > best:
+        assert found == 0
+    else:
+        assert best - max(1, 0.03 * found) <= found <= best and found in tried
+    assert max(tried, default=0) <= limit and len(tried) < 25
+
+
+def test_the_ladder_refuses_a_cpu(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ladder.py"])
+    with pytest.raises(SystemExit, match="--device cuda"):
+        ladder.main()
+
+
+# --- 4. README and figures from the JSON ---
 
 
 def document(what, found, device="cpu"):
@@ -270,7 +297,7 @@ def test_tables_and_figures_need_the_standard_library_only():
     subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, check=True)
 
 
-# --- 4. What a JSON file holds ---
+# --- 5. What a JSON file holds ---
 
 
 def assert_complete(found):

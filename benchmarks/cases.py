@@ -62,12 +62,21 @@ def series(document, x, way, measure, **where):
     return sorted(points)
 
 
+def number(value):
+    """Three digits that count: 0.0123, 1.23, 123, 12,300."""
+    if isinstance(value, str):
+        return value
+    digits = f"{value:.3g}"
+    return f"{float(digits):,.0f}" if abs(float(digits)) >= 100 else digits
+
+
 def caption(document):
     """Where the numbers come from: hardware, model, versions, commit, command."""
     names = {"python": "Python"}
     versions = ", ".join(f"{names.get(name, name)} {number}" for name, number in document["versions"].items())
     model = f"; {document['model']}" if document["model"] else ""
+    threads = f"{document['threads']} thread" + "s" * (document["threads"] > 1)
     return (
-        f"{document['hardware']}, {document['threads']} threads{model}; {versions}; "
+        f"{document['hardware']}, {threads}{model}; {versions}; "
         f"commit {document['commit']}, {document['date']}"
     )

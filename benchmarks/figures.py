@@ -2,8 +2,8 @@
 
 python benchmarks/figures.py
 
-A figure is a list of panels, plain data made by the functions below: {"title", "x", "y", "log", "curves":
-{label: [(x, y), ..]}} or {"title", "y", "bars": {label: value}}. `draw` puts them on paper.
+A figure is a list of panels, plain data made by the functions below: {"title", "x", "y", "log": "x" or
+"xy", "curves": {label: [(x, y), ..]}} or {"title", "y", "bars": {label: value}}. `draw` puts them on paper.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import textwrap
 from functools import partial
 from pathlib import Path
 
-from cases import RESULTS, caption, load, series
+from cases import RESULTS, caption, load, number, series
 
 FIGURES = Path(__file__).resolve().parent / "figures"
 
@@ -26,7 +26,7 @@ def curves(document, x, measure, scale=1.0, **where):
 
 
 def packing(document):
-    shared = {"x": "documents", "log": True}
+    shared = {"x": "documents", "log": "xy"}
     lognormal = curves(document, "documents", "seconds", lengths="lognormal")
     ours = {}
     for name in dict.fromkeys(found["setup"]["lengths"] for found in document["cases"]):
@@ -41,7 +41,7 @@ def packing(document):
 
 def growth_tokens(document):
     of = partial(curves, document, "tokens", axis="tokens per row")
-    shared = {"x": "tokens in a row of whole documents", "log": True}
+    shared = {"x": "tokens in a row of whole documents", "log": "x"}
     return [
         {"title": "Time", "y": "milliseconds per token", "curves": of("seconds_per_token", 1e3), **shared},
         {"title": "Memory", "y": "peak KiB per token", "curves": of("bytes_per_token", 1 / 1024), **shared},
@@ -50,7 +50,7 @@ def growth_tokens(document):
 
 def growth_documents(document):
     of = partial(curves, document, "documents", axis="documents per row")
-    shared = {"x": "documents in a row of one length", "log": True}
+    shared = {"x": "documents in a row of one length", "log": "x"}
     return [
         {"title": "Time", "y": "seconds per step", "curves": of("seconds"), **shared},
         {"title": "Memory", "y": "peak GiB", "curves": of("peak_bytes", 2**-30), **shared},
@@ -126,17 +126,21 @@ def draw(shown, text, path):
         if "bars" in panel:
             labels, values = list(panel["bars"]), list(panel["bars"].values())
             colors = ["tab:orange" if label.startswith("TRL") else "tab:blue" for label in labels]
-            ax.bar_label(ax.barh(labels, values, color=colors), fmt="%.3g", fontsize=7, padding=2)
+            ax.bar_label(ax.barh(labels, values, color=colors), fmt=number, fontsize=7, padding=2)
             ax.invert_yaxis()
             ax.margins(x=0.15)
             ax.set_xlabel(panel["y"], fontsize=8)
         else:
             for label, points in panel["curves"].items():
                 ax.plot(*zip(*points), marker="o", markersize=3, label=label)
-            if panel.get("log"):
+            if "log" in panel:
                 ax.set_xscale("log")
+            if panel.get("log") == "xy":
                 ax.set_yscale("log")
             else:
+                ticks = sorted({x for points in panel["curves"].values() for x, _ in points})
+                ax.set_xticks(ticks, map(number, ticks))
+                ax.minorticks_off()
                 ax.set_ylim(bottom=0)
             ax.set_xlabel(panel["x"], fontsize=8)
             ax.set_ylabel(panel["y"], fontsize=8)

@@ -157,7 +157,7 @@ def write(what, options, model, cases):
         "commit": commit(),
         "command": " ".join([launcher, f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
-        "model": Path(model).name if model else None,
+        "model": (Path(model).name if model != ROOT / "demo/model" else "demo model") if model else None,
         "cases": cases,
     }
     options.results.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from cases import RESULTS, caption, load, ratio
+from cases import RESULTS, caption, load, number, ratio
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -41,14 +41,6 @@ HEADLINE = [
         ("grpo_update", None, "shared", "TRL"),
     ),
 ]
-
-
-def number(value):
-    """Three digits that count: 0.0123, 1.23, 123, 12,300."""
-    if isinstance(value, str):
-        return value
-    digits = f"{value:.3g}"
-    return f"{float(digits):,.0f}" if abs(float(digits)) >= 100 else digits
 
 
 def times(found, way, baseline):
@@ -80,7 +72,7 @@ def headline(documents):
     parts = []
     devices = sorted({device for what, device in documents if what in {row[3][0] for row in HEADLINE}})
     for device in devices or ["cpu"]:
-        rows, notes = [], []
+        rows, notes, sources = [], [], []
         for script, technique, formula, (what, *ways) in HEADLINE:
             document = documents.get((what, device))
             first = document["cases"][0] if document else {"ways": {}}
@@ -90,8 +82,10 @@ def headline(documents):
             rows.append([f"`{script}`", technique, formula, *peaks, *speeds])
             if document:
                 named = ", ".join(f'"{way}"' for way in ways if way)
-                notes.append(f"{what}: {first['case']}, {named}; {caption(document)}")
+                notes.append(f"{what}: {first['case']}, {named}")
+                sources.append(caption(document))
         table = markdown([*titles, "tokens/s: naive", "ours", "TRL"], rows, texts=3)
+        notes = ["; ".join(notes), *dict.fromkeys(sources)] if notes else []  # a shared source once
         parts.append("\n\n".join([table, *(f"*{note}*" for note in notes)]))
     return "\n\n".join(parts)
 

@@ -45,6 +45,12 @@ def growth_tokens(document):
     return [
         {"title": "Time", "y": "milliseconds per token", "curves": of("seconds_per_token", 1e3), **shared},
         {"title": "Memory", "y": "peak KiB per token", "curves": of("bytes_per_token", 1 / 1024), **shared},
+        {
+            "title": "Activations held for backward",
+            "y": "KiB per token",
+            "curves": of("activation_bytes_per_token", 1 / 1024),
+            **shared,
+        },
     ]
 
 
@@ -141,7 +147,8 @@ def draw(shown, text, path):
                 ticks = sorted({x for points in panel["curves"].values() for x, _ in points})
                 ax.set_xticks(ticks, map(number, ticks))
                 ax.minorticks_off()
-                ax.set_ylim(bottom=0)
+                top = max(y for points in panel["curves"].values() for _, y in points)
+                ax.set_ylim(min(0, ax.get_ylim()[0]), 1.1 * top)
             ax.set_xlabel(panel["x"], fontsize=8)
             ax.set_ylabel(panel["y"], fontsize=8)
             ax.legend(fontsize=7)

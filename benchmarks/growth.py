@@ -82,12 +82,15 @@ class Trainer:
         seconds = time.perf_counter() - started
         return {"loss": loss, "seconds_per_token": seconds / batch["input_ids"].numel()}
 
-    def peak_bytes(self, batch, attention):
-        """Of one more step, when the optimizer has its states."""
+    def count_bytes(self, batch, attention):
+        """Of one more step, when the optimizer has its states: the peak, and what a token takes of it."""
         meter = MemoryMeter(self.model, self.optimizer, self.device, track=True, track_step=1)
         with meter.step([batch]):
             self.step(batch, attention)
-        return meter.measured["peak"]
+        tokens, peak = batch["input_ids"].numel(), meter.measured["peak"]
+        activations = meter.measured["activations"] / tokens  # held from forward to backward
+        each = {"bytes_per_token": peak / tokens, "activation_bytes_per_token": activations}
+        return {"peak_bytes": peak, **each}
 
 
 def measure(axis, setup, trainer, attentions, batch, repeats):
@@ -95,8 +98,7 @@ def measure(axis, setup, trainer, attentions, batch, repeats):
     tokens = batch["input_ids"].numel()
     ways = {name: lambda name=name: trainer.step(batch, name) for name in attentions}
     runs = alternate(ways, repeats, trainer.device.type)
-    peaks = {name: trainer.peak_bytes(batch, name) for name in attentions}
-    once = {name: {"peak_bytes": peak, "bytes_per_token": peak / tokens} for name, peak in peaks.items()}
+    once = {name: trainer.count_bytes(batch, name) for name in attentions}
     found = case(f"{axis}: {setup[axis.split()[0]]:,}", {"axis": axis, **setup}, runs, once)
     if "sdpa" in attentions:
         found["ratios"] = {"sdpa": ratio(found, "varlen", "sdpa")}
@@ -104,7 +106,7 @@ def measure(axis, setup, trainer, attentions, batch, repeats):
         seconds, loss = values["median"]["seconds"], values["median"]["loss"]
         print(
             f"{found['case']:<28}{name:<8}{seconds:9.3f} s {seconds / tokens * 1e3:8.3f} ms/token "
-            f"{peaks[name] / 2**20:9.1f} MiB  loss {loss:.6f}",
+            f"{values['peak_bytes'] / 2**20:9.1f} MiB  loss {loss:.6f}",
             flush=True,
         )
     return found

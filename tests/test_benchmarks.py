@@ -200,7 +200,7 @@ def measurements():
             f"{axis} {x}",
             {"axis": axis, key: x},
             {"varlen": runs([x], seconds_per_token=x, tokens_per_second=1 / x)},
-            {"varlen": {"bytes_per_token": x, "peak_bytes": x}},
+            {"varlen": {"bytes_per_token": x, "activation_bytes_per_token": x, "peak_bytes": x}},
         )
         for axis, key in (
             ("tokens per row", "tokens"),

@@ -359,13 +359,16 @@ def plan_rows(lengths, max_length, strategy="bfd", seed=0):
         # a span starts a row where the tokens before it fill whole rows
         starts = (spans[:, 2] - spans[:, 1]).cumsum() - (spans[:, 2] - spans[:, 1])
         return np.append(np.flatnonzero(starts % max_length == 0), len(spans)), spans
-    spans = cut_spans(np.zeros_like(lengths), lengths, max_length)
+    if lengths.max(initial=0) <= max_length:  # whole documents, as nearly always
+        spans = np.stack([np.arange(len(lengths)), np.zeros_like(lengths), lengths], axis=1)
+    else:
+        spans = cut_spans(np.zeros_like(lengths), lengths, max_length)
     order, row = best_fit_decreasing(spans[:, 2] - spans[:, 1], max_length, rng)
     row_sizes = np.bincount(row)
     # best-fit-decreasing puts long documents into the first rows: shuffle
-    shuffled = rng.permutation(len(row_sizes))
+    shuffled = rng.permutation(len(row_sizes)).astype(np.min_scalar_type(len(row_sizes)))
     row_offsets = np.zeros(len(row_sizes) + 1, dtype=np.int64)
-    row_offsets[1 + shuffled] = row_sizes
+    row_offsets[shuffled + 1] = row_sizes
     # take: for whole rows of an array it is twice as fast as an index in brackets
     return row_offsets.cumsum(), spans.take(order[radix_argsort(shuffled[row])], axis=0)
 
@@ -399,7 +402,8 @@ def best_fit_decreasing(lengths, max_length, rng):
     """
     # Equal lengths are shuffled first, or neighbours in the data would stay neighbours in a row.
     order = rng.permutation(len(lengths))
-    order = order[radix_argsort(max_length - lengths[order])]
+    key = (max_length - lengths).astype(np.min_scalar_type(max_length))  # small: they are read at random
+    order = order[radix_argsort(key[order])]
     rows_taken, items_each = [], []  # in the order in which items are placed: rows, and how many each takes
     num_rows = 0
     residuals = []  # of open rows, sorted
@@ -434,12 +438,13 @@ def best_fit_decreasing(lengths, max_length, rng):
 
 
 def radix_argsort(keys):
-    """Stable argsort of keys (S,) int64, 0 <= key < 2**32: numpy sorts 16-bit numbers by radix, ten times as
-    fast as wider ones, so the lower 16 bits are sorted first, then the upper ones.
+    """Stable argsort of unsigned keys (S,) of up to 32 bits. numpy sorts 16-bit numbers by radix, ten times
+    as fast as wider ones, so the lower 16 bits are sorted first, then the upper ones.
     """
     order = np.argsort(keys.astype(np.uint16), kind="stable")
-    upper = keys >> 16
-    return order[np.argsort(upper[order].astype(np.uint16), kind="stable")] if upper.any() else order
+    if keys.dtype.itemsize <= 2:
+        return order
+    return order[np.argsort((keys >> 16).astype(np.uint16)[order], kind="stable")]
 
 
 def keep_rows(residuals, rows_with, residual, rows):

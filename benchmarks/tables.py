@@ -154,6 +154,15 @@ def generation(document):
     return markdown([*header, "same tokens"], rows, texts=2)
 
 
+def ladder(document):
+    rows = []
+    for found in document["cases"]:
+        for way, values in found["ways"].items():
+            row = [found["case"], way, values["longest"], values["median"]["seconds"]]
+            rows.append([*row, values["peak_bytes"] / 2**30])
+    return markdown(["model", "switch", "tokens", "s/step", "peak GiB"], rows, texts=2)
+
+
 def flags(script, _):
     """Every flag of a script with its default and its help, from the fields of its Arguments."""
     sys.path.insert(0, str(ROOT))
@@ -175,6 +184,7 @@ TABLES = {
     "dpo": partial(measured, "dpo", partial(against_trl, "TRL padded")),
     "grpo": partial(measured, "grpo_update", partial(against_trl, "TRL")),
     "generation": partial(measured, "generation", generation),
+    "ladder": partial(measured, "ladder", ladder),
     "flags-sft": partial(flags, "sft_packing"),
     "flags-dpo": partial(flags, "dpo_padding_free"),
     "flags-grpo": partial(flags, "grpo_zero3"),

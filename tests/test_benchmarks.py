@@ -216,7 +216,10 @@ def measurements():
         for axis, key in (("resident share", "resident_share"), ("sequences", "sequences"))
         for x in (0, 1)
     ]
+    rungs = {"plain": runs([4]), "+ bf16": runs([5])}
+    reached = {way: {"longest": 512, "peak_bytes": 2**30} for way in rungs}
     found = {
+        "ladder": [cases.case("0.6B", {}, rungs, reached)],
         "packing": lengths,
         "loss_head": [cases.case("fp32", {}, heads, {"nll_sum": {"peak_bytes": 2**20}})],
         "growth": growth,
@@ -246,6 +249,7 @@ def test_tables_show_the_measurements():
     assert "| lognormal, 10 | 0.5 | 50 | not measured | 100 (100 to 100) | 1.23% |" in block(text, "packing")
     assert "| fp32 | nll_sum | 1.5 | 3 | 1 | 1.500000 |" in block(text, "loss_head")
     assert "| none | 0.25 | 4 | 1 | 2 | yes |" in block(text, "generation")
+    assert "| 0.6B | + bf16 | 512 | 5 | 1 |" in block(text, "ladder")
     assert "| 2 | 1 | 3 | 500 | 1,000 | 333 |" in block(text, "headline")
     assert "| not measured | 1 | 2 | not measured | 1,000 | 500 |" in block(text, "headline")
     for name in MEASURED:

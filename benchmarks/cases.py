@@ -63,9 +63,9 @@ def series(document, x, way, measure, **where):
 
 
 def number(value):
-    """Three digits that count: 0.0123, 1.23, 123, 12,300."""
-    if isinstance(value, str):
-        return value
+    """Three digits that count: 0.0123, 1.23, 123, 12,300. Counts are given in full."""
+    if isinstance(value, str | int):
+        return value if isinstance(value, str) else f"{value:,}"
     digits = f"{value:.3g}"
     return f"{float(digits):,.0f}" if abs(float(digits)) >= 100 else digits
 

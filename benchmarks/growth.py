@@ -22,6 +22,7 @@ from common.collators import flatten
 from common.memory import MemoryMeter
 from sft_packing import (
     Arguments,
+    add_scored,
     batch_nll_sum,
     clip_gradients,
     count,
@@ -57,7 +58,7 @@ def small_model(folder, layers):
 def row(tokens, documents, vocabulary, device):
     """A flat row of equally long random documents, every token scored."""
     ids = torch.randint(0, vocabulary, (documents, tokens // documents)).tolist()
-    return to_device(flatten([{"input_ids": x, "labels": x} for x in ids]), device)
+    return to_device(add_scored(flatten([{"input_ids": x, "labels": x} for x in ids])), device)
 
 
 class Trainer:

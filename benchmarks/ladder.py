@@ -19,11 +19,12 @@ import torch.distributed as dist
 from harness import case, parse, write
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from common.collators import IGNORE, flatten, pad
+from common.collators import flatten, pad
 from common.liger import apply_liger_kernels
 from common.offload import OffloadActivations
 from sft_packing import (
     Arguments,
+    add_scored,
     batch_nll_sum,
     clip_gradients,
     count,
@@ -79,10 +80,12 @@ def random_model(folder, name):
 
 def full_nll_sum(model, batch):
     """What batch_nll_sum computes, with all logits at once."""
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    not_inputs = ("labels", "score_index", "score_ids")
+    inputs = {name: value for name, value in batch.items() if name not in not_inputs}
     logits = model(**inputs, use_cache=False).logits.flatten(0, 1).float()
-    targets = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE).flatten()
-    return torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+    return torch.nn.functional.cross_entropy(
+        logits[batch["score_index"]], batch["score_ids"], reduction="sum"
+    )
 
 
 class Rung:
@@ -111,7 +114,7 @@ class Rung:
         ids = [torch.randint(0, 1000, (n,)).tolist() for n in (length, length // 2)]
         documents = [{"input_ids": x, "labels": x} for x in ids]
         joined = flatten(documents) if "no padding" in self.on else pad(documents, 0)
-        return to_device(joined, DEVICE)
+        return to_device(add_scored(joined), DEVICE)
 
     def step(self, batch):
         model, optimizer, offload = self.ready

@@ -1,0 +1,202 @@
+"""What the comparisons with TRL share: a step of either side as a function, its bytes, and the table.
+
+The learning rate is 0: each step does all of its work, the optimizer's included, and leaves the weights as they
+were. So every step of every way sees the same weights, and losses and gradient norms can be compared.
+"""
+
+import gc
+import itertools
+import os
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import datasets
+import torch
+from harness import alternate, case, ratio, synchronize
+from transformers import logging
+from transformers.utils import is_flash_attn_2_available
+
+from common.memory import MemoryMeter
+
+MIB = 2**20
+
+
+@dataclass
+class Way:
+    """One way to take an optimizer step, ready to run.
+
+    step: function of a list of micro-batches (dicts of tensors) that takes a whole optimizer step on them, and
+    returns {"loss": .., "grad_norm": ..}. batches: the micro-batches of each step, the warm-up's first.
+    """
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    step: Callable
+    batches: list
+    offload: object = None  # an OffloadActivations
+    others: list = field(default_factory=list)  # further models that run in a step
+
+
+def trl_attention(device):
+    """What TRL recommends where it can run, and transformers' own choice where it cannot."""
+    return "flash_attention_2" if device == "cuda" and is_flash_attn_2_available() else "sdpa"
+
+
+def trl_options(options, scratch, **settings):
+    """Settings of a TRL configuration that this comparison needs; whatever is left out keeps TRL's default."""
+    return {
+        "output_dir": str(scratch),
+        "bf16": options.dtype == "bf16",
+        "use_cpu": options.device == "cpu",
+        "learning_rate": 0.0,
+        "report_to": "none",
+        "disable_tqdm": True,
+        **settings,
+    }
+
+
+def trl_way(trainer, batches, compute_loss=None):
+    """A step of a TRL trainer: what its train() does for each one, without logging and callbacks.
+
+    Args: batches: as for Way, made by the trainer's own collator. compute_loss: takes the place of the trainer's
+          training_step, which for GRPO would generate first.
+    """
+    args = trainer.args
+    if args.gradient_checkpointing:
+        trainer.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+    trainer.create_optimizer()
+    model, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+    trainer.optimizer = optimizer
+
+    def step(micro_batches):
+        # copies: TRL adds keys to its inputs
+        inputs, num_items = trainer.get_batch_samples(
+            map(dict, micro_batches), len(micro_batches), args.device
+        )
+        trainer.current_gradient_accumulation_steps = len(inputs)
+        loss = 0.0
+        for batch in inputs:
+            if compute_loss is None:
+                loss += trainer.training_step(model, batch, num_items).item()
+            else:
+                loss += compute_loss(model, batch)
+        grad_norm = trainer.accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
+        optimizer.step()
+        model.zero_grad()
+        return {"loss": loss, "grad_norm": grad_norm}
+
+    return Way(trainer.model, optimizer.optimizer, step, batches)
+
+
+def count_tokens(micro_batches):
+    return sum(batch["input_ids"].numel() for batch in micro_batches)
+
+
+def count_bytes(build, device, tokens=count_tokens):
+    """Peak bytes of the way's largest step, with no other way in memory, and what they consist of."""
+    way = build()
+    way.step(way.batches[0])  # makes the optimizer's states
+    largest = max(way.batches, key=tokens)
+    meter = MemoryMeter(
+        way.model,
+        way.optimizer,
+        torch.device(device),
+        True,
+        track_step=1,
+        offload=way.offload,
+        others=way.others,
+    )
+    with meter.step(largest):
+        way.step(largest)
+    # TRL computes its loss outside of the head's module: what the meter reads there is 0
+    measured = {name: count for name, count in meter.measured.items() if count}
+    return {"peak_bytes": measured.pop("peak"), "bytes": measured, "tokens_in_peak_step": tokens(largest)}
+
+
+def release(device):
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def compare(name, setup, builds, real_tokens, options, pairs, tokens=count_tokens):
+    """Count each way's bytes alone, then time them all in turn.
+
+    Args:    builds: {way: function that makes it}; real_tokens: of each step, the warm-up's first; pairs:
+             [(way, baseline), ..] whose ratios are wanted.
+    Returns: a case for harness.write, with ratios.
+    """
+    repeats = options.repeats or (2 if options.quick else 3)
+    once, ways = {}, {}
+    for way, build in builds.items():
+        once[way] = count_bytes(build, options.device, tokens)
+        release(options.device)
+    for way, build in builds.items():
+        ways[way] = build()
+        once[way]["tokens_computed"] = sum(map(tokens, ways[way].batches[1 : repeats + 1]))
+        once[way]["real_tokens"] = sum(real_tokens[1 : repeats + 1])
+    timed = {way: timed_step(ready, real_tokens, options.device) for way, ready in ways.items()}
+    found = case(name, setup, alternate(timed, repeats, options.device), once)
+    found["ratios"] = {}
+    for way, baseline in pairs:
+        peaks = [found["ways"][n]["peak_bytes"] for n in (way, baseline)]
+        quotient = {"seconds": ratio(found, way, baseline), "peak_bytes": peaks[0] / peaks[1]}
+        found["ratios"][f"{way} against {baseline}"] = quotient
+    found["disagreement"] = {measure: disagreement(found, measure) for measure in ("loss", "grad_norm")}
+    ways.clear()
+    timed.clear()
+    release(options.device)
+    return found
+
+
+def timed_step(way, real_tokens, device):
+    numbers = itertools.count()
+
+    def run():
+        number = next(numbers)
+        started = time.perf_counter()
+        result = way.step(way.batches[number])
+        synchronize(device)
+        seconds = time.perf_counter() - started
+        return {"seconds": seconds, "real_tokens_per_second": real_tokens[number] / seconds, **result}
+
+    return run
+
+
+def disagreement(found, measure):
+    """Over all steps, the largest difference between any two ways, relative to the step's largest value."""
+    steps = zip(*([run[measure] for run in way["repetitions"]] for way in found["ways"].values()))
+    return max((max(values) - min(values)) / max(map(abs, values)) for values in steps)
+
+
+def has_real_data(options):
+    return bool(os.environ.get("BENCH_DATA")) and not options.quick
+
+
+def quiet():
+    """Leave out the libraries' progress bars and notes."""
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def show(found):
+    """The table of one case."""
+    setup = "  ".join(f"{key} {value}" for key, value in found["setup"].items())
+    print(f"\n{found['case']}: {setup}")
+    print(f"{'way':<36}{'seconds':>9}{'real tok/s':>12}{'peak MiB':>10}{'loss':>12}{'grad norm':>11}")
+    for way, values in found["ways"].items():
+        median = values["median"]
+        print(
+            f"{way:<36}{median['seconds']:9.3f}{median['real_tokens_per_second']:12.1f}"
+            f"{values['peak_bytes'] / MIB:10.1f}{median['loss']:12.6f}{median['grad_norm']:11.4f}"
+        )
+    for pair, values in found["ratios"].items():
+        r = values["seconds"]
+        spread = f"{r['median']:5.2f} x faster ({r['min']:.2f} to {r['max']:.2f}, {r['pairs']} pairs)"
+        print(f"  {pair:<60}{spread}; {values['peak_bytes']:.2f} of its peak bytes")
+    worst = "  ".join(f"{measure} {value:.1e}" for measure, value in found["disagreement"].items())
+    print(f"  largest relative difference between two ways in one step: {worst}")

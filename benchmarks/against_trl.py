@@ -1,18 +1,21 @@
 """What the comparisons with TRL share: a step of either side as a function, its bytes, and the table.
 
-The learning rate is 0: each step does all of its work, the optimizer's included, and leaves the weights as they
-were. So every step of every way sees the same weights, and losses and gradient norms can be compared.
+The learning rate is 0: each step does all of its work, the optimizer's included, and leaves the weights as
+they were. So every step of every way sees the same weights, and losses and gradient norms can be compared.
 """
 
 import gc
 import itertools
+import json
 import os
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import datasets
+import numpy as np
 import torch
 from harness import alternate, case, ratio, synchronize
 from transformers import logging
@@ -21,13 +24,14 @@ from transformers.utils import is_flash_attn_2_available
 from common.memory import MemoryMeter
 
 MIB = 2**20
+TIMES = ("seconds", "real_tokens_per_second")  # what a step measures besides its results
 
 
 @dataclass
 class Way:
     """One way to take an optimizer step, ready to run.
 
-    step: function of a list of micro-batches (dicts of tensors) that takes a whole optimizer step on them, and
+    step: function of a list of micro-batches (dicts of tensors) that takes a whole optimizer step on them and
     returns {"loss": .., "grad_norm": ..}. batches: the micro-batches of each step, the warm-up's first.
     """
 
@@ -45,7 +49,7 @@ def trl_attention(device):
 
 
 def trl_options(options, scratch, **settings):
-    """Settings of a TRL configuration that this comparison needs; whatever is left out keeps TRL's default."""
+    """Settings of a TRL configuration that a comparison needs; what is left out keeps TRL's default."""
     return {
         "output_dir": str(scratch),
         "bf16": options.dtype == "bf16",
@@ -57,11 +61,12 @@ def trl_options(options, scratch, **settings):
     }
 
 
-def trl_way(trainer, batches, compute_loss=None):
+def trl_way(trainer, batches, compute_loss=None, metrics=()):
     """A step of a TRL trainer: what its train() does for each one, without logging and callbacks.
 
-    Args: batches: as for Way, made by the trainer's own collator. compute_loss: takes the place of the trainer's
-          training_step, which for GRPO would generate first.
+    Args: batches: as for Way, made by the trainer's own collator. compute_loss: takes the place of the
+          trainer's training_step, which for GRPO would generate first. metrics: of those that the trainer
+          logs, which to return too.
     """
     args = trainer.args
     if args.gradient_checkpointing:
@@ -85,9 +90,14 @@ def trl_way(trainer, batches, compute_loss=None):
         grad_norm = trainer.accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
         optimizer.step()
         model.zero_grad()
-        return {"loss": loss, "grad_norm": grad_norm}
+        logged = {name: trainer._metrics["train"][name][-1] for name in metrics}
+        return {"loss": loss, "grad_norm": grad_norm, **logged}
 
-    return Way(trainer.model, optimizer.optimizer, step, batches)
+    # In a list of modules, whose forward nobody calls: the meter would take a reference's forward, which TRL
+    # runs between the policy's forward and backward, for the beginning of another step.
+    reference = getattr(trainer, "ref_model", None)
+    others = [torch.nn.ModuleList([reference])] if reference is not None else []
+    return Way(trainer.model, optimizer.optimizer, step, batches, others=others)
 
 
 def count_tokens(micro_batches):
@@ -128,7 +138,7 @@ def compare(name, setup, builds, real_tokens, options, pairs, tokens=count_token
              [(way, baseline), ..] whose ratios are wanted.
     Returns: a case for harness.write, with ratios.
     """
-    repeats = options.repeats or (2 if options.quick else 3)
+    repeats = count_repeats(options)
     once, ways = {}, {}
     for way, build in builds.items():
         once[way] = count_bytes(build, options.device, tokens)
@@ -144,7 +154,8 @@ def compare(name, setup, builds, real_tokens, options, pairs, tokens=count_token
         peaks = [found["ways"][n]["peak_bytes"] for n in (way, baseline)]
         quotient = {"seconds": ratio(found, way, baseline), "peak_bytes": peaks[0] / peaks[1]}
         found["ratios"][f"{way} against {baseline}"] = quotient
-    found["disagreement"] = {measure: disagreement(found, measure) for measure in ("loss", "grad_norm")}
+    results = [name for name in found["ways"][way]["median"] if name not in TIMES]
+    found["disagreement"] = {name: disagreement(found, name) for name in results}
     ways.clear()
     timed.clear()
     release(options.device)
@@ -169,6 +180,34 @@ def disagreement(found, measure):
     """Over all steps, the largest difference between any two ways, relative to the step's largest value."""
     steps = zip(*([run[measure] for run in way["repetitions"]] for way in found["ways"].values()))
     return max((max(values) - min(values)) / max(map(abs, values)) for values in steps)
+
+
+def choose(path, num_examples, examine, scratch):
+    """Draw that many of the data's examples at random, among those that `examine` takes, into a file.
+
+    Args:    examine: function of an example, returning it, perhaps rewritten, and its number of tokens; or
+             None to leave it out.
+    Returns: the file's name; the examples' numbers of tokens.
+    """
+    lines = Path(path).read_text().splitlines()
+    drawn = (examine(json.loads(lines[i])) for i in np.random.default_rng(0).permutation(len(lines)))
+    chosen = list(itertools.islice(filter(None, drawn), int(num_examples)))
+    file = Path(scratch) / "examples.jsonl"
+    file.write_text("".join(json.dumps(example) + "\n" for example, _ in chosen))
+    return str(file), [num_tokens for _, num_tokens in chosen]
+
+
+def plan_steps(options, size):
+    """Numbers of the examples of each step, the warm-up's first: one is enough for it on a CPU.
+
+    On a GPU the warm-up also makes the allocator ask for its memory, and so has to be a whole step.
+    """
+    counts = [size if options.device == "cuda" else 1] + [size] * count_repeats(options)
+    return [list(range(end - n, end)) for n, end in zip(counts, itertools.accumulate(counts))]
+
+
+def count_repeats(options):
+    return options.repeats or (2 if options.quick else 3)
 
 
 def has_real_data(options):

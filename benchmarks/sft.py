@@ -2,20 +2,29 @@
 
 BENCH_MODEL=<folder> BENCH_DATA=<folder> python benchmarks/sft.py [--device cuda] [--quick]
 
-Both sides take the same documents in the same steps; each tokenises, joins and packs them by its own functions.
+Both sides take the same documents in the same steps; each tokenises, joins and packs them in its own way.
 """
 
-import json
 import tempfile
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from against_trl import Way, compare, has_real_data, quiet, show, trl_attention, trl_options, trl_way
+from against_trl import (
+    Way,
+    choose,
+    compare,
+    has_real_data,
+    plan_steps,
+    quiet,
+    show,
+    trl_attention,
+    trl_options,
+    trl_way,
+)
 from datasets import load_dataset
 from harness import data_file, model_folder, parse, write
 from transformers import AutoTokenizer
@@ -61,22 +70,6 @@ PAIRS = [
     ("packed + checkpointing", "TRL padded"),
     ("packed + checkpointing + offload", "TRL packed + checkpointing + offload"),
 ]
-
-
-def choose(path, num_documents, max_length, tokenizer, scratch):
-    """A file of that many of the data's examples, drawn at random among those of up to max_length tokens."""
-    lines = Path(path).read_text().splitlines()
-    chosen, lengths = [], []
-    for i in np.random.default_rng(0).permutation(len(lines)):
-        length = len(tokenize(json.loads(lines[i]), tokenizer, False)[0])
-        if length <= max_length:
-            chosen.append(lines[i])
-            lengths.append(length)
-        if len(chosen) == num_documents:
-            break
-    file = Path(scratch) / "documents.jsonl"
-    file.write_text("\n".join(chosen) + "\n")
-    return str(file), lengths
 
 
 def our_way(args, steps, tokenizer, device):
@@ -135,50 +128,54 @@ def their_documents(model, file, options, scratch):
     )
 
 
+def compare_on(name, size, model, args, device, options, scratch):
+    """The case of one data set, `size` documents to a step."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def examine(example):
+        num_tokens = len(tokenize(example, tokenizer, False)[0])
+        return (example, num_tokens) if num_tokens <= options.max_length else None
+
+    steps = plan_steps(options, size)
+    data = data_file(name, options, "sft.jsonl")
+    file, lengths = choose(data, steps[-1][-1] + 1, examine, scratch)
+    documents = their_documents(model, file, options, scratch)
+    builds = {}
+    for way, flags in WAYS.items():
+        builds[way] = partial(our_way, replace(args, dataset_name=file, **flags), steps, tokenizer, device)
+    for way, settings in TRL_WAYS.items():
+        settings = {"max_length": options.max_length, "per_device_train_batch_size": size, **settings}
+        builds[way] = partial(their_way, settings, model, documents, steps, options, scratch)
+    if options.device == "cpu":  # there is no other memory to offload to
+        builds = {way: build for way, build in builds.items() if "offload" not in way}
+    setup = {
+        "documents_per_step": size,
+        "max_length": options.max_length,
+        "dtype": f"fp32 weights, {options.dtype} compute",
+        "optimizer": "AdamW, fused",
+        "attention": f"ours: sdpa (padded), varlen (flat); TRL: {trl_attention(options.device)}",
+    }
+    pairs = [pair for pair in PAIRS if set(pair) <= set(builds)]
+    real_tokens = [sum(lengths[i] for i in numbers) for numbers in steps]
+    return compare(name, setup, builds, real_tokens, options, pairs)
+
+
 def main():
     options = parse(__doc__, dtype="bf16", max_length=1024, documents=0)
     quiet()
-    repeats = options.repeats or (2 if options.quick else 3)
     cases = CASES if has_real_data(options) else {"demo": {"cpu": 8, "cuda": 8}}
     found = []
     with tempfile.TemporaryDirectory() as scratch:
         model = model_folder(options, scratch)
-        tokenizer = AutoTokenizer.from_pretrained(model)
         shared = {"max_length": options.max_length, "bf16": options.dtype == "bf16", "learning_rate": 0.0}
         args = Arguments(model_name_or_path=str(model), output_dir=scratch, **shared)
         device = start_distributed(args)[3]
+        assert device.type == options.device, "hide the GPU to measure on the CPU: CUDA_VISIBLE_DEVICES="
         for name, sizes in cases.items():
             size = options.documents or sizes[options.device]
-            # on a CPU one document is enough to warm up with
-            counts = [size if options.device == "cuda" else 1] + [size] * repeats
-            ends = np.cumsum(counts)
-            steps = [list(range(end - n, end)) for n, end in zip(counts, ends)]
-            file, lengths = choose(
-                data_file(name, options, "sft.jsonl"), ends[-1], options.max_length, tokenizer, scratch
-            )
-            documents = their_documents(model, file, options, scratch)
-            builds = {}
-            for way, flags in WAYS.items():
-                ours = replace(args, dataset_name=file, **flags)
-                builds[way] = partial(our_way, ours, steps, tokenizer, device)
-            for way, settings in TRL_WAYS.items():
-                settings = {"max_length": options.max_length, "per_device_train_batch_size": size, **settings}
-                builds[way] = partial(their_way, settings, model, documents, steps, options, scratch)
-            if options.device == "cpu":  # the host's memory is the device's
-                builds = {way: build for way, build in builds.items() if "offload" not in way}
-            setup = {
-                "documents_per_step": size,
-                "max_length": options.max_length,
-                "dtype": f"fp32 weights, {options.dtype} compute",
-                "optimizer": "AdamW, fused",
-                "attention": "ours: sdpa (padded), varlen (flat); TRL: " + trl_attention(options.device),
-            }
-            pairs = [pair for pair in PAIRS if set(pair) <= set(builds)]
-            real_tokens = [sum(lengths[i] for i in numbers) for numbers in steps]
-            found.append(compare(name, setup, builds, real_tokens, options, pairs))
-    document = write("sft", options, model, found)
-    for one in document["cases"]:
-        show(one)
+            found.append(compare_on(name, size, model, args, device, options, scratch))
+            show(found[-1])
+    write("sft", options, model, found)
     if dist.is_initialized():
         dist.destroy_process_group()
 

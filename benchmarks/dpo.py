@@ -1,0 +1,178 @@
+"""DPO: padded, padding-free and shared-prompt steps of dpo_padding_free.py and of TRL's DPOTrainer.
+
+BENCH_MODEL=<folder> BENCH_DATA=<folder> python benchmarks/dpo.py [--device cuda] [--quick]
+
+Both sides take the same pairs in the same steps, with gradient checkpointing, which is the default of both.
+Policy and reference are the same weights, so every loss is ln 2; gradients and log-probabilities tell whether
+two ways agree. A pair's tokens count as 2 P + C + R in every way, whatever the way computes.
+"""
+
+import tempfile
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from against_trl import (
+    Way,
+    choose,
+    compare,
+    has_real_data,
+    plan_steps,
+    quiet,
+    show,
+    trl_attention,
+    trl_options,
+    trl_way,
+)
+from datasets import load_dataset
+from harness import data_file, model_folder, parse, write
+from transformers import AutoTokenizer
+from trl import DPOConfig, DPOTrainer
+
+from dpo_padding_free import (
+    METRICS,
+    Arguments,
+    Pairs,
+    batch_loss,
+    clip_gradients,
+    compute_reference,
+    load_examples,
+    load_model,
+    start_distributed,
+    to_device,
+    tokenize,
+)
+
+# --pairs of a step; on a CPU, as many as make a step of some ten seconds
+CASES = {
+    "gsm8k_preferences": {"cpu": 3, "cuda": 8},
+    "gsm8k_preferences_4shot": {"cpu": 1, "cuda": 8},
+    "chat_preferences": {"cpu": 1, "cuda": 8},
+}
+WAYS = {  # flags of dpo_padding_free.py
+    "padded": {"padding_free": False},
+    "padding-free": {"share_prompt": False},
+    "shared": {},
+    "shared, reference each step": {"precompute_ref_log_probs": False},
+}
+TRL_WAYS = {  # settings of DPOConfig
+    "TRL padded": {},  # its defaults: the reference model runs in each step
+    "TRL padded, precomputed": {"precompute_ref_log_probs": True},
+}
+COMPARED = [
+    ("shared", "TRL padded, precomputed"),
+    ("shared, reference each step", "TRL padded"),
+    ("shared", "TRL padded"),
+    ("padding-free", "TRL padded, precomputed"),
+    ("shared", "padded"),
+]
+LOGPS = ("logps/chosen", "logps/rejected")
+
+
+def as_text(example, tokenizer):
+    """A conversation as plain strings, so that both sides score the same tokens.
+
+    Of a conversation, TRL also scores the line break with which some templates follow the end of a turn.
+    """
+    prompt = tokenizer.apply_chat_template(example["prompt"], tokenize=False, add_generation_prompt=True)
+    texts = {"prompt": prompt}
+    for name in ("chosen", "rejected"):
+        whole = tokenizer.apply_chat_template(example["prompt"] + example[name], tokenize=False)
+        texts[name] = whole[len(prompt) :].removesuffix("\n")
+    return texts
+
+
+def our_way(args, file, steps, tokenizer, device):
+    """dpo_padding_free.train's loop body as a function, and the batches that it would be given."""
+    model = load_model(args, device, "varlen" if args.padding_free else "sdpa")
+    pairs = Pairs(load_examples(file, "train", tokenizer, args)[0], args, file)
+    reference_model, pad_token_id = None, tokenizer.pad_token_id or 0
+    if args.precompute_ref_log_probs:
+        pairs.reference = compute_reference(model, pairs, args, 0, 1, device, pad_token_id)
+    else:
+        reference_model = load_model(args, device, model.config._attn_implementation).eval()
+    batches = [[pairs.batch(np.array(numbers), pad_token_id)] for numbers in steps]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
+
+    def step(micro_batches):
+        num_pairs = sum(len(batch["completion_lengths"]) // 2 for batch in micro_batches)
+        sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
+        for batch in micro_batches:
+            loss_sum, batch_sums = batch_loss(model, reference_model, to_device(batch, device), args)
+            (loss_sum / num_pairs).backward()
+            sums += batch_sums
+        grad_norm = clip_gradients(model, args.max_grad_norm)
+        means = dict(zip(METRICS, (sums / num_pairs).tolist()))
+        optimizer.step()
+        optimizer.zero_grad()
+        return {"loss": means["loss"], "grad_norm": grad_norm, **{name: means[name] for name in LOGPS}}
+
+    return Way(model, optimizer, step, batches, others=[reference_model] if reference_model else [])
+
+
+def their_way(settings, model, file, steps, options, scratch):
+    """DPOTrainer with these settings, and the batches of its own collator."""
+    init = {"attn_implementation": trl_attention(options.device)}
+    config = DPOConfig(**trl_options(options, scratch, model_init_kwargs=init, **settings))
+    trainer = DPOTrainer(
+        str(model), args=config, train_dataset=load_dataset("json", data_files=file)["train"]
+    )
+    batches = [[trainer.data_collator(list(trainer.train_dataset.select(numbers)))] for numbers in steps]
+    return trl_way(trainer, batches, metrics=LOGPS)
+
+
+def compare_on(name, size, model, args, device, options, scratch):
+    """The case of one data set, `size` pairs to a step."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def examine(example):
+        texts = as_text(example, tokenizer)
+        prompt, chosen, rejected, _ = tokenize(texts, tokenizer)
+        fits = len(prompt) + max(len(chosen), len(rejected)) <= options.max_length
+        num_tokens = 2 * len(prompt) + len(chosen) + len(rejected)
+        return (texts, num_tokens) if fits and chosen != rejected else None
+
+    steps = plan_steps(options, size)
+    data = data_file(name, options, "preferences.jsonl")
+    file, lengths = choose(data, steps[-1][-1] + 1, examine, scratch)
+    builds = {}
+    for way, flags in WAYS.items():
+        builds[way] = partial(our_way, replace(args, **flags), file, steps, tokenizer, device)
+    for way, settings in TRL_WAYS.items():
+        settings = {"max_length": options.max_length, "per_device_train_batch_size": size, **settings}
+        builds[way] = partial(their_way, settings, model, file, steps, options, scratch)
+    setup = {
+        "pairs_per_step": size,
+        "max_length": options.max_length,
+        "dtype": f"fp32 weights, {options.dtype} compute",
+        "optimizer": "AdamW, fused",
+        "attention": f"ours: sdpa (padded), varlen (flat); TRL: {trl_attention(options.device)}",
+    }
+    real_tokens = [sum(lengths[i] for i in numbers) for numbers in steps]
+    return compare(name, setup, builds, real_tokens, options, COMPARED)
+
+
+def main():
+    options = parse(__doc__, dtype="bf16", max_length=1024, pairs=0)
+    quiet()
+    cases = CASES if has_real_data(options) else {"demo": {"cpu": 8, "cuda": 8}}
+    found = []
+    with tempfile.TemporaryDirectory() as scratch:
+        model = model_folder(options, scratch)
+        shared = {"max_length": options.max_length, "bf16": options.dtype == "bf16", "learning_rate": 0.0}
+        args = Arguments(model_name_or_path=str(model), output_dir=scratch, **shared)
+        device = start_distributed(args)[3]
+        assert device.type == options.device, "hide the GPU to measure on the CPU: CUDA_VISIBLE_DEVICES="
+        for name, sizes in cases.items():
+            size = options.pairs or sizes[options.device]
+            found.append(compare_on(name, size, model, args, device, options, scratch))
+            show(found[-1])
+    write("dpo", options, model, found)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -61,12 +61,10 @@ def trl_options(options, scratch, **settings):
     }
 
 
-def trl_way(trainer, batches, compute_loss=None, metrics=()):
+def trl_way(trainer, batches, metrics=()):
     """A step of a TRL trainer: what its train() does for each one, without logging and callbacks.
 
-    Args: batches: as for Way, made by the trainer's own collator. compute_loss: takes the place of the
-          trainer's training_step, which for GRPO would generate first. metrics: of those that the trainer
-          logs, which to return too.
+    Args: batches: as for Way, made as the trainer makes them. metrics: which of those that it logs to return.
     """
     args = trainer.args
     if args.gradient_checkpointing:
@@ -83,10 +81,7 @@ def trl_way(trainer, batches, compute_loss=None, metrics=()):
         trainer.current_gradient_accumulation_steps = len(inputs)
         loss = 0.0
         for batch in inputs:
-            if compute_loss is None:
-                loss += trainer.training_step(model, batch, num_items).item()
-            else:
-                loss += compute_loss(model, batch)
+            loss += trainer.training_step(model, batch, num_items).item()
         grad_norm = trainer.accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
         optimizer.step()
         model.zero_grad()
@@ -104,11 +99,11 @@ def count_tokens(micro_batches):
     return sum(batch["input_ids"].numel() for batch in micro_batches)
 
 
-def count_bytes(build, device, tokens=count_tokens):
+def count_bytes(build, device):
     """Peak bytes of the way's largest step, with no other way in memory, and what they consist of."""
     way = build()
     way.step(way.batches[0])  # makes the optimizer's states
-    largest = max(way.batches, key=tokens)
+    largest = max(way.batches, key=count_tokens)
     meter = MemoryMeter(
         way.model,
         way.optimizer,
@@ -122,16 +117,20 @@ def count_bytes(build, device, tokens=count_tokens):
         way.step(largest)
     # TRL computes its loss outside of the head's module: what the meter reads there is 0
     measured = {name: count for name, count in meter.measured.items() if count}
-    return {"peak_bytes": measured.pop("peak"), "bytes": measured, "tokens_in_peak_step": tokens(largest)}
+    return {
+        "peak_bytes": measured.pop("peak"),
+        "bytes": measured,
+        "tokens_in_peak_step": count_tokens(largest),
+    }
 
 
-def release(device):
+def release():
     gc.collect()
-    if device == "cuda":
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def compare(name, setup, builds, real_tokens, options, pairs, tokens=count_tokens):
+def compare(name, setup, builds, real_tokens, options, pairs):
     """Count each way's bytes alone, then time them all in turn.
 
     Args:    builds: {way: function that makes it}; real_tokens: of each step, the warm-up's first; pairs:
@@ -141,11 +140,11 @@ def compare(name, setup, builds, real_tokens, options, pairs, tokens=count_token
     repeats = count_repeats(options)
     once, ways = {}, {}
     for way, build in builds.items():
-        once[way] = count_bytes(build, options.device, tokens)
-        release(options.device)
+        once[way] = count_bytes(build, options.device)
+        release()
     for way, build in builds.items():
         ways[way] = build()
-        once[way]["tokens_computed"] = sum(map(tokens, ways[way].batches[1 : repeats + 1]))
+        once[way]["tokens_computed"] = sum(map(count_tokens, ways[way].batches[1 : repeats + 1]))
         once[way]["real_tokens"] = sum(real_tokens[1 : repeats + 1])
     timed = {way: timed_step(ready, real_tokens, options.device) for way, ready in ways.items()}
     found = case(name, setup, alternate(timed, repeats, options.device), once)
@@ -158,7 +157,7 @@ def compare(name, setup, builds, real_tokens, options, pairs, tokens=count_token
     found["disagreement"] = {name: disagreement(found, name) for name in results}
     ways.clear()
     timed.clear()
-    release(options.device)
+    release()
     return found
 
 

@@ -61,23 +61,25 @@ def trl_options(options, scratch, **settings):
     }
 
 
-def trl_way(trainer, batches, metrics=()):
-    """A step of a TRL trainer: what its train() does for each one, without logging and callbacks.
+def prepare(trainer):
+    """What a trainer's train() does before its first step: optimizer, device, autocast."""
+    trainer.create_optimizer()
+    prepared = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+    trainer.model_wrapped, trainer.optimizer = prepared
+    return trainer
+
+
+def trl_way(trainer, batches, gradient_checkpointing=True, metrics=()):
+    """A step of a prepared TRL trainer: what its train() does for each, without logging and callbacks.
 
     Args: batches: as for Way, made as the trainer makes them. metrics: which of those that it logs to return.
     """
-    args = trainer.args
-    if args.gradient_checkpointing:
-        trainer.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
-    trainer.create_optimizer()
-    model, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
-    trainer.optimizer = optimizer
+    model, optimizer, args = trainer.model_wrapped, trainer.optimizer, trainer.args
 
     def step(micro_batches):
-        # copies: TRL adds keys to its inputs
-        inputs, num_items = trainer.get_batch_samples(
-            map(dict, micro_batches), len(micro_batches), args.device
-        )
+        checkpoint_layers(trainer.model, gradient_checkpointing)
+        inputs = map(dict, micro_batches)  # copies: TRL adds keys to its inputs
+        inputs, num_items = trainer.get_batch_samples(inputs, len(micro_batches), args.device)
         trainer.current_gradient_accumulation_steps = len(inputs)
         loss = 0.0
         for batch in inputs:
@@ -95,59 +97,66 @@ def trl_way(trainer, batches, metrics=()):
     return Way(trainer.model, optimizer.optimizer, step, batches, others=others)
 
 
+def checkpoint_layers(model, wanted):
+    """Switch gradient checkpointing, for the ways that share a model."""
+    if wanted:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_disable()
+
+
 def count_tokens(micro_batches):
     return sum(batch["input_ids"].numel() for batch in micro_batches)
 
 
-def count_bytes(build, device):
-    """Peak bytes of the way's largest step, with no other way in memory, and what they consist of."""
-    way = build()
+def count_bytes(way, device):
+    """Peak bytes of the way's largest step, and what they consist of."""
     way.step(way.batches[0])  # makes the optimizer's states
     largest = max(way.batches, key=count_tokens)
-    meter = MemoryMeter(
-        way.model,
-        way.optimizer,
-        torch.device(device),
-        True,
-        track_step=1,
-        offload=way.offload,
-        others=way.others,
-    )
+    meter = MemoryMeter(way.model, way.optimizer, torch.device(device), True, 1, way.offload, way.others)
     with meter.step(largest):
         way.step(largest)
     # TRL computes its loss outside of the head's module: what the meter reads there is 0
     measured = {name: count for name, count in meter.measured.items() if count}
-    return {
-        "peak_bytes": measured.pop("peak"),
-        "bytes": measured,
-        "tokens_in_peak_step": count_tokens(largest),
-    }
+    peak_bytes = measured.pop("peak")
+    return {"peak_bytes": peak_bytes, "bytes": measured, "tokens_in_peak_step": count_tokens(largest)}
 
 
-def release():
+def free(ways):
+    """Give the memory of the ways back. MemTracker's hooks keep the tensors themselves alive."""
+    for way in ways.values():
+        states = [v for state in way.optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
+        others = (p for module in way.others for p in module.parameters())
+        for tensor in (*way.model.parameters(), *states, *others):
+            if hasattr(tensor, "to_local"):
+                tensor.detach().to_local().untyped_storage().resize_(0)
+            else:
+                tensor.data = tensor.new_empty(0)
+    ways.clear()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def compare(name, setup, builds, real_tokens, options, pairs):
-    """Count each way's bytes alone, then time them all in turn.
+def compare(name, setup, sides, real_tokens, options, pairs):
+    """Count each way's bytes, with no other side's model in memory; then time all ways in turn.
 
-    Args:    builds: {way: function that makes it}; real_tokens: of each step, the warm-up's first; pairs:
-             [(way, baseline), ..] whose ratios are wanted.
+    Args:    sides: functions that make {name: Way} of ways that share one model and optimizer; real_tokens:
+             of each step, the warm-up's first; pairs: [(way, baseline), ..] whose ratios are wanted.
     Returns: a case for harness.write, with ratios.
     """
-    repeats = count_repeats(options)
-    once, ways = {}, {}
-    for way, build in builds.items():
-        once[way] = count_bytes(build, options.device)
-        release()
-    for way, build in builds.items():
-        ways[way] = build()
-        once[way]["tokens_computed"] = sum(map(count_tokens, ways[way].batches[1 : repeats + 1]))
-        once[way]["real_tokens"] = sum(real_tokens[1 : repeats + 1])
+    once, repeats = {}, count_repeats(options)
+    for side in sides:
+        ways = side()
+        for way, ready in ways.items():
+            once[way] = count_bytes(ready, options.device)
+            once[way]["tokens_computed"] = sum(map(count_tokens, ready.batches[1 : repeats + 1]))
+            once[way]["real_tokens"] = sum(real_tokens[1 : repeats + 1])
+        free(ways)
+    ways = {way: ready for side in sides for way, ready in side().items()}
     timed = {way: timed_step(ready, real_tokens, options.device) for way, ready in ways.items()}
     found = case(name, setup, alternate(timed, repeats, options.device), once)
+    free(ways)
     found["ratios"] = {}
     for way, baseline in pairs:
         peaks = [found["ways"][n]["peak_bytes"] for n in (way, baseline)]
@@ -155,9 +164,6 @@ def compare(name, setup, builds, real_tokens, options, pairs):
         found["ratios"][f"{way} against {baseline}"] = quotient
     results = [name for name in found["ways"][way]["median"] if name not in TIMES]
     found["disagreement"] = {name: disagreement(found, name) for name in results}
-    ways.clear()
-    timed.clear()
-    release()
     return found
 
 
@@ -216,6 +222,7 @@ def has_real_data(options):
 def quiet():
     """Leave out the libraries' progress bars and notes."""
     datasets.disable_progress_bars()
+    os.environ["TQDM_DISABLE"] = "1"
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -20,6 +20,7 @@ from against_trl import (
     compare,
     has_real_data,
     plan_steps,
+    prepare,
     quiet,
     show,
     trl_attention,
@@ -51,12 +52,10 @@ CASES = {
     "gsm8k_preferences_4shot": {"cpu": 1, "cuda": 8},
     "chat_preferences": {"cpu": 1, "cuda": 8},
 }
-WAYS = {  # flags of dpo_padding_free.py
-    "padded": {"padding_free": False},
-    "padding-free": {"share_prompt": False},
-    "shared": {},
-    "shared, reference each step": {"precompute_ref_log_probs": False},
-}
+SIDES = (  # flags of dpo_padding_free.py; the ways of a side share one model
+    {"padded": {"padding_free": False}, "padding-free": {"share_prompt": False}, "shared": {}},
+    {"shared, reference each step": {"precompute_ref_log_probs": False}},
+)
 TRL_WAYS = {  # settings of DPOConfig
     "TRL padded": {},  # its defaults: the reference model runs in each step
     "TRL padded, precomputed": {"precompute_ref_log_probs": True},
@@ -84,19 +83,29 @@ def as_text(example, tokenizer):
     return texts
 
 
-def our_way(args, file, steps, tokenizer, device):
-    """dpo_padding_free.train's loop body as a function, and the batches that it would be given."""
-    model = load_model(args, device, "varlen" if args.padding_free else "sdpa")
+def our_ways(flags, args, file, steps, tokenizer, device):
+    """dpo_padding_free.train's loop body as a function, and the batches it would be given, for each way."""
+    model = load_model(args, device, "varlen")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
+    return {
+        way: our_way(replace(args, **some), file, steps, tokenizer, device, model, optimizer)
+        for way, some in flags.items()
+    }
+
+
+def our_way(args, file, steps, tokenizer, device, model, optimizer):
     pairs = Pairs(load_examples(file, "train", tokenizer, args)[0], args, file)
     reference_model, pad_token_id = None, tokenizer.pad_token_id or 0
+    attention = "varlen" if args.padding_free else "sdpa"
+    model.set_attn_implementation(attention)
     if args.precompute_ref_log_probs:
         pairs.reference = compute_reference(model, pairs, args, 0, 1, device, pad_token_id)
     else:
-        reference_model = load_model(args, device, model.config._attn_implementation).eval()
+        reference_model = load_model(args, device, attention).eval()
     batches = [[pairs.batch(np.array(numbers), pad_token_id)] for numbers in steps]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
 
     def step(micro_batches):
+        model.set_attn_implementation(attention)
         num_pairs = sum(len(batch["completion_lengths"]) // 2 for batch in micro_batches)
         sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
         for batch in micro_batches:
@@ -112,15 +121,15 @@ def our_way(args, file, steps, tokenizer, device):
     return Way(model, optimizer, step, batches, others=[reference_model] if reference_model else [])
 
 
-def their_way(settings, model, file, steps, options, scratch):
-    """DPOTrainer with these settings, and the batches of its own collator."""
+def their_way(way, model, file, steps, options, scratch):
+    """DPOTrainer with this way's settings, and the batches of its own collator."""
     init = {"attn_implementation": trl_attention(options.device)}
-    config = DPOConfig(**trl_options(options, scratch, model_init_kwargs=init, **settings))
-    trainer = DPOTrainer(
-        str(model), args=config, train_dataset=load_dataset("json", data_files=file)["train"]
-    )
+    settings = {"max_length": options.max_length, "model_init_kwargs": init, **TRL_WAYS[way]}
+    config = DPOConfig(**trl_options(options, scratch, **settings))
+    rows = load_dataset("json", data_files=file, split="train")
+    trainer = prepare(DPOTrainer(str(model), args=config, train_dataset=rows))
     batches = [[trainer.data_collator(list(trainer.train_dataset.select(numbers)))] for numbers in steps]
-    return trl_way(trainer, batches, metrics=LOGPS)
+    return {way: trl_way(trainer, batches, metrics=LOGPS)}
 
 
 def compare_on(name, size, model, args, device, options, scratch):
@@ -137,12 +146,8 @@ def compare_on(name, size, model, args, device, options, scratch):
     steps = plan_steps(options, size)
     data = data_file(name, options, "preferences.jsonl")
     file, lengths = choose(data, steps[-1][-1] + 1, examine, scratch)
-    builds = {}
-    for way, flags in WAYS.items():
-        builds[way] = partial(our_way, replace(args, **flags), file, steps, tokenizer, device)
-    for way, settings in TRL_WAYS.items():
-        settings = {"max_length": options.max_length, "per_device_train_batch_size": size, **settings}
-        builds[way] = partial(their_way, settings, model, file, steps, options, scratch)
+    sides = [partial(our_ways, flags, args, file, steps, tokenizer, device) for flags in SIDES]
+    sides += [partial(their_way, way, model, file, steps, options, scratch) for way in TRL_WAYS]
     setup = {
         "pairs_per_step": size,
         "max_length": options.max_length,
@@ -151,7 +156,7 @@ def compare_on(name, size, model, args, device, options, scratch):
         "attention": f"ours: sdpa (padded), varlen (flat); TRL: {trl_attention(options.device)}",
     }
     real_tokens = [sum(lengths[i] for i in numbers) for numbers in steps]
-    return compare(name, setup, builds, real_tokens, options, COMPARED)
+    return compare(name, setup, sides, real_tokens, options, COMPARED)
 
 
 def main():

@@ -18,12 +18,14 @@ import torch
 import torch.distributed as dist
 from against_trl import (
     Way,
+    checkpoint_layers,
     compare,
     count_repeats,
     disagreement,
+    free,
     has_real_data,
+    prepare,
     quiet,
-    release,
     show,
     trl_attention,
     trl_options,
@@ -52,7 +54,7 @@ WAYS = {  # (flags of grpo_zero3.py, whether a prompt is computed once)
     "shared, no checkpointing": ({"gradient_checkpointing": False}, True),
     "padding-free": ({}, False),
 }
-TRL_WAYS = {"TRL": {}, "TRL, tuned": {"gradient_checkpointing": False}}  # settings of GRPOConfig
+TRL_WAYS = {"TRL": True, "TRL, tuned": False}  # whether layers are checkpointed, as they are by default
 PAIRS = [
     ("shared", "TRL"),
     ("shared, no checkpointing", "TRL, tuned"),
@@ -83,9 +85,17 @@ def sample_rollouts(groups_per_step, options, tokenizer):
     return rollouts
 
 
-def our_way(args, shares, rollouts, device):
+def our_ways(args, rollouts, device):
     """grpo_zero3.update as a function, for a module without DeepSpeed, and the batches it would be given."""
     model = sft_packing.load_model(args, device, "varlen")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
+    return {
+        way: our_way(replace(args, **flags), shares, rollouts, device, model, optimizer)
+        for way, (flags, shares) in WAYS.items()
+    }
+
+
+def our_way(args, shares, rollouts, device, model, optimizer):
     engine = Engine(model)
     batches = []
     for groups, rewards in rollouts:
@@ -98,9 +108,9 @@ def our_way(args, shares, rollouts, device):
         if not shares:
             groups = [(prompt, [c]) for prompt, completions in groups for c in completions]
         batches.append(make_batches(groups, advantages, denominators, budget, device, lambda value: value))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
 
     def step(micro_batches):
+        checkpoint_layers(model, args.gradient_checkpointing)
         total = 0.0
         for batch in micro_batches:
             logps = per_token_logps(engine, batch, args)
@@ -126,14 +136,16 @@ class Engine:
         return self.module(**inputs)
 
 
-def their_way(settings, model, rollouts, options, scratch):
-    """GRPOTrainer with these settings; rollouts padded, shuffled and split as it does after generating."""
+def their_ways(model, rollouts, longest, options, scratch):
+    """GRPOTrainer's steps on rollouts padded, shuffled and split as it does after generating."""
     init = {"attn_implementation": trl_attention(options.device)}
     num_batches = len(rollouts[0][0])
-    settings = settings | {"model_init_kwargs": init, "gradient_accumulation_steps": num_batches}
-    config = GRPOConfig(**trl_options(options, scratch, **settings))
+    config = GRPOConfig(
+        **trl_options(options, scratch, model_init_kwargs=init, gradient_accumulation_steps=num_batches),
+        max_completion_length=longest,
+    )
     dataset = Dataset.from_dict({"prompt": ["never sampled"]})
-    trainer = GRPOTrainer(str(model), [lambda **_: [0.0]], config, train_dataset=dataset)
+    trainer = prepare(GRPOTrainer(str(model), [lambda **_: [0.0]], config, train_dataset=dataset))
     trainer._prepare_inputs = lambda batch: batch  # it would generate, and score
     batches = []
     for groups, rewards in rollouts:
@@ -153,17 +165,16 @@ def their_way(settings, model, rollouts, options, scratch):
             # what TRL makes of the two itself; here for the counts
             batch["input_ids"] = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         batches.append([{k: v.to(config.device) for k, v in batch.items()} for batch in split])
-    return trl_way(trainer, batches)
+    return {way: trl_way(trainer, batches, checkpointing) for way, checkpointing in TRL_WAYS.items()}
 
 
-def agreement(builds):
+def agreement(sides):
     """What one small step of each way gives in fp32, and the largest relative difference between two ways."""
     steps = {}
-    for name, build in builds.items():
-        way = build()
-        steps[name] = way.step(way.batches[0])
-        del way
-        release()
+    for side in sides:
+        ways = side()
+        steps |= {name: way.step(way.batches[0]) for name, way in ways.items()}
+        free(ways)
     repetitions = {"ways": {name: {"repetitions": [step]} for name, step in steps.items()}}
     return {"ways": steps, **{name: disagreement(repetitions, name) for name in ("loss", "grad_norm")}}
 
@@ -182,20 +193,12 @@ def main():
         device = sft_packing.start_distributed(args)[3]
         assert device.type == options.device, "hide the GPU to measure on the CPU: CUDA_VISIBLE_DEVICES="
 
-        def builds(options, args):
-            ours = {
-                way: partial(our_way, replace(args, **flags), shares, rollouts, device)
-                for way, (flags, shares) in WAYS.items()
-            }
-            settings = {"max_completion_length": longest}
-            theirs = {
-                way: partial(their_way, settings | more, model, rollouts, options, scratch)
-                for way, more in TRL_WAYS.items()
-            }
-            return ours | theirs
+        def sides(options, args):
+            theirs = partial(their_ways, model, rollouts, longest, options, scratch)
+            return [partial(our_ways, args, rollouts, device), theirs]
 
         fp32 = argparse.Namespace(**vars(options) | {"dtype": "fp32"})
-        in_fp32 = agreement(builds(fp32, replace(args, bf16=False)))
+        in_fp32 = agreement(sides(fp32, replace(args, bf16=False)))
         setup = {
             "groups_per_step": size,
             "num_generations": G,
@@ -204,7 +207,7 @@ def main():
             "attention": f"ours: varlen; TRL: {trl_attention(options.device)}",
         }
         real_tokens = [sum(len(p) + len(c) for p, cs in groups for c in cs) for groups, _ in rollouts]
-        found = compare(name, setup, builds(options, args), real_tokens, options, PAIRS)
+        found = compare(name, setup, sides(options, args), real_tokens, options, PAIRS)
         found["one_step_in_fp32"] = in_fp32
         show(found)
         worst = f"loss {in_fp32['loss']:.1e}  grad_norm {in_fp32['grad_norm']:.1e}"

@@ -15,10 +15,12 @@ import torch
 import torch.distributed as dist
 from against_trl import (
     Way,
+    checkpoint_layers,
     choose,
     compare,
     has_real_data,
     plan_steps,
+    prepare,
     quiet,
     show,
     trl_attention,
@@ -54,13 +56,14 @@ WAYS = {  # flags of sft_packing.py
     "packed + checkpointing": {},
     "packed + checkpointing + offload": {"activation_offloading": True},
 }
-TRL_WAYS = {  # settings of SFTConfig
-    "TRL padded": {},  # its defaults: checkpointing is on
-    "TRL padding-free": {"padding_free": True, "max_length": None, "gradient_checkpointing": False},
+TRL_WAYS = {  # settings of SFTConfig; its defaults: padding, and checkpointing
+    "TRL padded": {},
+    "TRL padding-free": {"padding_free": True, "gradient_checkpointing": False},
     "TRL packed": {"packing": True, "gradient_checkpointing": False},
     "TRL packed + checkpointing": {"packing": True},
-    "TRL packed + checkpointing + offload": {"packing": True, "activation_offloading": True},
 }
+# by itself, for it leaves hooks on its model
+TRL_OFFLOAD = {"TRL packed + checkpointing + offload": {"packing": True}}
 PAIRS = [
     ("packed", "TRL packed"),
     ("packed", "TRL padding-free"),
@@ -72,19 +75,29 @@ PAIRS = [
 ]
 
 
-def our_way(args, steps, tokenizer, device):
-    """sft_packing.train's loop body as a function, and the batches that it would be given."""
+def our_ways(args, steps, tokenizer, device, options):
+    """sft_packing.train's loop body as a function, and the batches it would be given, for each of WAYS."""
+    model = load_model(args, device, "varlen")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
+    return {
+        way: our_way(replace(args, **flags), steps, tokenizer, device, model, optimizer)
+        for way, flags in WAYS.items()
+        if runs_on(way, options.device)
+    }
+
+
+def our_way(args, steps, tokenizer, device, model, optimizer):
     examples, data = load_examples(args.dataset_name, "train", tokenizer, args, "truncate")
     batches = []
     for numbers in steps:
         rows = Rows(examples.select(numbers), data, args, "truncate")
         batches.append([rows.batch(np.arange(len(rows)), tokenizer.pad_token_id or 0)])
-    flat = args.packing or args.padding_free
-    model = load_model(args, device, "varlen" if flat else "sdpa")
+    attention = "varlen" if args.packing or args.padding_free else "sdpa"
     offload = OffloadActivations(model, decoder_layers(model), device) if args.activation_offloading else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
 
     def step(micro_batches):
+        model.set_attn_implementation(attention)
+        checkpoint_layers(model, args.gradient_checkpointing)
         num_items_in_batch = sum(count(batch)[0] for batch in micro_batches)
         nll_total = 0.0
         for batch in micro_batches:
@@ -103,29 +116,34 @@ def our_way(args, steps, tokenizer, device):
     return Way(model, optimizer, step, batches, offload)
 
 
-def their_way(settings, model, documents, steps, options, scratch):
-    """SFTTrainer with these settings, and the batches of its own packer and collator."""
+def runs_on(way, device):
+    return device == "cuda" or "offload" not in way  # a CPU has no other memory to offload to
+
+
+def sft_trainer(model, rows, options, scratch, **settings):
+    """An SFTTrainer with TRL's defaults. Its train_dataset has the columns input_ids and labels."""
     init = {"attn_implementation": trl_attention(options.device)}
-    config = SFTConfig(**trl_options(options, scratch, model_init_kwargs=init, **settings))
-    trainer = SFTTrainer(str(model), config, train_dataset=documents)
-    if not settings.get("packing"):
-        documents = trainer.train_dataset  # cut to max_length
-    batches = []
-    for numbers in steps:
-        chosen = documents.select(numbers)
-        if config.packing:  # what the trainer itself does with a dataset, here with one step's documents
-            chosen = pack_dataset(chosen, config.max_length, config.packing_strategy)
-        batches.append([trainer.data_collator(list(chosen))])
-    return trl_way(trainer, batches)
+    settings |= {"max_length": options.max_length, "model_init_kwargs": init}
+    config = SFTConfig(**trl_options(options, scratch, **settings))
+    return SFTTrainer(str(model), config, train_dataset=rows)
 
 
-def their_documents(model, file, options, scratch):
-    """The examples as SFTTrainer tokenises them: columns input_ids and labels."""
-    config = SFTConfig(**trl_options(options, scratch))
-    rows = load_dataset("json", data_files=file, split="train")
-    return SFTTrainer(str(model), config, train_dataset=rows).train_dataset.select_columns(
-        ["input_ids", "labels"]
-    )
+def their_ways(ways, model, documents, steps, options, scratch, **settings):
+    """SFTTrainer's steps on what its packer and its collator make of the documents with each way's settings.
+
+    One trainer is enough: nothing else in it depends on them.
+    """
+    trainer = prepare(sft_trainer(model, documents, options, scratch, **settings))
+    flatten = replace(trainer.data_collator, padding_free=True)
+    found = {}
+    for way, chosen in ways.items():
+        collate = flatten if chosen.get("padding_free") or chosen.get("packing") else trainer.data_collator
+        rows = [documents.select(numbers) for numbers in steps]
+        if chosen.get("packing"):
+            rows = [pack_dataset(some, options.max_length, trainer.args.packing_strategy) for some in rows]
+        batches = [[collate(list(some))] for some in rows]
+        found[way] = trl_way(trainer, batches, chosen.get("gradient_checkpointing", True))
+    return found
 
 
 def compare_on(name, size, model, args, device, options, scratch):
@@ -139,15 +157,17 @@ def compare_on(name, size, model, args, device, options, scratch):
     steps = plan_steps(options, size)
     data = data_file(name, options, "sft.jsonl")
     file, lengths = choose(data, steps[-1][-1] + 1, examine, scratch)
-    documents = their_documents(model, file, options, scratch)
-    builds = {}
-    for way, flags in WAYS.items():
-        builds[way] = partial(our_way, replace(args, dataset_name=file, **flags), steps, tokenizer, device)
-    for way, settings in TRL_WAYS.items():
-        settings = {"max_length": options.max_length, "per_device_train_batch_size": size, **settings}
-        builds[way] = partial(their_way, settings, model, documents, steps, options, scratch)
-    if options.device == "cpu":  # there is no other memory to offload to
-        builds = {way: build for way, build in builds.items() if "offload" not in way}
+    rows = load_dataset("json", data_files=file, split="train")
+    documents = sft_trainer(model, rows, options, scratch).train_dataset.select_columns(
+        ["input_ids", "labels"]
+    )
+    sides = [
+        partial(our_ways, replace(args, dataset_name=file), steps, tokenizer, device, options),
+        partial(their_ways, TRL_WAYS, model, documents, steps, options, scratch),
+    ]
+    if options.device == "cuda":
+        offload = {"activation_offloading": True}
+        sides.append(partial(their_ways, TRL_OFFLOAD, model, documents, steps, options, scratch, **offload))
     setup = {
         "documents_per_step": size,
         "max_length": options.max_length,
@@ -155,9 +175,9 @@ def compare_on(name, size, model, args, device, options, scratch):
         "optimizer": "AdamW, fused",
         "attention": f"ours: sdpa (padded), varlen (flat); TRL: {trl_attention(options.device)}",
     }
-    pairs = [pair for pair in PAIRS if set(pair) <= set(builds)]
+    pairs = [pair for pair in PAIRS if runs_on(pair[0], options.device)]
     real_tokens = [sum(lengths[i] for i in numbers) for numbers in steps]
-    return compare(name, setup, builds, real_tokens, options, pairs)
+    return compare(name, setup, sides, real_tokens, options, pairs)
 
 
 def main():

@@ -43,9 +43,10 @@ class Way:
     others: list = field(default_factory=list)  # further models that run in a step
 
 
-def trl_attention(device):
+def trl_attention(options):
     """What TRL recommends where it can run, and transformers' own choice where it cannot."""
-    return "flash_attention_2" if device == "cuda" and is_flash_attn_2_available() else "sdpa"
+    flash = options.device == "cuda" and options.dtype == "bf16" and is_flash_attn_2_available()
+    return "flash_attention_2" if flash else "sdpa"
 
 
 def trl_options(options, scratch, **settings):
@@ -133,6 +134,10 @@ def free(ways):
             else:
                 tensor.data = tensor.new_empty(0)
     ways.clear()
+    release()
+
+
+def release():
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -146,6 +151,7 @@ def compare(name, setup, sides, real_tokens, options, pairs):
     Returns: a case for harness.write, with ratios.
     """
     once, repeats = {}, count_repeats(options)
+    release()
     for side in sides:
         ways = side()
         for way, ready in ways.items():
@@ -196,7 +202,9 @@ def choose(path, num_examples, examine, scratch):
     """
     lines = Path(path).read_text().splitlines()
     drawn = (examine(json.loads(lines[i])) for i in np.random.default_rng(0).permutation(len(lines)))
-    chosen = list(itertools.islice(filter(None, drawn), int(num_examples)))
+    chosen = list(itertools.islice(filter(None, drawn), num_examples))
+    if len(chosen) < num_examples:
+        raise ValueError(f"{path} has {len(chosen)} examples that fit, and {num_examples} are needed.")
     file = Path(scratch) / "examples.jsonl"
     file.write_text("".join(json.dumps(example) + "\n" for example, _ in chosen))
     return str(file), [num_tokens for _, num_tokens in chosen]
@@ -215,8 +223,14 @@ def count_repeats(options):
     return options.repeats or (2 if options.quick else 3)
 
 
-def has_real_data(options):
-    return bool(os.environ.get("BENCH_DATA")) and not options.quick
+def chosen_cases(cases, options):
+    """Those of --only, or all; with --quick, or without $BENCH_DATA, the demo's data in their place.
+
+    Args: cases: {name: {device: how many examples make a step}}.
+    """
+    if options.quick or not os.environ.get("BENCH_DATA"):
+        return {"demo": next(iter(cases.values()))}
+    return {name: sizes for name, sizes in cases.items() if options.only in ("", name)}
 
 
 def quiet():

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from against_trl import (
     Way,
     choose,
+    chosen_cases,
     compare,
-    has_real_data,
     plan_steps,
     prepare,
     quiet,
@@ -123,7 +123,7 @@ def our_way(args, file, steps, tokenizer, device, model, optimizer):
 
 def their_way(way, model, file, steps, options, scratch):
     """DPOTrainer with this way's settings, and the batches of its own collator."""
-    init = {"attn_implementation": trl_attention(options.device)}
+    init = {"attn_implementation": trl_attention(options)}
     settings = {"max_length": options.max_length, "model_init_kwargs": init, **TRL_WAYS[way]}
     config = DPOConfig(**trl_options(options, scratch, **settings))
     rows = load_dataset("json", data_files=file, split="train")
@@ -153,16 +153,15 @@ def compare_on(name, size, model, args, device, options, scratch):
         "max_length": options.max_length,
         "dtype": f"fp32 weights, {options.dtype} compute",
         "optimizer": "AdamW, fused",
-        "attention": f"ours: sdpa (padded), varlen (flat); TRL: {trl_attention(options.device)}",
+        "attention": f"ours: sdpa (padded), varlen (flat); TRL: {trl_attention(options)}",
     }
     real_tokens = [sum(lengths[i] for i in numbers) for numbers in steps]
     return compare(name, setup, sides, real_tokens, options, COMPARED)
 
 
 def main():
-    options = parse(__doc__, dtype="bf16", max_length=1024, pairs=0)
+    options = parse(__doc__, dtype="bf16", max_length=1024, pairs=0, only="")
     quiet()
-    cases = CASES if has_real_data(options) else {"demo": {"cpu": 8, "cuda": 8}}
     found = []
     with tempfile.TemporaryDirectory() as scratch:
         model = model_folder(options, scratch)
@@ -170,7 +169,7 @@ def main():
         args = Arguments(model_name_or_path=str(model), output_dir=scratch, **shared)
         device = start_distributed(args)[3]
         assert device.type == options.device, "hide the GPU to measure on the CPU: CUDA_VISIBLE_DEVICES="
-        for name, sizes in cases.items():
+        for name, sizes in chosen_cases(CASES, options).items():
             size = options.pairs or sizes[options.device]
             found.append(compare_on(name, size, model, args, device, options, scratch))
             show(found[-1])

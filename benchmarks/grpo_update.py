@@ -19,11 +19,11 @@ import torch.distributed as dist
 from against_trl import (
     Way,
     checkpoint_layers,
+    chosen_cases,
     compare,
     count_repeats,
     disagreement,
     free,
-    has_real_data,
     prepare,
     quiet,
     show,
@@ -48,7 +48,7 @@ from grpo_zero3 import (
 )
 
 G = 8
-GROUPS = {"cpu": 1, "cuda": 4}  # of a step
+CASES = {"gsm8k_prompts": {"cpu": 1, "cuda": 4}}  # --groups of a step
 WAYS = {  # (flags of grpo_zero3.py, whether a prompt is computed once)
     "shared": ({}, True),
     "shared, no checkpointing": ({"gradient_checkpointing": False}, True),
@@ -138,7 +138,7 @@ class Engine:
 
 def their_ways(model, rollouts, longest, options, scratch):
     """GRPOTrainer's steps on rollouts padded, shuffled and split as it does after generating."""
-    init = {"attn_implementation": trl_attention(options.device)}
+    init = {"attn_implementation": trl_attention(options)}
     num_batches = len(rollouts[0][0])
     config = GRPOConfig(
         **trl_options(options, scratch, model_init_kwargs=init, gradient_accumulation_steps=num_batches),
@@ -180,10 +180,10 @@ def agreement(sides):
 
 
 def main():
-    options = parse(__doc__, dtype="bf16", groups=0)
+    options = parse(__doc__, dtype="bf16", groups=0, only="")
     quiet()
-    size = options.groups or GROUPS[options.device]
-    name = "gsm8k_prompts" if has_real_data(options) else "demo"
+    ((name, sizes),) = chosen_cases(CASES, options).items()
+    size = options.groups or sizes[options.device]
     with tempfile.TemporaryDirectory() as scratch:
         model = model_folder(options, scratch)
         rollouts = sample_rollouts(size, options, AutoTokenizer.from_pretrained(model))
@@ -204,7 +204,7 @@ def main():
             "num_generations": G,
             "dtype": f"fp32 weights, {options.dtype} compute",
             "optimizer": "AdamW, fused",
-            "attention": f"ours: varlen; TRL: {trl_attention(options.device)}",
+            "attention": f"ours: varlen; TRL: {trl_attention(options)}",
         }
         real_tokens = [sum(len(p) + len(c) for p, cs in groups for c in cs) for groups, _ in rollouts]
         found = compare(name, setup, sides(options, args), real_tokens, options, PAIRS)

@@ -17,8 +17,8 @@ from against_trl import (
     Way,
     checkpoint_layers,
     choose,
+    chosen_cases,
     compare,
-    has_real_data,
     plan_steps,
     prepare,
     quiet,
@@ -122,7 +122,7 @@ def runs_on(way, device):
 
 def sft_trainer(model, rows, options, scratch, **settings):
     """An SFTTrainer with TRL's defaults. Its train_dataset has the columns input_ids and labels."""
-    init = {"attn_implementation": trl_attention(options.device)}
+    init = {"attn_implementation": trl_attention(options)}
     settings |= {"max_length": options.max_length, "model_init_kwargs": init}
     config = SFTConfig(**trl_options(options, scratch, **settings))
     return SFTTrainer(str(model), config, train_dataset=rows)
@@ -158,9 +158,8 @@ def compare_on(name, size, model, args, device, options, scratch):
     data = data_file(name, options, "sft.jsonl")
     file, lengths = choose(data, steps[-1][-1] + 1, examine, scratch)
     rows = load_dataset("json", data_files=file, split="train")
-    documents = sft_trainer(model, rows, options, scratch).train_dataset.select_columns(
-        ["input_ids", "labels"]
-    )
+    documents = sft_trainer(model, rows, options, scratch).train_dataset
+    documents = documents.select_columns(["input_ids", "labels"])
     sides = [
         partial(our_ways, replace(args, dataset_name=file), steps, tokenizer, device, options),
         partial(their_ways, TRL_WAYS, model, documents, steps, options, scratch),
@@ -173,7 +172,7 @@ def compare_on(name, size, model, args, device, options, scratch):
         "max_length": options.max_length,
         "dtype": f"fp32 weights, {options.dtype} compute",
         "optimizer": "AdamW, fused",
-        "attention": f"ours: sdpa (padded), varlen (flat); TRL: {trl_attention(options.device)}",
+        "attention": f"ours: sdpa (padded), varlen (flat); TRL: {trl_attention(options)}",
     }
     pairs = [pair for pair in PAIRS if runs_on(pair[0], options.device)]
     real_tokens = [sum(lengths[i] for i in numbers) for numbers in steps]
@@ -181,9 +180,8 @@ def compare_on(name, size, model, args, device, options, scratch):
 
 
 def main():
-    options = parse(__doc__, dtype="bf16", max_length=1024, documents=0)
+    options = parse(__doc__, dtype="bf16", max_length=1024, documents=0, only="")
     quiet()
-    cases = CASES if has_real_data(options) else {"demo": {"cpu": 8, "cuda": 8}}
     found = []
     with tempfile.TemporaryDirectory() as scratch:
         model = model_folder(options, scratch)
@@ -191,7 +189,7 @@ def main():
         args = Arguments(model_name_or_path=str(model), output_dir=scratch, **shared)
         device = start_distributed(args)[3]
         assert device.type == options.device, "hide the GPU to measure on the CPU: CUDA_VISIBLE_DEVICES="
-        for name, sizes in cases.items():
+        for name, sizes in chosen_cases(CASES, options).items():
             size = options.documents or sizes[options.device]
             found.append(compare_on(name, size, model, args, device, options, scratch))
             show(found[-1])

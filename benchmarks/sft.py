@@ -48,7 +48,7 @@ from sft_packing import (
 )
 
 # --documents of a step; on a CPU, as many as make a step of some ten seconds
-CASES = {"chat_messages": {"cpu": 4, "cuda": 8}, "gsm8k_prompt_completion": {"cpu": 8, "cuda": 8}}
+CASES = {"chat_messages": {"cpu": 3, "cuda": 8}, "gsm8k_prompt_completion": {"cpu": 6, "cuda": 8}}
 WAYS = {  # flags of sft_packing.py
     "padded": {"packing": False, "padding_free": False, "gradient_checkpointing": False},
     "padding-free": {"packing": False, "gradient_checkpointing": False},

@@ -78,8 +78,11 @@ def sample_rollouts(groups_per_step, options, tokenizer):
                 answer = json.loads(answers[i])
                 answer = (answer.get("completion") or answer["chosen"])[-1]["content"]
                 completion_ids = tokenizer(answer)["input_ids"] + [tokenizer.eos_token_id]
-                few = step == 0 and options.device == "cpu"  # tokens are enough to warm up with
-                completions.append(completion_ids[-16:] if few else completion_ids)
+                if step == 0 and options.device == "cpu":
+                    # A few tokens are enough to warm up with. Of one length, their advantages would cancel
+                    # out, and the loss would be nothing but rounding errors.
+                    completion_ids = completion_ids[-8 * (len(completions) + 1) :]
+                completions.append(completion_ids)
             groups.append((tokenizer(text)["input_ids"], completions))
         rollouts.append((groups, torch.from_numpy(rng.random(groups_per_step * G))))
     return rollouts

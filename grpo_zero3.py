@@ -34,7 +34,12 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
-from deepspeed.utils import safe_get_full_fp32_param, set_z3_leaf_modules, z3_leaf_module
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_set_local_fp32_param,
+    set_z3_leaf_modules,
+    z3_leaf_module,
+)
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -778,7 +783,8 @@ def load_engine(args, device, trainable=True):
     config = deepspeed_config(args, trainable)
     options = {"dtype": torch.bfloat16 if args.bf16 else torch.float32}
     first = dist.get_rank() == 0
-    whole = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **options) if first else None
+    # in the dtype of its files: rounded to bf16 below, and not before `write_fp32_weights`
+    whole = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype="auto") if first else None
     # inside Init, each module's weights are sharded as soon as it is made
     with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=config):
         shape = AutoConfig.from_pretrained(args.model_name_or_path)
@@ -795,7 +801,6 @@ def load_engine(args, device, trainable=True):
             shared = torch.empty(buffer.shape, dtype=dtype, device=device)
             dist.broadcast(shared.copy_(whole.get_buffer(name)) if first else shared, 0)
             buffer.data = shared
-    del whole
     # A leaf module's weights come in one coalesced gather, not one gather for each matrix in it.
     set_z3_leaf_modules(model, list({type(layer) for layer in decoder_layers(model)}))
     if not trainable:
@@ -809,7 +814,22 @@ def load_engine(args, device, trainable=True):
     else:
         # fused: the default makes temporaries as large as the weights while it updates
         optimizer = torch.optim.AdamW(model.parameters(), fused=True, **options)
-    return deepspeed.initialize(model=model.train(), optimizer=optimizer, config=config)[0]
+    engine = deepspeed.initialize(model=model.train(), optimizer=optimizer, config=config)[0]
+    if args.bf16:
+        write_fp32_weights(model, whole, device)
+    return engine
+
+
+def write_fp32_weights(model, whole, device):
+    """Give the optimizer's fp32 copy the weights as the first rank loaded them: it was made of bf16 ones."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for name, parameter in model.named_parameters():
+        share = parameter.ds_tensor.numel()  # equal on all ranks: the last one's is padded
+        flat = torch.zeros(share * world, device=device)
+        if rank == 0:
+            flat[: parameter.ds_numel] = whole.get_parameter(name).detach().flatten()
+        dist.broadcast(flat, 0)
+        safe_set_local_fp32_param(parameter, flat[rank * share : (rank + 1) * share])
 
 
 def checkpoint_layers(model):

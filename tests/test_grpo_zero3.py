@@ -333,6 +333,7 @@ def runs(base, tmp_path_factory):
         },
         "offloaded": {"flags": {**half, "offload_optimizer": True, "offload_param": True, "max_steps": 2}},
         "bf16": {"flags": {**half, "bf16": True, "max_steps": 2}},
+        "bf16 at rest": {"flags": {**half, "bf16": True, "max_steps": 1, "learning_rate": 0.0}},
     }
     for name, job in jobs.items():
         job["flags"] = {**base, **job["flags"], "output_dir": str(folder / name)}
@@ -420,6 +421,16 @@ def test_bf16_follows_fp32(runs):
     # a few of the sampled tokens are others
     for name, tolerance in (("entropy", 0.05), ("grad_norm", 0.3)):
         assert first[name] == pytest.approx(expected[name], rel=tolerance) and first[name] != expected[name]
+
+
+def test_bf16_trains_the_fp32_weights_of_the_files(runs, base, tmp_path):
+    """At a learning rate of 0 they leave as they came: on two ranks, and with the optimizer on the host."""
+    came = load_file(Path(base["model_name_or_path"]) / "model.safetensors")
+    offloaded = run(tmp_path, base, bf16=True, offload_optimizer=True, learning_rate=0.0, max_steps=1)
+    for left in (read_run(runs[0]["bf16 at rest"]).weights, offloaded.weights):
+        assert left.keys() == came.keys()
+        assert all(torch.equal(left[name], came[name]) for name in came)
+    assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in came.values())
 
 
 def contents(folder):

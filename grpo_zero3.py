@@ -1037,9 +1037,27 @@ def read_progress(path, fingerprint, world):
 def load_checkpoint(engine, path):
     """Restore weights, moments and this rank's random states."""
     _, state = engine.load_checkpoint(str(path), "zero3", load_lr_scheduler_states=False)
+    adam = engine.optimizer.optimizer
+    if isinstance(adam, deepspeed.ops.adam.DeepSpeedCPUAdam):
+        count_steps_again(adam)
     torch.set_rng_state(state["random_states"]["cpu"])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state(state["random_states"]["cuda"])
+
+
+def count_steps_again(adam):
+    """Bring DeepSpeedCPUAdam's inner powers beta ** step to where they stood when the checkpoint was written.
+
+    No checkpoint holds them. They are multiplied up step by step in fp32; resumed, they would be taken with
+    pow() instead, which ends in other digits. So all steps are taken again, on one number that nobody reads.
+    """
+    (beta1, beta2), eps = adam.defaults["betas"], adam.defaults["eps"]
+    learning_rate, weight_decay, bias_correction = 0.0, 0.0, True
+    settings = (learning_rate, beta1, beta2, eps, weight_decay, bias_correction)
+    weight, gradient, *moments = (torch.zeros(1) for _ in range(4))
+    steps_done = int(max(state["step"] for state in adam.state.values()))
+    for step in range(1, steps_done + 1):
+        adam.ds_opt_adam.adam_update(adam.opt_id, step, *settings, weight, gradient, *moments)
 
 
 def whole_weights(engine, bf16):

@@ -380,6 +380,15 @@ def test_sigterm_on_one_rank_saves_a_checkpoint_after_the_rollout(runs):
     assert [step for step, _ in list_checkpoints(runs[0]["stopped"])] == [4]
 
 
+def test_a_resumed_run_on_the_host_is_the_uninterrupted_one(base, tmp_path):
+    flags = {**base, "offload_optimizer": True, "max_steps": 8, "max_completion_length": 4}
+    through = run(tmp_path / "through", flags, save_steps=5)
+    checkpoint = str(tmp_path / "through/checkpoint-5")
+    resumed = run(tmp_path / "resumed", flags, resume_from_checkpoint=checkpoint)
+    assert [step["step"] for step in resumed.metrics] == [6, 7, 8]
+    assert_same_bits(resumed, through._replace(metrics=through.metrics[5:]))
+
+
 def test_the_newest_checkpoints_are_kept(runs):
     assert [step for step, _ in list_checkpoints(runs[0]["through"])] == [4, 6]
     assert not [path for path in runs[0]["through"].iterdir() if path.suffix in (".tmp", ".deleted")]

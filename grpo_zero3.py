@@ -771,6 +771,18 @@ def all_sum(values, device):
     return values.tolist()
 
 
+@contextmanager
+def together(device):
+    """What goes wrong inside on one rank ends all of them: the others would wait for it, or lose it."""
+    error = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    if all_sum([error is not None], device)[0]:
+        raise error or ValueError("another rank cannot go on; its own message says why.")
+
+
 def all_max(value, device):
     value = torch.tensor([value], dtype=torch.float64, device=device)
     dist.all_reduce(value, dist.ReduceOp.MAX)
@@ -925,7 +937,8 @@ class Rollouts:
         self.watch(f"rollout {rollout}, rewards")
         texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
         columns = self.prompts.columns(mine, args.num_generations)
-        rewards = call_rewards(self.functions, columns[0], self.prompts.as_completions(texts), columns[1])
+        with together(self.device):
+            rewards = call_rewards(self.functions, columns[0], self.prompts.as_completions(texts), columns[1])
         lengths = torch.tensor([len(ids) for ids in completions])
         groups = [completions[i : i + args.num_generations] for i in range(0, size, args.num_generations)]
         return {
@@ -1282,14 +1295,14 @@ def main(args):
 def train(args, rank, local_rank, world, device, sigterm, watch):
     torch.manual_seed(args.seed + rank)  # for dropout; order and sampling have generators of their own
     longest = args.max_prompt_length + args.max_completion_length
-    tokenizer, config = load_tokenizer_and_config(args.model_name_or_path, longest)
-    if local_rank != 0:
-        dist.barrier()  # the first rank of each machine tokenises; the others then read its cache
-    prompts = Prompts(args, tokenizer)
-    check_token_ids(prompts.examples, config.vocab_size, args.dataset_name)
-    functions = load_reward_funcs(args.reward_funcs, prompts.rows.column_names)
-    if local_rank == 0:
-        dist.barrier()
+    watch("tokenising the prompts")
+    for first in (True, False):  # the first rank of each machine tokenises; the others then read its cache
+        with together(device):
+            if (local_rank == 0) == first:
+                tokenizer, config = load_tokenizer_and_config(args.model_name_or_path, longest)
+                prompts = Prompts(args, tokenizer)
+                check_token_ids(prompts.examples, config.vocab_size, args.dataset_name)
+                functions = load_reward_funcs(args.reward_funcs, prompts.rows.column_names)
     prompts_per_rollout = args.per_device_train_batch_size // args.num_generations * world
     progress = {"step": 0, "rollout": 0, "prompts_done": 0}
     progress |= {"fingerprint": prompts.fingerprint(), "world_size": world}

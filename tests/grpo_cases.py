@@ -1,5 +1,6 @@
 """Prompts, groups and loss settings that the two ranks and the naive computation share."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -106,6 +107,17 @@ def equal(prompts, completions, **columns):
 
 def raises(prompts, completions, **columns):
     return [1 / (len(prompt) - 3) for prompt in prompts]
+
+
+def raises_on_the_second_rank(prompts, completions, **columns):
+    return [1.0 / (1 - int(os.environ["RANK"]))] * len(completions)
+
+
+def __getattr__(name):
+    """A reward that rank 0 does not find."""
+    if name == "not_on_the_first_rank" and os.environ.get("RANK") != "0":
+        return equal
+    raise AttributeError(f"no attribute {name}")
 
 
 def too_few(prompts, completions, **columns):

@@ -332,6 +332,8 @@ def runs(base, tmp_path_factory):
             "flags": {**half, "mask_truncated_completions": True, "max_completion_length": 1, "max_steps": 2}
         },
         "offloaded": {"flags": {**half, "offload_optimizer": True, "offload_param": True, "max_steps": 2}},
+        "broken reward": {"flags": {**half, "reward_funcs": "grpo_cases:raises_on_the_second_rank"}},
+        "broken start": {"flags": {**half, "reward_funcs": "grpo_cases:not_on_the_first_rank"}},
         "bf16": {"flags": {**half, "bf16": True, "max_steps": 2}},
         "bf16 at rest": {"flags": {**half, "bf16": True, "max_steps": 1, "learning_rate": 0.0}},
     }
@@ -416,6 +418,20 @@ def test_a_rollout_without_a_scored_token_changes_nothing(runs, base):
     for step in masked.metrics:
         assert step["loss"] == step["grad_norm"] == step["num_scored_tokens"] == 0
         assert step["completions/clipped_ratio"] == 1 and all(map(math.isfinite, step.values()))
+
+
+@pytest.mark.parametrize(
+    "name, culprit, message",
+    [
+        ("broken reward", 1, "raises_on_the_second_rank raised ZeroDivisionError"),
+        ("broken start", 0, "not_on_the_first_rank cannot be imported"),
+    ],
+)
+def test_what_fails_on_one_rank_ends_all(name, culprit, message, runs):
+    """In step: the same processes made the runs after it."""
+    errors = [results[name]["error"] for results in runs[1]]
+    assert message in errors[culprit] and errors[culprit].startswith("ValueError: ")
+    assert errors[1 - culprit] == "ValueError: another rank cannot go on; its own message says why."
 
 
 def test_offloading_changes_the_place_alone(runs):

@@ -186,6 +186,8 @@ def check_arguments(args):
     refuse(not 0 < args.temperature < math.inf, f"--temperature {args.temperature}: {same}")
     refuse(args.top_k < 0, f"--top_k {args.top_k}: give a number of tokens, or 0 for all.")
     refuse(not 0 < args.top_p <= 1, f"--top_p {args.top_p}: give a number above 0 and up to 1.")
+    empty = '--stop_strings "" would end every completion at its first token: drop it.'
+    refuse("" in (args.stop_strings or ()), empty)
     gather = args.gather_budget_gib
     refuse(gather is not None and not 0 <= gather < math.inf, f"--gather_budget_gib {gather}: give GiB >= 0.")
     both = (
@@ -468,8 +470,9 @@ def generate(
 
     Args:    prompts: lists of ids, padded on the left here; end_ids: ids that end a completion, and belong to
              it; device: where gathered weights are, if not where their shards are; uniform (B * G,
-             max_completion_length): see `sample`; stopped: ids (B * G, T) -> bool (B * G,), for stop strings;
-             all_sum: sums a list over ranks; after_token: called with their number.
+             max_completion_length): see `sample`; stopped: ids of the completions so far (B * G, T) -> bool
+             (B * G,), for stop strings; all_sum: sums a list over ranks; after_token: called with their
+             number.
     Returns: completions: lists of >= 1 ids, those of a prompt side by side; finished: whether each ended by
              itself; entropies: the mean over each one's tokens.
     """
@@ -505,7 +508,7 @@ def generate(
         tokens = torch.cat([tokens, ids[:, None]], dim=1)
         finished = finished | torch.isin(ids, ends)
         if stopped is not None:
-            finished = finished | stopped(tokens)
+            finished = finished | stopped(tokens[:, width:])  # a stop string never begins in the prompt
         after_token(step + 1)
         # All ranks step on until the last one is done: each forward is a collective where weights stream.
         if all_sum([int((~finished).sum())])[0] == 0:
@@ -874,7 +877,7 @@ class Rollouts:
         self.stopped = None
         if args.stop_strings:
             criteria = StopStringCriteria(tokenizer, args.stop_strings)
-            self.stopped = lambda tokens: criteria(tokens, None)
+            self.stopped = lambda completion_ids: criteria(completion_ids, None)
         self.budget_bytes = budget_bytes(args)
         resident, self.gathered_bytes_per_token, largest = plan_residents(engine.module, self.budget_bytes)
         self.resident_bytes = whole_bytes(resident)

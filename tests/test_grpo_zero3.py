@@ -32,6 +32,7 @@ from grpo_cases import (
 from helpers import worst
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers.generation import StopStringCriteria
 
 import grpo_zero3
 from common.checkpoints import list_checkpoints
@@ -40,6 +41,7 @@ from grpo_zero3 import (
     Prompts,
     check_arguments,
     deepspeed_config,
+    generate,
     group_advantages,
     load_engine,
     main,
@@ -538,6 +540,24 @@ def test_stop_strings_end_a_completion(base, tmp_path):
     assert after["completions/clipped_ratio"] < before["completions/clipped_ratio"]
 
 
+def test_a_stop_string_is_looked_for_in_the_completion_alone():
+    tokenizer, prompt = AutoTokenizer.from_pretrained(DEMO_MODEL), prompt_ids(0)[0]
+
+    def complete(stop_string=None):
+        criteria = stop_string and StopStringCriteria(tokenizer, [stop_string])
+        stopped = criteria and (lambda ids: criteria(ids, None))
+        [completion], [finished], _ = generate(
+            model(), [prompt], 1, 12, end_ids=[257], temperature=0, stopped=stopped
+        )
+        return tokenizer.decode(completion), finished
+
+    whole, finished = complete()
+    across_the_border = tokenizer.decode(prompt)[-1] + whole[0]
+    assert across_the_border not in whole
+    assert complete(across_the_border) == (whole, finished)
+    assert complete(whole[2:5]) == (whole[:5], True)
+
+
 def test_equal_rewards_teach_nothing(base, tmp_path):
     done = run(tmp_path, base, reward_funcs="grpo_cases:equal", max_steps=2)
     for step in done.metrics:
@@ -618,6 +638,7 @@ BAD_FLAGS = [
     ),
     ({"collective_timeout_s": float("inf")}, "--collective_timeout_s inf"),
     ({"top_k": -1}, "--top_k -1"),
+    ({"stop_strings": ["a", ""]}, '--stop_strings "" would end every completion'),
     ({"max_tokens_per_batch": 25}, "--max_tokens_per_batch 25 is too small: a group may take 26"),
     ({"gather_budget_gib": -1.0}, "--gather_budget_gib -1.0"),
     ({"gather_budget_gib": 1.0, "ds3_gather_for_generation": False}, "drop one"),

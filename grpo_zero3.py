@@ -14,6 +14,7 @@ nodes    deepspeed --hostfile hosts grpo_zero3.py --gather_budget_gib 8 ...; tor
 Sources: arXiv 2402.03300 (GRPO), 2503.14476 (DAPO), 2503.20783 (Dr. GRPO), 1910.02054 (ZeRO)
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -724,27 +725,47 @@ def deepspeed_config(args, trainable=True):
         config["zero_optimization"]["offload_optimizer"] = host
     if args.deepspeed:
         try:
-            merge(config, json.loads(Path(args.deepspeed).read_text()))
-        except (OSError, ValueError, AttributeError) as error:
-            raise ValueError(
-                f"--deepspeed {args.deepspeed} is no file with a JSON object: {error}"
-            ) from error
-        for section, key, wanted in (
-            ("zero_optimization", "stage", 3),
-            (None, "gradient_accumulation_steps", 1),
-            ("bf16", "enabled", args.bf16),
-        ):
-            found = (config[section] if section else config).get(key)
-            refuse(found != wanted, f"--deepspeed sets {key} to {found}; this script needs {wanted} here.")
-        refuse("optimizer" in config or "scheduler" in config, "--deepspeed: the script's flags say which.")
+            settings = json.loads(Path(args.deepspeed).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--deepspeed {args.deepspeed} is no JSON file: {error}") from error
+        ours = copy.deepcopy(config)
+        merge(config, settings, f"--deepspeed {args.deepspeed}")
+        for section, names in SET_BY_FLAGS.items():
+            new, old = (c[section] if section else c for c in (config, ours))
+            for name in names:
+                taken = (
+                    f"--deepspeed {args.deepspeed} sets {name} to {new.get(name)}; the script and its flags"
+                )
+                refuse(new.get(name) != old.get(name), f"{taken} say {old.get(name)}: drop it from the file.")
     return config
 
 
-def merge(config, other):
+SET_BY_FLAGS = {
+    None: (
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+        "bf16",
+        "fp16",
+        "optimizer",
+        "scheduler",
+    ),
+    "zero_optimization": (
+        "stage",
+        "stage3_param_persistence_threshold",
+        "offload_optimizer",
+        "offload_param",
+    ),
+}
+
+
+def merge(config, other, where):
     """Let other's values replace config's, at any depth."""
+    refuse(not isinstance(other, dict), f"{where}: found {other!r}, wanted a JSON object.")
     for name, value in other.items():
-        if isinstance(value, dict) and isinstance(config.get(name), dict):
-            merge(config[name], value)
+        if isinstance(config.get(name), dict):
+            merge(config[name], value, f"{where}, {name}")
         else:
             config[name] = value
 

@@ -722,10 +722,21 @@ def test_a_broken_reward_stops_the_run_and_is_named(function, message, base, tmp
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"zero_optimization": {"stage": 2}}, "sets stage to 2; this script needs 3"),
+        ({"zero_optimization": {"stage": 2}}, "sets stage to 2; the script and its flags say 3: drop it"),
+        ({"zero_optimization": {"stage3_param_persistence_threshold": 9}}, "threshold to 9; .* say 0"),
+        ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "sets offload_param to .* say None"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "sets offload_optimizer to"),
+        ({"train_batch_size": 64}, "sets train_batch_size to 64; .* say None"),
+        ({"train_micro_batch_size_per_gpu": "auto"}, "sets train_micro_batch_size_per_gpu to auto"),
         ({"gradient_accumulation_steps": 4}, "sets gradient_accumulation_steps to 4"),
-        ({"bf16": {"enabled": True}}, "sets enabled to True"),
-        ({"optimizer": {"type": "Adam"}}, "the script's flags say which"),
+        ({"gradient_clipping": 2}, "sets gradient_clipping to 2; .* say 1.0"),
+        ({"bf16": {"enabled": True}}, "sets bf16 to {'enabled': True}; .* say {'enabled': False}"),
+        ({"fp16": {"enabled": True}}, "sets fp16 to {'enabled': True}; .* say None"),
+        ({"optimizer": {"type": "Adam"}}, "sets optimizer to"),
+        ({"scheduler": {"type": "WarmupLR"}}, "sets scheduler to"),
+        ({"zero_optimization": None}, "ds.json, zero_optimization: found None, wanted a JSON object"),
+        ({"bf16": True}, "ds.json, bf16: found True, wanted a JSON object"),
+        ([1], r"ds.json: found \[1\], wanted a JSON object"),
     ],
 )
 def test_deepspeed_settings_that_break_the_script_are_refused(settings, message, tmp_path):
@@ -735,7 +746,8 @@ def test_deepspeed_settings_that_break_the_script_are_refused(settings, message,
 
 
 def test_deepspeed_settings_replace_single_ones(tmp_path):
-    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": 7}}))
+    settings = {"zero_optimization": {"reduce_bucket_size": 7, "stage": 3}, "gradient_clipping": 0.5}
+    (tmp_path / "ds.json").write_text(json.dumps(settings))
     found = deepspeed_config(Arguments(deepspeed=str(tmp_path / "ds.json"), max_grad_norm=0.5))
     assert found["zero_optimization"]["reduce_bucket_size"] == 7
     assert found["zero_optimization"]["stage"] == 3 and found["gradient_clipping"] == 0.5

@@ -253,6 +253,8 @@ class Prompts:
             desc=f"Tokenising {name}",
         )
         self.rows, self.seed = rows, args.seed
+        # a completion in the data is not the one that a reward judges
+        self.reward_columns = [name for name in rows.column_names if name not in ("prompt", "completion")]
         cut = np.array(self.examples["tokens_cut"])
         self.data = {
             "examples_read": len(rows),
@@ -279,7 +281,7 @@ class Prompts:
     def columns(self, numbers, num_generations):
         """Prompts and further columns as the rewards want them: a value for each completion."""
         rows = self.rows[[number for number in numbers for _ in range(num_generations)]]
-        return rows.pop("prompt"), {name: rows[name] for name in rows if name != "completion"}
+        return rows["prompt"], {name: rows[name] for name in self.reward_columns}
 
     def as_completions(self, texts):
         """Texts in the form of the prompts: strings, or an assistant's message each."""
@@ -968,7 +970,7 @@ class Rollouts:
         return {
             "groups": list(zip(prompt_ids, groups)),
             "rewards": rewards,
-            "reward": torch.tensor(list(rewards.values())).double().sum(0),
+            "reward": torch.tensor(list(rewards.values()), dtype=torch.float64).sum(0),
             "lengths": lengths,
             "scored_lengths": lengths * torch.tensor(finished)
             if args.mask_truncated_completions
@@ -1326,7 +1328,7 @@ def train(args, rank, local_rank, world, device, sigterm, watch):
                 tokenizer, config = load_tokenizer_and_config(args.model_name_or_path, longest)
                 prompts = Prompts(args, tokenizer)
                 check_token_ids(prompts.examples, config.vocab_size, args.dataset_name)
-                functions = load_reward_funcs(args.reward_funcs, prompts.rows.column_names)
+                functions = load_reward_funcs(args.reward_funcs, prompts.reward_columns)
     prompts_per_rollout = args.per_device_train_batch_size // args.num_generations * world
     progress = {"step": 0, "rollout": 0, "prompts_done": 0}
     progress |= {"fingerprint": prompts.fingerprint(), "world_size": world}

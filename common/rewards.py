@@ -53,9 +53,9 @@ BUILT_IN = {"last_word": last_word, "last_number": last_number}
 def load_reward_funcs(names, columns):
     """Built-in rewards by name, others as module:function (of an installed module, or of the current folder).
 
-    Args:    names: separated by commas. columns: what the dataset holds.
+    Args:    names: separated by commas. columns: names of what `call_rewards` will be given.
     Returns: {name: function}.
-    Raises:  ValueError for what cannot be found, or wants a column that is not there.
+    Raises:  ValueError for what cannot be found or called, or wants a column that is not there.
     """
     functions, taken = {}, {"prompts", "completions"} & set(columns)
     if taken:
@@ -75,8 +75,12 @@ def load_reward_funcs(names, columns):
                 sys.path.insert(0, "")
             try:
                 functions[name] = getattr(importlib.import_module(module), function)
-            except (ImportError, AttributeError) as error:
+            except Exception as error:  # whatever the module's own code raises
                 raise ValueError(f"--reward_funcs {name} cannot be imported: {error}") from error
+        if not callable(functions[name]):
+            raise ValueError(
+                f"--reward_funcs {name} is {functions[name]!r}: wanted a function (prompts, completions, ..)."
+            )
         wanted = [
             parameter.name
             for parameter in inspect.signature(functions[name]).parameters.values()
@@ -86,8 +90,8 @@ def load_reward_funcs(names, columns):
         missing = set(wanted) - {"prompts", "completions"} - set(columns)
         if missing:
             raise ValueError(
-                f"--reward_funcs {name} wants the column {', '.join(sorted(missing))}; the dataset has "
-                f"{', '.join(sorted(columns))}."
+                f"--reward_funcs {name} wants the column {', '.join(sorted(missing))}; beside prompts and "
+                f"completions it is given {', '.join(sorted(columns)) or 'nothing'}."
             )
     return functions
 
@@ -101,24 +105,19 @@ def call_rewards(functions, prompts, completions, columns):
     rewards = {}
     for name, function in functions.items():
         try:
-            values = function(prompts=prompts, completions=completions, **columns)
+            values = _call(function, prompts, completions, columns)
         except Exception as error:
             i = _culprit(function, prompts, completions, columns)
             raise ValueError(
                 f"reward {name} raised {type(error).__name__}: {error}; {_pair(prompts, completions, i)}"
             ) from error
-        values = list(values) if hasattr(values, "__iter__") else [values]
         if len(values) != len(completions):
             raise ValueError(
                 f"reward {name} returned {len(values)} numbers for {len(completions)} completions; first: "
                 f"{_pair(prompts, completions, 0)}"
             )
         for i, value in enumerate(values):
-            try:
-                finite = math.isfinite(value)
-            except TypeError:
-                finite = False
-            if not finite:
+            if not _is_finite(value):
                 raise ValueError(
                     f"reward {name} returned {value!r}; wanted: a finite number; "
                     f"{_pair(prompts, completions, i)}"
@@ -127,12 +126,32 @@ def call_rewards(functions, prompts, completions, columns):
     return rewards
 
 
+def _call(function, prompts, completions, columns):
+    """What one function returns, as a list: a generator's body runs, and raises, in here."""
+    values = function(prompts=prompts, completions=completions, **columns)
+    if isinstance(values, dict):
+        raise TypeError("a dict came back; wanted: a list of numbers")
+    return list(values) if hasattr(values, "__iter__") else [values]
+
+
+def _is_finite(value):
+    try:
+        return math.isfinite(value)
+    except (
+        TypeError,
+        ValueError,
+        OverflowError,
+        RuntimeError,
+    ):  # a list, a tensor of several numbers, 10**400
+        return False
+
+
 def _culprit(function, prompts, completions, columns):
     """The first completion for which the function raises alone; 0 if it only raises for all together."""
     for i in range(len(completions)):
         try:
             one = {name: values[i : i + 1] for name, values in columns.items()}
-            function(prompts=prompts[i : i + 1], completions=completions[i : i + 1], **one)
+            _call(function, prompts[i : i + 1], completions[i : i + 1], one)
         except Exception:
             return i
     return 0

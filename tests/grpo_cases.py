@@ -105,6 +105,14 @@ def equal(prompts, completions, **columns):
     return [0.1] * len(completions)
 
 
+def large(prompts, completions, **columns):
+    return [2.0**24] * len(completions)
+
+
+def wants_the_completion(prompts, completions, completion, **columns):
+    return [0.0] * len(completions)
+
+
 def raises(prompts, completions, **columns):
     return [1 / (len(prompt) - 3) for prompt in prompts]
 

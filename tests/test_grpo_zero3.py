@@ -612,6 +612,21 @@ def test_prompts_come_in_epochs_without_a_gap(base):
     assert columns == {"wanted": [prompts.rows[i]["wanted"] for i in stream[:2] for _ in range(3)]}
 
 
+def test_a_completion_in_the_data_is_no_column_of_a_reward(base, tmp_path):
+    rows = [{"prompt": "a", "completion": "b", "wanted": "c"}]
+    flags = {**base, "dataset_name": write_jsonl(tmp_path / "rows.jsonl", rows)}
+    prompts = Prompts(Arguments(**flags), AutoTokenizer.from_pretrained(base["model_name_or_path"]))
+    assert prompts.reward_columns == ["wanted"] and prompts.columns([0], 2)[1] == {"wanted": ["c", "c"]}
+    with pytest.raises(ValueError, match="wants the column completion"):
+        run(tmp_path / "out", flags, reward_funcs="grpo_cases:wants_the_completion")
+
+
+def test_rewards_are_summed_in_fp64(base, tmp_path):
+    rewards = "grpo_cases:large,grpo_cases:upper"
+    [step] = run(tmp_path, base, reward_funcs=rewards, max_steps=1).metrics
+    assert step["reward"] - 2**24 == pytest.approx(step["rewards/grpo_cases:upper/mean"], abs=1e-8)
+
+
 def test_long_prompts_keep_their_end(base, tmp_path):
     name = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "0123456789abc"}, {"prompt": "xyz"}])
     tokenizer = AutoTokenizer.from_pretrained(base["model_name_or_path"])
@@ -651,7 +666,10 @@ BAD_FLAGS = [
     ({"max_steps": 0}, "--max_steps 0"),
     ({"reward_funcs": "best"}, "--reward_funcs best: choose last_word, last_number"),
     ({"reward_funcs": "no_such_module:f"}, "no_such_module:f cannot be imported"),
-    ({"reward_funcs": "last_word"}, "wants the column answer; the dataset has prompt, wanted"),
+    (
+        {"reward_funcs": "last_word"},
+        "wants the column answer; beside prompts and completions it is given wanted",
+    ),
     ({"max_prompt_length": 300}, "--max_length 306 is over the model's 256"),
 ]
 BAD_DATA = {

@@ -1,6 +1,7 @@
 """Rewards: what counts as right, and what a function that is not to be trusted does."""
 
 import pytest
+import torch
 
 from common.rewards import call_rewards, last_number, last_word, load_reward_funcs
 
@@ -53,12 +54,17 @@ def test_built_in_and_imported_functions_are_found():
         ("no_module:f", "no_module:f cannot be imported"),
         ("grpo_cases:f", "grpo_cases:f cannot be imported"),
         ("last_word,", "--reward_funcs : choose"),
-        ("grpo_cases:by_column", "wants the column wanted; the dataset has answer, prompt"),
+        (
+            "grpo_cases:by_column",
+            "wants the column wanted; beside prompts and completions it is given answer",
+        ),
+        ("math:pi", "math:pi is 3.14.*: wanted a function"),
+        (":f", "--reward_funcs :f cannot be imported"),
     ],
 )
 def test_what_cannot_be_found_is_refused(names, message):
     with pytest.raises(ValueError, match=message):
-        load_reward_funcs(names, ["prompt", "answer"])
+        load_reward_funcs(names, ["answer"])
 
 
 def fails_for_b(prompts, completions, **columns):
@@ -67,9 +73,21 @@ def fails_for_b(prompts, completions, **columns):
     return [0.0] * len(completions)
 
 
+def generates_up_to_b(prompts, completions, **columns):
+    for completion in completions:
+        if completion == "b":
+            raise KeyError("b")
+        yield 0.0
+
+
 @pytest.mark.parametrize(
     "function, message",
     [
+        (generates_up_to_b, "reward f raised KeyError: 'b'; prompt 'p2', completion 'b'"),
+        (lambda prompts, completions, **_: torch.ones(3, 2), r"returned tensor\(\[1., 1.\]\); .*'p1'"),
+        (lambda prompts, completions, **_: torch.tensor(1.0), "raised TypeError: .*0-d tensor"),
+        (lambda prompts, completions, **_: [0, 10**400, 0], "returned 1000*; .*prompt 'p2'"),
+        (lambda prompts, completions, **_: dict.fromkeys((0, 1, 2), 1.0), "TypeError: a dict came back"),
         (fails_for_b, "reward f raised KeyError: 'b'; prompt 'p2', completion 'b'"),
         (lambda prompts, completions, **_: [1.0], "returned 1 numbers for 3 completions"),
         (lambda prompts, completions, **_: 1.0, "returned 1 numbers for 3 completions"),

@@ -1325,7 +1325,8 @@ def train(args, rank, local_rank, world, device, sigterm, watch):
     for first in (True, False):  # the first rank of each machine tokenises; the others then read its cache
         with together(device):
             if (local_rank == 0) == first:
-                tokenizer, config = load_tokenizer_and_config(args.model_name_or_path, longest)
+                flags = "--max_prompt_length + --max_completion_length"
+                tokenizer, config = load_tokenizer_and_config(args.model_name_or_path, longest, flags)
                 prompts = Prompts(args, tokenizer)
                 check_token_ids(prompts.examples, config.vocab_size, args.dataset_name)
                 functions = load_reward_funcs(args.reward_funcs, prompts.reward_columns)
@@ -1351,7 +1352,8 @@ def train(args, rank, local_rank, world, device, sigterm, watch):
     reference = load_engine(args, device, trainable=False) if args.beta > 0 else None
     first = flatten([{"input_ids": ids, "labels": ids} for ids in prompts.examples[:2]["input_ids"]])
     if args.check_isolation:
-        check_isolation(engine.module, to_device(first, device))
+        remedy = "Choose another model: the update of this script knows no other rows."
+        check_isolation(engine.module, to_device(first, device), remedy=remedy)
     check_head(engine.module, to_device(first, device))
     rollouts = Rollouts(args, engine, prompts, tokenizer, functions, rank, world, device, watch)
     learning_rate_at = learning_rates(args, total_steps)

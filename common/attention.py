@@ -142,15 +142,16 @@ def _varlen_kernel(query, key, value, offsets, longest, scaling, sliding_window,
 
 
 @torch.no_grad()
-def check_isolation(model, row, max_tokens=64):
+def check_isolation(model, row, max_tokens=64, remedy="Use --no_packing --no_padding_free for this model."):
     """Prove on a few tokens of `row` that this model keeps documents apart.
 
     Two documents are put into one flat row; the second one's logits must be what it gives alone,
-    through sdpa. Always two
-    forwards of at most 2 * max_tokens tokens, whatever the row holds, so that sharded ranks stay in step.
+    through sdpa. Always two forwards of at most 2 * max_tokens tokens, whatever the row holds, so that
+    sharded ranks stay in step.
 
     Args:    model: a transformers causal LM with the attention implementation that training will use.
              row: a flat row on the model's device (collators.flatten); a single document is cut into two.
+             remedy: the end of the error's message.
     Returns: the worst absolute difference of logits, packed against alone.
     Raises:  ValueError if it is above 1e-4 (fp32) or 5e-2 (half precision) of the largest logit.
     """
@@ -179,8 +180,7 @@ def check_isolation(model, row, max_tokens=64):
     if not worst <= tolerance:  # written so that NaN fails too
         raise ValueError(
             f"{type(model).__name__} mixes the documents of a flat row: logits differ by {worst:.3g} "
-            f"between packed and alone, tolerance {tolerance:.3g}. "
-            "Use --no_packing --no_padding_free for this model."
+            f"between packed and alone, tolerance {tolerance:.3g}. {remedy}"
         )
     return worst
 

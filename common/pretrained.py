@@ -9,10 +9,11 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 
-def load_tokenizer_and_config(name, max_length):
+def load_tokenizer_and_config(name, max_length, flags="--max_length"):
     """Returns the tokenizer and the configuration of a Hub name or folder.
 
-    Raises: ValueError for a model that is not there, or that has fewer positions than max_length.
+    Raises: ValueError for a model that is not there, or that has fewer positions than max_length, which the
+            flags set.
     """
     try:
         config = AutoConfig.from_pretrained(name)
@@ -21,7 +22,7 @@ def load_tokenizer_and_config(name, max_length):
         raise ValueError(f"--model_name_or_path {name} cannot be loaded: {error}") from error
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and max_length > positions:
-        raise ValueError(f"--max_length {max_length} is over the model's {positions} positions: lower it.")
+        raise ValueError(f"{flags} {max_length} is over the model's {positions} positions: lower it.")
     return tokenizer, config
 
 

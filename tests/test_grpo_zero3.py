@@ -670,7 +670,10 @@ BAD_FLAGS = [
         {"reward_funcs": "last_word"},
         "wants the column answer; beside prompts and completions it is given wanted",
     ),
-    ({"max_prompt_length": 300}, "--max_length 306 is over the model's 256"),
+    (
+        {"max_prompt_length": 300},
+        r"--max_prompt_length \+ --max_completion_length 306 is over the model's 256",
+    ),
 ]
 BAD_DATA = {
     "missing": (None, "none.jsonl does not exist"),
@@ -714,7 +717,8 @@ def test_bad_data_is_refused(name, base, earlier_run, tmp_path):
         ({}, "holds another run .*--resume_from_checkpoint latest.*--overwrite_output_dir"),
         ({"resume_from_checkpoint": "latest", "seed": 1}, "other data"),
         ({"resume_from_checkpoint": "latest", "max_prompt_length": 3}, "other data"),
-        ({"resume_from_checkpoint": "latest", "max_steps": 3}, "past --max_steps 3"),
+        ({"resume_from_checkpoint": "latest", "max_steps": 3}, "has finished its 3 steps: raise --max_steps"),
+        ({"resume_from_checkpoint": "latest"}, "has finished its 4 steps: raise --max_steps to go on"),
     ],
 )
 def test_a_folder_that_holds_another_run_is_refused(flags, message, base, earlier_run):

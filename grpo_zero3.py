@@ -815,7 +815,7 @@ def all_max(value, device):
     return value.item()
 
 
-def load_engine(args, device, trainable=True):
+def load_engine(args, device, trainable=True, watch=lambda phase: None):
     """The model in a ZeRO-3 engine: no rank but the first ever holds more of it than its shards."""
     register_varlen_attention()
     config = deepspeed_config(args, trainable)
@@ -830,6 +830,7 @@ def load_engine(args, device, trainable=True):
         model.tie_weights()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            watch(f"loading {name}")
             with GatheredParameters([parameter], modifier_rank=0):  # the first rank's is dealt out at the end
                 if first:
                     parameter.copy_(whole.get_parameter(name))
@@ -854,14 +855,15 @@ def load_engine(args, device, trainable=True):
         optimizer = torch.optim.AdamW(model.parameters(), fused=True, **options)
     engine = deepspeed.initialize(model=model.train(), optimizer=optimizer, config=config)[0]
     if args.bf16:
-        write_fp32_weights(model, whole, device)
+        write_fp32_weights(model, whole, device, watch)
     return engine
 
 
-def write_fp32_weights(model, whole, device):
+def write_fp32_weights(model, whole, device, watch):
     """Give the optimizer's fp32 copy the weights as the first rank loaded them: it was made of bf16 ones."""
     rank, world = dist.get_rank(), dist.get_world_size()
     for name, parameter in model.named_parameters():
+        watch(f"loading {name} in fp32")
         share = parameter.ds_tensor.numel()  # equal on all ranks: the last one's is padded
         flat = torch.zeros(share * world, device=device)
         if rank == 0:
@@ -1099,9 +1101,10 @@ def count_steps_again(adam):
         adam.ds_opt_adam.adam_update(adam.opt_id, step, *settings, weight, gradient, *moments)
 
 
-def whole_weights(engine, bf16):
+def whole_weights(engine, bf16, watch):
     """Each weight in turn, gathered on every rank, with its name: (name, tensor), a tied one once."""
     for name, parameter in engine.module.named_parameters():
+        watch(f"saving {name}")
         if bf16:  # the optimizer's fp32 copy: a model that came in fp32 leaves in fp32
             yield name, safe_get_full_fp32_param(parameter)
         else:
@@ -1111,9 +1114,9 @@ def whole_weights(engine, bf16):
     yield from ((name, buffer) for name, buffer in engine.module.named_buffers() if name in kept)
 
 
-def save_model(args, engine, tokenizer, rank):
+def save_model(args, engine, tokenizer, rank, watch):
     """The final model in Hugging Face format, in the dtype that it came in, gathered weight by weight."""
-    weights = whole_weights(engine, args.bf16)
+    weights = whole_weights(engine, args.bf16, watch)
     if rank == 0:
         shapes = {name: p.ds_shape for name, p in engine.module.named_parameters()}
         kept = set(engine.module.state_dict())
@@ -1312,10 +1315,10 @@ def main(args):
         return train(args, rank, local_rank, world, device, sigterm, watch)
     finally:
         signal.signal(signal.SIGTERM, previous_handler)
-        if watch is not None:
-            watch.close()
         if ours and dist.is_initialized():
             deepspeed.comm.destroy_process_group()  # DeepSpeed's groups with torch's
+        if watch is not None:  # to the last: leaving a group may hang as well
+            watch.close()
 
 
 def train(args, rank, local_rank, world, device, sigterm, watch):
@@ -1348,8 +1351,10 @@ def train(args, rank, local_rank, world, device, sigterm, watch):
         )
 
     watch("loading the model")
-    engine = load_engine(args, device)
-    reference = load_engine(args, device, trainable=False) if args.beta > 0 else None
+    engine = load_engine(args, device, watch=watch)
+    watch("loading the reference")
+    reference = load_engine(args, device, trainable=False, watch=watch) if args.beta > 0 else None
+    watch("checking the model")
     first = flatten([{"input_ids": ids, "labels": ids} for ids in prompts.examples[:2]["input_ids"]])
     if args.check_isolation:
         remedy = "Choose another model: the update of this script knows no other rows."
@@ -1358,6 +1363,7 @@ def train(args, rank, local_rank, world, device, sigterm, watch):
     rollouts = Rollouts(args, engine, prompts, tokenizer, functions, rank, world, device, watch)
     learning_rate_at = learning_rates(args, total_steps)
     if args.resume_from_checkpoint:
+        watch("loading the checkpoint")
         load_checkpoint(engine, checkpoint)
     if rank == 0:
         prepare_output_dir(args.output_dir, progress["step"])
@@ -1430,7 +1436,7 @@ def train(args, rank, local_rank, world, device, sigterm, watch):
     bar.close()
 
     watch("saving the model")
-    save_model(args, engine, tokenizer, rank)
+    save_model(args, engine, tokenizer, rank, watch)
     ledger = memory_ledger(*zero3_ledger(engine, rollouts.held_bytes, peak_memory_bytes(device)))
     summary = summarize(args, device, world, prompts.data, totals, ledger, None, metrics)
     if rank == 0:

@@ -37,8 +37,9 @@ class Watchdog:
             if waited > self.timeout_s:
                 print(
                     f"rank {self.rank}: {phase}: nothing has moved for {waited:.0f} s, over "
-                    f"--collective_timeout_s {self.timeout_s}. Another rank is lost or hangs; if it is only "
-                    "slow (a reward that takes its time), raise the limit.",
+                    f"--collective_timeout_s {self.timeout_s}. Another rank is lost or hangs; or this phase "
+                    "is only slow (a large model or dataset, a reward that takes its time): then start again "
+                    f"with a larger limit, --collective_timeout_s {2 * self.timeout_s:g} for example.",
                     file=sys.stderr,
                     flush=True,
                 )

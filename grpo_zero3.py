@@ -1342,8 +1342,10 @@ def train(args, rank, local_rank, world, device, sigterm, watch):
     left = max(0, math.ceil(args.num_train_epochs * len(prompts) - 1e-9) - progress["prompts_done"])
     total_steps = progress["step"] + math.ceil(left / prompts_per_rollout) * args.num_iterations
     total_steps = args.max_steps if args.max_steps > 0 else total_steps
-    if progress["step"] > total_steps:
-        raise ValueError(f"{checkpoint} is past --max_steps {total_steps}: raise it.")
+    if args.resume_from_checkpoint and progress["step"] >= total_steps:
+        raise ValueError(
+            f"{args.output_dir} has finished its {total_steps} steps: raise --max_steps to go on."
+        )
     if progress["step"] % args.num_iterations:
         raise ValueError(
             f"{checkpoint} is in the middle of a rollout of --num_iterations {args.num_iterations}: use the "

@@ -361,11 +361,11 @@ def generation_weights(engine, budget_bytes):
     # The first hook records the order of modules, to prefetch along it: training's order, not generation's.
     # Without it and without a trace nothing is prefetched, and a module's weights leave as it ends.
     handles = [offload.fwd_pre_hook, *idle_hooks(module, offload, resident)]
-    if not coordinator.is_invalid_trace():
-        coordinator._invalidate_trace()
-    module.eval()
-    module.set_attn_implementation("sdpa")
     try:
+        if not coordinator.is_invalid_trace():
+            coordinator._invalidate_trace()
+        module.eval()
+        module.set_attn_implementation("sdpa")
         with (
             hooks_taken(handles),
             held_to_the_last(module, resident),
@@ -431,12 +431,12 @@ def sample(logits, uniform, temperature, top_k, top_p):
 
     Args:    logits (B, V); uniform (B,) float32 in [0, 1); temperature 0 = the likeliest token;
              top_k: 0 = all; top_p: the likeliest tokens whose probabilities sum up to it, 1 = all.
-    Returns: ids (B,) int64; entropy (B,) in nats, of the distribution before top_k and top_p.
+    Returns: ids (B,) int64; entropy (B,) in nats, of the distribution before top_k and top_p; NaN where the
+             logits give none, and the id then means nothing.
     """
     # fp64: the sum over 150,000 tokens decides which one a number near a border falls on
-    logps = torch.log_softmax(logits.double() / (temperature or 1.0), dim=-1)
-    probs = logps.exp()
-    entropy = -(probs * logps).nan_to_num().sum(-1)  # 0 log 0 = 0
+    probs = torch.softmax(logits.double() / (temperature or 1.0), dim=-1)
+    entropy = torch.special.entr(probs).sum(-1)
     if temperature == 0:
         return logits.argmax(-1), entropy
     ids = None
@@ -449,6 +449,7 @@ def sample(logits, uniform, temperature, top_k, top_p):
         probs = probs * kept
     cumulated = probs.cumsum(-1)
     choice = torch.searchsorted(cumulated, uniform.double()[:, None] * cumulated[:, -1:], right=True)
+    choice = choice.clamp(max=logits.shape[-1] - 1)  # NaN would leave the vocabulary
     return (choice if ids is None else ids.gather(1, choice))[:, 0], entropy
 
 
@@ -478,6 +479,7 @@ def generate(
              number.
     Returns: completions: lists of >= 1 ids, those of a prompt side by side; finished: whether each ended by
              itself; entropies: the mean over each one's tokens.
+    Raises:  FloatingPointError, on all ranks alike, for logits that are not finite.
     """
     device, width = device or model.device, max(map(len, prompts))
     input_ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
@@ -514,7 +516,13 @@ def generate(
             finished = finished | stopped(tokens[:, width:])  # a stop string never begins in the prompt
         after_token(step + 1)
         # All ranks step on until the last one is done: each forward is a collective where weights stream.
-        if all_sum([int((~finished).sum())])[0] == 0:
+        unfinished, broken = all_sum(torch.stack([(~finished).sum(), entropy.isnan().sum()]).tolist())
+        if broken:
+            raise FloatingPointError(
+                f"token {step + 1}: the logits of {int(broken)} completions are not finite: an update has "
+                "broken the weights. Go on from an earlier checkpoint with a lower --learning_rate."
+            )
+        if unfinished == 0:
             break
         input_ids, position_ids = ids[:, None], position_ids + 1
         mask = torch.cat([mask, mask.new_ones(size, 1)], dim=1)

@@ -1,6 +1,7 @@
 """GRPO under ZeRO-3: the same tokens from gathered and streamed weights, the naive loss, and exact runs."""
 
 import ast
+import copy
 import functools
 import json
 import math
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections import namedtuple
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -42,6 +44,7 @@ from grpo_zero3 import (
     check_arguments,
     deepspeed_config,
     generate,
+    generation_weights,
     group_advantages,
     load_engine,
     main,
@@ -468,6 +471,31 @@ def contents(folder):
 # --- 4. Functions ---
 
 
+@pytest.fixture
+def engine(base, cache):
+    """The tiny model in an engine of one rank, in fp32."""
+    with engine_of(base) as engine:
+        yield engine
+
+
+@contextmanager
+def engine_of(flags, **options):
+    args = Arguments(**flags)
+    device = start_distributed(args)[3]
+    try:
+        yield load_engine(args, device, **options)
+    finally:
+        deepspeed.comm.destroy_process_group()
+
+
+def modes_and_hooks(engine):
+    modules = list(engine.module.modules())
+    return (
+        [(m.training, list(m._forward_pre_hooks), list(m._forward_hooks)) for m in modules],
+        engine.module.config._attn_implementation,
+    )
+
+
 def test_advantages_are_those_of_each_group():
     rewards = torch.tensor([0.0, 1.0, 2.0, 10.0, 10.0, 16.0])
     found = group_advantages(rewards, 3)
@@ -524,6 +552,44 @@ def test_a_token_of_probability_0_is_never_drawn():
     for options in ({}, {"top_k": 4}, {"top_p": 0.9}):
         ids, entropy = draw(logits, extremes, **options)
         assert set(ids.tolist()) == {1, 3} and entropy.isfinite().all()
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.5}, {"temperature": 0}])
+@pytest.mark.parametrize("logits", [[math.nan, 1.0, 2.0], [math.inf, 1.0, 2.0], [-math.inf] * 3])
+def test_logits_that_are_not_finite_are_told_by_the_entropy(logits, options):
+    ids, entropy = draw(torch.tensor([logits]), torch.tensor([0.0, 0.9]), **options)
+    assert entropy.isnan().all() and ((0 <= ids) & (ids < 3)).all()
+
+
+@pytest.mark.parametrize("here, elsewhere", [(True, 0), (False, 1)])
+def test_logits_that_are_not_finite_on_any_rank_end_the_rollout(here, elsewhere):
+    broken = copy.deepcopy(model())
+    if here:
+        broken.lm_head.weight.data[7] = math.nan
+    with pytest.raises(FloatingPointError, match="token 1: the logits of [13] completions are not finite"):
+        generate(
+            broken,
+            prompt_ids(0)[:1],
+            3,
+            4,
+            end_ids=[257],
+            uniform=torch.zeros(3, 4),
+            all_sum=lambda counts: [counts[0], counts[1] + elsewhere],
+        )
+
+
+def test_a_rollout_that_cannot_begin_leaves_all_as_it_was(engine, monkeypatch):
+    before = modes_and_hooks(engine)
+
+    def fail(*_):
+        monkeypatch.undo()
+        raise RuntimeError("not today")
+
+    for name in ("eval", "set_attn_implementation"):
+        monkeypatch.setattr(engine.module, name, fail)
+        with pytest.raises(RuntimeError, match="not today"), generation_weights(engine, None):
+            pass
+        assert modes_and_hooks(engine) == before
 
 
 def test_stop_strings_end_a_completion(base, tmp_path):
@@ -586,18 +652,13 @@ def test_the_reward_rises(tmp_path):
 
 
 def test_rotary_frequencies_stay_in_fp32(base):
-    args = Arguments(**{**base, "bf16": True})
-    device = start_distributed(args)[3]
-    try:
-        engine = load_engine(args, device)
+    with engine_of({**base, "bf16": True}) as engine:
         expected = AutoModelForCausalLM.from_pretrained(base["model_name_or_path"], dtype=torch.bfloat16)
         found = dict(engine.module.named_buffers())
         assert found.keys() == dict(expected.named_buffers()).keys() and found
         for name, buffer in expected.named_buffers():
             assert found[name].dtype == torch.float32 and torch.equal(found[name], buffer)
         assert {p.dtype for p in engine.module.parameters()} == {torch.bfloat16}
-    finally:
-        deepspeed.comm.destroy_process_group()
 
 
 def test_prompts_come_in_epochs_without_a_gap(base):

@@ -16,6 +16,7 @@ Sources: arXiv 2402.03300 (GRPO), 2503.14476 (DAPO), 2503.20783 (Dr. GRPO), 1910
 
 import copy
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -453,6 +454,12 @@ def sample(logits, uniform, temperature, top_k, top_p):
     return (choice if ids is None else ids.gather(1, choice))[:, 0], entropy
 
 
+def as_argument(cache, model):
+    """The cache as a keyword of the model's forward; models with code of their own know the older name."""
+    newer = "cache" in inspect.signature(model.forward).parameters
+    return {"cache" if newer else "past_key_values": cache}
+
+
 @torch.no_grad()
 def generate(
     model,
@@ -496,9 +503,9 @@ def generate(
             input_ids=input_ids,
             attention_mask=mask,
             position_ids=position_ids,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **as_argument(cache, model),
         )
         logits = out.logits[:, -1]
         if step == 0:  # a prompt is computed once, and its keys and values are copied for its completions

@@ -1198,9 +1198,9 @@ def pretend_rollout(args, config, world):
                     input_ids=tokens,
                     attention_mask=mask,
                     position_ids=mask.cumsum(1)[:, -tokens.shape[1] :] - 1,
-                    past_key_values=cache,
                     use_cache=True,
                     logits_to_keep=1,
+                    **as_argument(cache, model),
                 ).logits[:, -1]
 
             cache = DynamicCache(config=config)

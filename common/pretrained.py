@@ -1,12 +1,15 @@
 """A pretrained model by name: its configuration and tokenizer, and the trained weights written as it came."""
 
+import itertools
 import json
+import re
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.core_model_loading import revert_weight_conversion
 
 
 def load_tokenizer_and_config(name, max_length, flags="--max_length"):
@@ -44,24 +47,45 @@ def write_pretrained(folder, name, weights, tokenizer):
     tokenizer.save_pretrained(folder)
 
 
+def as_in_files(shell, tensors):
+    """(name, tensor) pairs of a model under the names, and in the shapes, that its files have.
+
+    transformers joins the experts of a layer into one tensor when it loads them; files hold each one alone.
+    What is joined or split lies within a layer, so a layer's tensors are converted together.
+    """
+
+    def layer_of(pair):
+        numbered = re.match(r".*?\.\d+\.", pair[0])
+        return numbered.group() if numbered else pair[0]
+
+    for _, layer in itertools.groupby(tensors, layer_of):
+        yield from revert_weight_conversion(shell, dict(layer)).items()
+
+
 def write_pretrained_streamed(folder, name, shapes, tensors, tokenizer, max_shard_bytes=2 * 2**30):
-    """The same from tensors that come one by one: at most one file's worth of them is held at a time.
+    """The same from tensors that come one by one: at most a file's worth and a layer are held at a time.
 
     Args: shapes: {name: shape}, a tied weight once. tensors: iterable of (name, whole tensor), each once, in
-          any order of names that stays the same; they are copied.
+          the same order of names, layer by layer; they are copied.
     """
     folder, config = Path(folder), AutoConfig.from_pretrained(name)
     dtype = config.dtype or torch.float32
+    with torch.device("meta"):
+        shell = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        promised = [(key, torch.empty(shape, dtype=dtype)) for key, shape in shapes.items()]
     plan = split_torch_state_dict_into_shards(
-        {key: torch.empty(shape, dtype=dtype, device="meta") for key, shape in shapes.items()},
+        dict(as_in_files(shell, promised)),
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_bytes,
     )
     held = {file: {} for file in plan.filename_to_tensors}
     file_of = {key: file for file, keys in plan.filename_to_tensors.items() for key in keys}
-    for key, tensor in tensors:
+    copies = ((key, tensor.detach().to("cpu", dtype, copy=True)) for key, tensor in tensors)
+    for key, tensor in as_in_files(shell, copies):
         file = file_of[key]
-        held[file][key] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+        held[file][key] = tensor.clone(
+            memory_format=torch.contiguous_format
+        )  # experts are views of one tensor
         if len(held[file]) == len(plan.filename_to_tensors[file]):
             save_file(held.pop(file), folder / file, metadata={"format": "pt"})
     assert not held, f"tensors are missing of {', '.join(held)}"

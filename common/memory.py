@@ -302,7 +302,7 @@ def format_ledger(title, rows):
     for row in rows:
         name = row["name"].replace("_", " ")
         lines.append(
-            f"{name:<13}{row['formula']:<54}{format_gib(row['predicted'])} {format_gib(row['measured'])}"
+            f"{name:<16}{row['formula']:<51}{format_gib(row['predicted'])} {format_gib(row['measured'])}"
         )
     if any(row["formula"] for row in rows):
         lines.append("P parameters, N tokens of a forward, h hidden size, L layers, V vocabulary, W ranks")

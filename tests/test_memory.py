@@ -232,8 +232,8 @@ def test_ledger_as_printed():
     }
     assert format_ledger("demo  cpu  world 1", rows).splitlines() == [
         "memory ledger  demo  cpu  world 1                                    predicted   measured   (GiB)",
-        "parameters   fp32   4 P                                                  0.50       0.50",
-        "loss head    chunk x V                                                 0.0300          -",
+        "parameters      fp32   4 P                                               0.50       0.50",
+        "loss head       chunk x V                                              0.0300          -",
         "P parameters, N tokens of a forward, h hidden size, L layers, V vocabulary, W ranks",
     ]
 

@@ -725,7 +725,10 @@ def deepspeed_config(args, trainable=True):
         "gradient_accumulation_steps": 1,
         "gradient_clipping": args.max_grad_norm,
         "bf16": {"enabled": args.bf16},
-        "data_types": {"grad_accum_dtype": "fp32"},  # a sum over micro-batches in bf16 loses small addends
+        # A sum in bf16 loses small addends: over micro-batches, and over ranks. Over those, fp32 costs 2 bytes
+        # more for each element of the bucket below.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
         "zero_optimization": {
             "stage": 3,
             # By default, weights of up to 100,000 elements are never sharded: a budget has to bound every

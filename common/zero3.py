@@ -89,7 +89,7 @@ def zero3_moments(numel, dtype, config, world, *, rollout, update):
     held = {
         "parameters": 0 if "offload_param" in zero else c * numel // world,
         "gradients": 4 * states,
-        "bucket": c * zero["reduce_bucket_size"],
+        "bucket": 4 * zero["reduce_bucket_size"],  # fp32
         "optimizer": 12 * states,
     }
     always = sum(held.values())

@@ -22,6 +22,7 @@ from grpo_cases import LIMIT, LOSS_CASES, case_tensors, prompt_ids  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 import grpo_zero3  # noqa: E402
+from common.collators import flatten  # noqa: E402
 from grpo_zero3 import (  # noqa: E402
     Arguments,
     all_max,
@@ -236,6 +237,27 @@ def check_hooks(engine, rank, answers):
     answers["hooks stay"] = {"between": watched.between}
 
 
+def check_reduction(args, device, rank, world, answers):
+    """In bf16: gradients of the two ranks together, less those of each one alone, in parts of the largest."""
+    engine = load_engine(Arguments(**{**vars(args), "bf16": True, "max_grad_norm": 0.0}), device)
+    row = flatten([{"input_ids": [7 * rank + i for i in range(20)], "labels": [0] * 20}])
+    del row["labels"]
+
+    def gradients(weights):
+        for group in engine.optimizer.param_groups:
+            group["lr"] = 0.0
+        engine.set_gradient_accumulation_boundary(True)
+        logits = engine(**row, use_cache=False).logits.float()
+        loss = torch.log_softmax(logits, dim=-1)[..., 5].sum()
+        engine.backward(loss * weights[rank] * world, scale_wrt_gas=False)
+        found = [safe_get_full_grad(parameter).clone() for parameter in engine.module.parameters()]
+        engine.step()
+        return found
+
+    parts = zip(gradients([1, 1]), gradients([1, 0]), gradients([0, 1]))
+    answers["lost in reduction"] = max(float((x - a - b).abs().max() / x.abs().max()) for x, a, b in parts)
+
+
 def run(folder):
     answers = {}
     args = Arguments(model_name_or_path=str(folder / "model"), collective_timeout_s=60.0)
@@ -257,6 +279,7 @@ def run(folder):
         check_step(engine, rank, folder, answers)
         check_exceptions(engine, rank, folder, answers)
         check_hooks(engine, rank, answers)
+        check_reduction(args, device, rank, world, answers)
     except BaseException:
         answers["error"] = traceback.format_exc()
     (folder / f"rank{rank}.json").write_text(json.dumps(answers))

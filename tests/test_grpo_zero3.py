@@ -238,6 +238,10 @@ def test_loss_and_gradients_are_the_naive_ones(name, worker):
     assert first[f"loss {name}"]["batches"] >= 2
 
 
+def test_bf16_gradients_are_summed_over_ranks_in_fp32(worker):
+    assert all(answers["lost in reduction"] <= 1e-6 for answers in worker[0])
+
+
 def test_a_mask_off_by_one_would_be_seen(worker):
     (first, _), _, base = worker
     assert abs(first["off by one"]["sums"][0] - naive("dapo", base["dapo"])[0]) > 1e-3

@@ -84,7 +84,7 @@ from common.report import (
 from common.rewards import call_rewards, load_reward_funcs
 from common.truncation import check_limit, truncate_pair
 from common.watchdog import Watchdog
-from common.zero3 import gathers_pretended, zero3_learned_bytes, zero3_ledger, zero3_moments
+from common.zero3 import gathers_pretended, most_whole, zero3_learned_bytes, zero3_ledger, zero3_moments
 
 HERE = Path(__file__).resolve().parent
 HELD = "held for its last owner"  # among a parameter's ds_active_sub_modules
@@ -725,8 +725,8 @@ def deepspeed_config(args, trainable=True):
         "gradient_accumulation_steps": 1,
         "gradient_clipping": args.max_grad_norm,
         "bf16": {"enabled": args.bf16},
-        # A sum in bf16 loses small addends: over micro-batches, and over ranks. Over those, fp32 costs 2 bytes
-        # more for each element of the bucket below.
+        # A sum in bf16 loses small addends: over micro-batches, and over ranks, where fp32 costs 2 bytes more
+        # for each element of the bucket below.
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_optimization": {
@@ -925,7 +925,7 @@ class Rollouts:
         resident, self.gathered_bytes_per_token, largest = plan_residents(engine.module, self.budget_bytes)
         self.resident_bytes = whole_bytes(resident)
         self.held_bytes = self.resident_bytes + largest
-        self.seconds = self.tokens = 0
+        self.seconds = self.tokens = self.most_whole_bytes = 0
         if rank == 0:
             tqdm.write(self.describe())
 
@@ -961,7 +961,7 @@ class Rollouts:
             self.tokens = number
 
         self.watch(f"rollout {rollout}, gathering weights")
-        with generation_weights(self.engine, self.budget_bytes) as model:
+        with generation_weights(self.engine, self.budget_bytes) as model, most_whole(model) as most:
             gathered = time.perf_counter()
             completions, finished, entropies = generate(
                 model,
@@ -979,6 +979,7 @@ class Rollouts:
                 after_token=after_token,
             )
         bar.close()
+        self.most_whole_bytes = max(self.most_whole_bytes, most["bytes"])
         self.seconds = time.perf_counter() - started
         self.watch(f"rollout {rollout}, rewards")
         texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
@@ -1457,7 +1458,8 @@ def train(args, rank, local_rank, world, device, sigterm, watch):
 
     watch("saving the model")
     save_model(args, engine, tokenizer, rank, watch)
-    ledger = memory_ledger(*zero3_ledger(engine, rollouts.held_bytes, peak_memory_bytes(device)))
+    rollout_bytes = rollouts.held_bytes, rollouts.most_whole_bytes
+    ledger = memory_ledger(*zero3_ledger(engine, *rollout_bytes, peak_memory_bytes(device)))
     summary = summarize(args, device, world, prompts.data, totals, ledger, None, metrics)
     if rank == 0:
         (Path(args.output_dir) / "summary.json").write_text(json.dumps(summary, indent=1))

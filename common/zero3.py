@@ -5,10 +5,11 @@ from contextlib import contextmanager
 import torch
 
 
-def zero3_ledger(engine, rollout_bytes, peak_bytes):
+def zero3_ledger(engine, planned_bytes, rollout_bytes, peak_bytes):
     """Bytes of this rank, as memory.memory_ledger takes them.
 
-    Args:    engine: a ZeRO-3 engine that has trained. rollout_bytes: weights whole at once in a rollout.
+    Args:    engine: a ZeRO-3 engine that has trained. planned_bytes, rollout_bytes: weights that were to be
+             whole at once in a rollout, and that were.
     Returns: {name: (formula, bytes)} and {name: bytes}.
     """
     parameters = list(engine.module.parameters())
@@ -17,6 +18,7 @@ def zero3_ledger(engine, rollout_bytes, peak_bytes):
     states = [v for s in optimizer.optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
     tensors = {
         "parameters": [p.ds_tensor for p in parameters],
+        "gradients": [optimizer.grad_partitions_flat_buffer],
         # ZeRO's own fp32 copy, which the optimizer updates, and AdamW's two moments
         "optimizer": [*(v for v in states if v.dim()), *optimizer.fp32_partitioned_groups_flat],
     }
@@ -25,11 +27,33 @@ def zero3_ledger(engine, rollout_bytes, peak_bytes):
         "parameters": (f"{c} P{share}", c * numel // world),
         "gradients": (f"fp32   4 P{share}", 4 * numel // world),
         "optimizer": (f"fp32 copy 4 P{share}, AdamW 8 P{share}", 12 * numel // world),
-        "rollout_weights": ("gathered for the rollout + the largest gather", rollout_bytes),
+        "rollout_weights": ("gathered for the rollout + the largest gather", planned_bytes),
         "peak": ("measured alone", None),
     }
     measured = {name: sum(t.numel() * t.element_size() for t in held) for name, held in tensors.items()}
-    return predicted, measured | {"peak": peak_bytes}
+    return predicted, measured | {"rollout_weights": rollout_bytes, "peak": peak_bytes}
+
+
+@contextmanager
+def most_whole(module):
+    """Yields {"bytes": the most bytes of weights that were whole at once on this rank}.
+
+    It looks as the forward of each module starts for the first time: one forward shows them all.
+    """
+    most, hooks = {"bytes": 0}, {}
+
+    def look(part, *_):
+        hooks.pop(part).remove()
+        held = sum(parameter.nbytes for parameter in module.parameters())  # of one that is not whole: 0
+        most["bytes"] = max(most["bytes"], held)
+
+    for part in module.modules():
+        hooks[part] = part.register_forward_pre_hook(look)
+    try:
+        yield most
+    finally:
+        for hook in hooks.values():
+            hook.remove()
 
 
 @contextmanager

@@ -378,6 +378,13 @@ def test_the_metrics_tell_the_ways_apart(runs):
     assert 0 < gathered["budget"]["resident_bytes"] <= 5e-5 * 2**30
 
 
+@pytest.mark.parametrize("name", ["two", "streamed", "budget"])
+def test_the_weights_planned_for_a_rollout_are_whole_in_it(name, runs):
+    rows = json.loads((runs[0][name] / "summary.json").read_text())["ledger"]
+    [row] = [row for row in rows if row["name"] == "rollout_weights"]
+    assert row["measured"] == row["predicted"] > 0
+
+
 @pytest.mark.parametrize("name", ["resumed", "continued"])
 def test_a_resumed_run_is_the_uninterrupted_one(name, runs):
     through = read_run(runs[0]["through"])
@@ -891,7 +898,7 @@ def test_what_a_run_leaves_behind(base, earlier_run):
     assert list(summary) == SUMMARY.split()
     assert summary["final_metrics"] == done.metrics[-1]
     ledger = {row["name"]: row for row in summary["ledger"]}
-    for name in ("parameters", "optimizer"):
+    for name in ("parameters", "gradients", "optimizer", "rollout_weights"):
         assert ledger[name]["measured"] == pytest.approx(ledger[name]["predicted"], rel=0.02)
     saved = AutoModelForCausalLM.from_pretrained(earlier_run)
     before = AutoModelForCausalLM.from_pretrained(base["model_name_or_path"])

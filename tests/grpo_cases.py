@@ -97,6 +97,11 @@ def upper(prompts, completions, **columns):
     return [sum(c.isupper() for c in text) / max(len(text), 1) for text in completions]
 
 
+def spread(prompts, completions, **columns):
+    """Completions have different ones."""
+    return [sum(map(ord, text)) % 11 / 2 for text in completions]
+
+
 def by_column(prompts, completions, wanted, **columns):
     return [float(text.count(letter)) for text, letter in zip(completions, wanted, strict=True)]
 

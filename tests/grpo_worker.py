@@ -60,7 +60,6 @@ def state(engine):
         "whole": len(available(module)),
         "markers": sum(len(p.ds_active_sub_modules) for p in module.parameters()),
         "training": [m.training for m in module.modules()],
-        "checkpointing": module.is_gradient_checkpointing,
         "attention": module.config._attn_implementation,
         "stack": len(grpo_zero3.FWD_MODULE_STACK),
     }
@@ -168,7 +167,10 @@ def train_step(engine, name, rank, world, folder, change=lambda batches: None, s
     change(batches)
     for group in engine.optimizer.param_groups:
         group["lr"], group["weight_decay"] = 0.0, 0.0
-    gradients, step = {}, engine.step
+    gradients, step, forwards = {}, engine.step, []
+    hook = grpo_zero3.decoder_layers(engine.module)[2].mlp.register_forward_hook(
+        lambda *_: forwards.append(1)
+    )
 
     def read_then_step():
         for key, parameter in engine.module.named_parameters():
@@ -179,11 +181,13 @@ def train_step(engine, name, rank, world, folder, change=lambda batches: None, s
     try:
         sums = update(engine, batches, args, world, lambda phase: None)
     finally:
+        hook.remove()
         del engine.step
     if save and rank == 0:
         save_file(gradients, folder / f"{name}.safetensors")
     sums = all_sum(sums, CPU)
-    return {"sums": sums, "norm": float(engine.get_global_grad_norm()), "batches": len(batches)}
+    norm = float(engine.get_global_grad_norm())
+    return {"sums": sums, "norm": norm, "batches": len(batches), "layer_forwards": len(forwards)}
 
 
 def check_exceptions(engine, rank, folder, answers):

@@ -31,21 +31,24 @@ from grpo_cases import (
     scored_lengths,
     write_model,
 )
-from helpers import worst
+from helpers import tiny_model, worst
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
 from transformers.generation import StopStringCriteria
 
 import grpo_zero3
 from common.checkpoints import list_checkpoints
+from common.collators import flatten
 from grpo_zero3 import (
     Arguments,
     Prompts,
+    budget_bytes,
     check_arguments,
     deepspeed_config,
     generate,
     generation_weights,
     group_advantages,
+    grpo_loss,
     load_engine,
     main,
     sample,
@@ -178,6 +181,8 @@ def test_the_step_after_a_rollout_is_the_step_without(worker):
     for answers in worker[0]:
         assert len(answers["steps"]) == 1 + 3
         assert all(step == answers["steps"][0] for step in answers["steps"])
+        for step in answers["steps"]:  # each layer once more in backward: checkpointing is on again
+            assert step["layer_forwards"] == 2 * step["batches"]
 
 
 def test_hooks_that_stay_on_resident_modules_would_be_seen(worker):
@@ -601,6 +606,144 @@ def test_a_rollout_that_cannot_begin_leaves_all_as_it_was(engine, monkeypatch):
         with pytest.raises(RuntimeError, match="not today"), generation_weights(engine, None):
             pass
         assert modes_and_hooks(engine) == before
+
+
+def test_clip_and_kl_of_single_tokens():
+    old, advantages = torch.zeros(6), torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0])
+    ratio = torch.tensor([0.7, 1.0, 1.5, 0.7, 1.0, 1.5])
+    ref = torch.tensor([0.5, 0.0, -0.5, 0.1, -2.0, 1.0])
+    options = {"epsilon": 0.2, "epsilon_high": 0.4}
+    losses, kl, clipped = grpo_loss(ratio.log(), old, advantages, **options)
+    assert worst(losses, -torch.tensor([0.7, 1.0, 1.4, -0.8, -1.0, -1.5])) <= 1e-6
+    assert clipped.tolist() == [False, False, True, True, False, False] and kl.tolist() == [0] * 6
+    with_kl, kl, _ = grpo_loss(ratio.log(), old, advantages, **options, beta=0.3, ref_per_token_logps=ref)
+    quotient = ref.exp() / ratio
+    assert worst(kl, quotient - quotient.log() - 1) <= 1e-6
+    assert worst(with_kl, losses + 0.3 * kl) <= 1e-6
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_prompts_of_any_length_are_completed_as_alone(family):
+    """gpt2 has learned positions: padding on the left must not shift them."""
+    tiny = tiny_model(family, attn_implementation="sdpa", eos_token_id=63)
+    prompts = [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15]]
+    completions, _, _ = generate(tiny, prompts, 2, 9, end_ids=[63], temperature=0)
+    for i, prompt in enumerate(prompts):
+        out = tiny.generate(torch.tensor([prompt]), max_new_tokens=9, do_sample=False, eos_token_id=63)
+        assert completions[2 * i] == completions[2 * i + 1] == out[0, len(prompt) :].tolist()
+
+
+def test_a_reference_has_no_dropout(base, tmp_path):
+    dropout = write_model(tmp_path, attention_dropout=0.5)
+    row = flatten([{"input_ids": list(range(9)), "labels": list(range(9))}])
+    del row["labels"]
+    with engine_of({**base, "model_name_or_path": dropout}, trainable=False) as reference, torch.no_grad():
+        first, second = (reference(**row, use_cache=False).logits for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_the_budget_is_in_gib():
+    assert budget_bytes(Arguments(gather_budget_gib=1.5)) == 1.5 * 2**30
+    assert budget_bytes(Arguments()) is None
+    assert budget_bytes(Arguments(ds3_gather_for_generation=False)) == 0
+
+
+@pytest.fixture
+def rollouts(monkeypatch):
+    """What each rollout of the test's runs holds, in order."""
+    found, original = [], grpo_zero3.rollout_metrics
+
+    def record(rollout, *args):
+        found.append(rollout)
+        return original(rollout, *args)
+
+    monkeypatch.setattr(grpo_zero3, "rollout_metrics", record)
+    return found
+
+
+@pytest.mark.parametrize("scale_rewards", [True, False])
+def test_the_first_steps_metrics_are_those_of_its_completions(scale_rewards, base, rollouts, tmp_path):
+    flags = {"reward_funcs": "grpo_cases:spread", "temperature": 0.7, "stop_strings": list("aeiouxyz")}
+    flags |= {"scale_rewards": scale_rewards, "mask_truncated_completions": not scale_rewards}
+    [step] = run(tmp_path, base, **flags, max_completion_length=12, max_steps=1).metrics
+    [rollout] = rollouts
+    trained = AutoModelForCausalLM.from_pretrained(base["model_name_or_path"])
+    lengths, entropies = [], []
+    for prompt, completions in rollout["groups"]:
+        for ids in completions:
+            lengths.append(len(ids))
+            with torch.no_grad():
+                logits = trained(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1] / 0.7
+            entropies += torch.distributions.Categorical(logits=logits).entropy().tolist()
+    finished = rollout["finished"].tolist()
+    scored = lengths if scale_rewards else [n * done for n, done in zip(lengths, finished)]
+    assert 0 < sum(finished) < len(finished) and 0 < sum(scored) <= sum(lengths)
+    assert step["completions/mean_length"] == sum(lengths) / len(lengths)
+    assert step["completions/clipped_ratio"] == finished.count(False) / len(finished)
+    assert step["entropy"] == pytest.approx(sum(entropies) / len(entropies), abs=1e-5)
+    assert step["num_scored_tokens"] == sum(scored)
+    groups = rollout["reward"].view(-1, 3)
+    assert step["reward_std"] == pytest.approx(groups.std(1).mean().item())
+    advantages = groups - groups.mean(1, keepdim=True)
+    if scale_rewards:
+        advantages = advantages / (groups.std(1, keepdim=True) + 1e-4)
+    loss = -sum(a * n for a, n in zip(advantages.flatten().tolist(), scored)) / sum(scored)
+    assert step["loss"] == pytest.approx(loss, abs=1e-6) and abs(loss) > 1e-3
+
+
+@pytest.mark.parametrize("flags", [{"temperature": 1e-4}, {"top_k": 1}, {"top_p": 1e-6}])
+def test_sampling_flags_reach_the_rollout(flags, base, rollouts, tmp_path):
+    """Each of these leaves the likeliest token alone: all completions of a group are one."""
+    run(tmp_path, base, max_steps=1, **flags)
+    assert all(a == b == c and len(a) > 1 for _, (a, b, c) in rollouts[0]["groups"])
+
+
+def test_each_rollout_draws_anew(base, rollouts, tmp_path):
+    name = write_jsonl(tmp_path / "same.jsonl", [{"prompt": "abc"}] * 4)
+    run(tmp_path / "out", base, dataset_name=name, learning_rate=0.0, max_steps=2)
+    first, second = (rollout["groups"] for rollout in rollouts)
+    assert [prompt for prompt, _ in first] == [prompt for prompt, _ in second] and first != second
+    assert len({str(group) for group in first}) > 1  # nor do a rollout's groups share their numbers
+
+
+def test_old_log_probabilities_are_those_of_the_rollout(base, tmp_path):
+    flags = {"num_iterations": 3, "max_steps": 6, "epsilon": 1e-5, "learning_rate": 1e-3}
+    ratios = [step["clip_ratio"] for step in run(tmp_path, base, **flags).metrics]
+    assert ratios[0] == ratios[3] == 0
+    # every token has moved, about half of them the way that the clip holds up
+    assert all(0.2 < ratios[i] < 0.9 for i in (1, 2, 4, 5))
+
+
+def test_the_kl_that_is_shown_is_the_one_in_the_loss(base, tmp_path):
+    """With one token each, a group's advantages cancel, and the loss is beta times the divergence."""
+    flags = {"max_completion_length": 1, "beta": 0.5, "learning_rate": 1e-2, "max_steps": 3}
+    last = run(tmp_path, base, **flags).metrics[-1]
+    assert last["kl"] > 1e-4 and last["loss"] == pytest.approx(0.5 * last["kl"], abs=1e-6)
+
+
+def test_weights_decay(base, tmp_path):
+    flags = {"reward_funcs": "grpo_cases:equal", "learning_rate": 0.01, "weight_decay": 0.5, "max_steps": 1}
+    left = run(tmp_path, base, **flags).weights
+    came = load_file(Path(base["model_name_or_path"]) / "model.safetensors")
+    assert worst(left, {name: weight * (1 - 0.01 * 0.5) for name, weight in came.items()}) <= 1e-6
+
+
+def test_the_generation_configs_ends_count(base, rollouts, tmp_path):
+    folder = shutil.copytree(base["model_name_or_path"], tmp_path / "model")
+    ends = [*range(0, 256, 2), 257]
+    GenerationConfig(eos_token_id=ends).save_pretrained(folder)
+    run(tmp_path / "out", base, model_name_or_path=str(folder), max_steps=1)
+    for _, completions in rollouts[0]["groups"]:
+        assert not any(token in ends for ids in completions for token in ids[:-1])
+    assert rollouts[0]["finished"].sum() > 6
+
+
+def test_completions_are_shown(base, rollouts, tmp_path, capsys):
+    run(tmp_path, base, max_steps=2, log_completions_steps=2)
+    shown = capsys.readouterr().out
+    assert "step 2  prompt" in shown and "step 1  prompt" not in shown
+    prompt, completion = rollouts[1]["texts"][0]
+    assert prompt in shown and " ".join(completion.split()) in shown
 
 
 def test_stop_strings_end_a_completion(base, tmp_path):

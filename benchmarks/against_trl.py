@@ -144,7 +144,8 @@ def release():
 
 
 def compare(name, setup, sides, real_tokens, options, pairs):
-    """Count each way's bytes, with no other side's model in memory; then time all ways in turn.
+    """Count the bytes of each way's largest step, with no other side's model in memory; then time all ways
+    in turn.
 
     Args:    sides: functions that make {name: Way} of ways that share one model and optimizer; real_tokens:
              of each step, the warm-up's first; pairs: [(way, baseline), ..] whose ratios are wanted.
@@ -210,12 +211,16 @@ def choose(path, num_examples, examine, scratch):
     return str(file), [num_tokens for _, num_tokens in chosen]
 
 
-def plan_steps(options, size):
+def plan_steps(options, size, for_bytes=None):
     """Numbers of the examples of each step, the warm-up's first: one is enough for it on a CPU.
 
     On a GPU the warm-up also makes the allocator ask for its memory, and so has to be a whole step.
+
+    Args: for_bytes: examples of one more step, whose bytes alone are counted: a step that is timed often has
+          to be so small on a CPU that weights and optimizer hide all else.
     """
     counts = [size if options.device == "cuda" else 1] + [size] * count_repeats(options)
+    counts += [for_bytes] if for_bytes and not options.quick else []
     return [list(range(end - n, end)) for n, end in zip(counts, itertools.accumulate(counts))]
 
 

@@ -48,9 +48,9 @@ from dpo_padding_free import (
 
 # --pairs of a step; on a CPU, as many as make a step of some ten seconds
 CASES = {
-    "gsm8k_preferences": {"cpu": 2, "cuda": 8},
-    "gsm8k_preferences_4shot": {"cpu": 1, "cuda": 8},
-    "chat_preferences": {"cpu": 1, "cuda": 8},
+    "gsm8k_preferences": {"cpu": 2, "cuda": 8, "bytes": 8},
+    "gsm8k_preferences_4shot": {"cpu": 1, "cuda": 8, "bytes": None},
+    "chat_preferences": {"cpu": 1, "cuda": 8, "bytes": None},
 }
 SIDES = (  # flags of dpo_padding_free.py; the ways of a side share one model
     {"padded": {"padding_free": False}, "padding-free": {"share_prompt": False}, "shared": {}},
@@ -132,8 +132,8 @@ def their_way(way, model, file, steps, options, scratch):
     return {way: trl_way(trainer, batches, metrics=LOGPS)}
 
 
-def compare_on(name, size, model, args, device, options, scratch):
-    """The case of one data set, `size` pairs to a step."""
+def compare_on(name, size, for_bytes, model, args, device, options, scratch):
+    """The case of one data set, `size` pairs to a step, and `for_bytes` to the one whose bytes count."""
     tokenizer = AutoTokenizer.from_pretrained(model)
 
     def examine(example):
@@ -143,13 +143,14 @@ def compare_on(name, size, model, args, device, options, scratch):
         num_tokens = 2 * len(prompt) + len(chosen) + len(rejected)
         return (texts, num_tokens) if fits and chosen != rejected else None
 
-    steps = plan_steps(options, size)
+    steps = plan_steps(options, size, for_bytes)
     data = data_file(name, options, "preferences.jsonl")
     file, lengths = choose(data, steps[-1][-1] + 1, examine, scratch)
     sides = [partial(our_ways, flags, args, file, steps, tokenizer, device) for flags in SIDES]
     sides += [partial(their_way, way, model, file, steps, options, scratch) for way in TRL_WAYS]
     setup = {
         "pairs_per_step": size,
+        "pairs_of_counted_step": for_bytes or size,
         "max_length": options.max_length,
         "dtype": f"fp32 weights, {options.dtype} compute",
         "optimizer": "AdamW, fused",
@@ -171,7 +172,7 @@ def main():
         assert device.type == options.device, "hide the GPU to measure on the CPU: CUDA_VISIBLE_DEVICES="
         for name, sizes in chosen_cases(CASES, options).items():
             size = options.pairs or sizes[options.device]
-            found.append(compare_on(name, size, model, args, device, options, scratch))
+            found.append(compare_on(name, size, sizes["bytes"], model, args, device, options, scratch))
             show(found[-1])
     write("dpo", options, model, found)
     if dist.is_initialized():

@@ -48,7 +48,10 @@ from sft_packing import (
 )
 
 # --documents of a step; on a CPU, as many as make a step of some ten seconds
-CASES = {"chat_messages": {"cpu": 3, "cuda": 8}, "gsm8k_prompt_completion": {"cpu": 6, "cuda": 8}}
+CASES = {
+    "chat_messages": {"cpu": 3, "cuda": 8, "bytes": 8},
+    "gsm8k_prompt_completion": {"cpu": 6, "cuda": 8, "bytes": None},
+}
 WAYS = {  # flags of sft_packing.py
     "padded": {"packing": False, "padding_free": False, "gradient_checkpointing": False},
     "padding-free": {"packing": False, "gradient_checkpointing": False},
@@ -146,15 +149,15 @@ def their_ways(ways, model, documents, steps, options, scratch, **settings):
     return found
 
 
-def compare_on(name, size, model, args, device, options, scratch):
-    """The case of one data set, `size` documents to a step."""
+def compare_on(name, size, for_bytes, model, args, device, options, scratch):
+    """The case of one data set, `size` documents to a step, and `for_bytes` to the one whose bytes count."""
     tokenizer = AutoTokenizer.from_pretrained(model)
 
     def examine(example):
         num_tokens = len(tokenize(example, tokenizer, False)[0])
         return (example, num_tokens) if num_tokens <= options.max_length else None
 
-    steps = plan_steps(options, size)
+    steps = plan_steps(options, size, for_bytes)
     data = data_file(name, options, "sft.jsonl")
     file, lengths = choose(data, steps[-1][-1] + 1, examine, scratch)
     rows = load_dataset("json", data_files=file, split="train")
@@ -169,6 +172,7 @@ def compare_on(name, size, model, args, device, options, scratch):
         sides.append(partial(their_ways, TRL_OFFLOAD, model, documents, steps, options, scratch, **offload))
     setup = {
         "documents_per_step": size,
+        "documents_of_counted_step": for_bytes or size,
         "max_length": options.max_length,
         "dtype": f"fp32 weights, {options.dtype} compute",
         "optimizer": "AdamW, fused",
@@ -191,7 +195,7 @@ def main():
         assert device.type == options.device, "hide the GPU to measure on the CPU: CUDA_VISIBLE_DEVICES="
         for name, sizes in chosen_cases(CASES, options).items():
             size = options.documents or sizes[options.device]
-            found.append(compare_on(name, size, model, args, device, options, scratch))
+            found.append(compare_on(name, size, sizes["bytes"], model, args, device, options, scratch))
             show(found[-1])
     write("sft", options, model, found)
     if dist.is_initialized():

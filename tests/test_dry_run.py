@@ -127,6 +127,11 @@ def test_grpo(world, tmp_path):
     settings.write_text('{"zero_optimization": {"reduce_bucket_size": 100000}}')
     jobs = {name: GRPO_SIZES | {"deepspeed": str(settings)} | flags for name, flags in GRPO_WAYS.items()}
     config = load_config(DEMO)
+    with torch.device("meta"):
+        model = grpo_zero3.pretend_model(grpo_zero3.Arguments(), config)
+    layer_bytes = grpo_zero3.whole_bytes(grpo_zero3.decoder_layers(model)[0].parameters())
+    # where weights stream, it is chance whether the buffer of an earlier gather has gone at the peak
+    tolerance = {"rel": 0.02, "abs": layer_bytes * 1.01 if world > 1 else 0}
     for name, measured in on_ranks("grpo", jobs, tmp_path, world).items():
         args = grpo_zero3.Arguments(**jobs[name])
         rollout, _, _ = grpo_zero3.pretend_rollout(args, config, world)
@@ -134,10 +139,11 @@ def test_grpo(world, tmp_path):
         rows = grpo_zero3.pretend_step(args, config, world)
         held = sum(rows[row][1] for row in ("parameters", "gradients", "bucket", "optimizer"))
         assert held == pytest.approx(measured["held"], rel=0.02), name
-        assert held + rollout == pytest.approx(measured["rollout"], rel=0.02), name
+        assert held + rollout == pytest.approx(measured["rollout"], **tolerance), name
         step = rows["gradients"][1]  # the optimizer's step wants them once more
-        assert held + max(update, step) == pytest.approx(measured["update"], rel=0.02), name
-        assert rows["peak"][1] == pytest.approx(max(measured["rollout"], measured["update"]), rel=0.02), name
+        assert held + max(update, step) == pytest.approx(measured["update"], **tolerance), name
+        largest = max(measured["rollout"], measured["update"])
+        assert rows["peak"][1] == pytest.approx(largest, **tolerance), name
 
 
 @given(

@@ -23,7 +23,7 @@ import sys
 import time
 import warnings
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -1043,18 +1043,20 @@ def dry_run(args):
         f"--max_length {args.max_length // 2}": {"max_length": args.max_length // 2},
         f"--dry_run_world_size {2 * world}": {"dry_run_world_size": 2 * world},
     }
+    rows = pretend_step(args, config, world)
+    ledger = memory_ledger(rows, {})
+    print(format_ledger(f"{Path(args.model_name_or_path).name}  dry run  world {world}", ledger))
     found = explore(
         args,
+        rows["peak"][1],
         check_arguments,
         lambda changed: pretend_step(changed, config, changed.dry_run_world_size),
         changes,
         "max_length",
         getattr(config, "max_position_embeddings", args.max_length),
     )
-    title = f"{Path(args.model_name_or_path).name}  dry run  world {world}"
-    print(format_ledger(title, memory_ledger(found["rows"], {})))
     print(describe_dry_run(found, args.gpu_memory_gib))
-    return found
+    return {"args": asdict(args), "ledger": ledger, **found}
 
 
 def main(args):

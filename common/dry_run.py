@@ -81,23 +81,21 @@ def longest_that_fits(peak_bytes, available_bytes, most, unit=64):
             high, bytes_high = length, count
 
 
-def explore(args, check, measure, changes, length_flag, most):
-    """What a run's step holds, what single flags would save of its peak, and the longest that fits.
+def explore(args, peak, check, measure, changes, length_flag, most):
+    """What single flags would save of a run's peak, and the longest that fits.
 
-    Args:    args: the script's Arguments; check: raises ValueError for wrong ones. measure: function of
-             Arguments: {row: (formula, bytes)} of one rank, among them "peak". changes: {what one would type:
-             {flag: value}}. length_flag: the flag whose largest fitting value --gpu_memory_gib asks for;
-             most: its largest value.
-    Returns: rows: measure(args); savings: {what one would type: bytes less at the peak}, the largest first,
-             without changes that change nothing or are refused; length_flag; fits, longest: None without
-             --gpu_memory_gib.
+    Args:    args: the script's Arguments, and the peak that they lead to; check: raises ValueError for wrong
+             ones. measure: function of Arguments: {row: (formula, bytes)} of one rank, among them "peak".
+             changes: {what one would type: {flag: value}}. length_flag: the flag whose largest fitting value
+             --gpu_memory_gib asks for; most: its largest value.
+    Returns: savings: {what one would type: bytes less at the peak}, the largest first, without what is
+             refused or changes nothing; length_flag; fits, longest: None without --gpu_memory_gib.
     """
 
     def peak_bytes(changed):
         return measure(changed)["peak"][1]
 
-    rows = measure(args)
-    peak, savings, fits, longest = rows["peak"][1], {}, None, None
+    savings, fits, longest = {}, None, None
     for text, change in tqdm(changes.items(), "Flags that may save memory", leave=False):
         changed = replace(args, **change)
         try:
@@ -113,4 +111,4 @@ def explore(args, check, measure, changes, length_flag, most):
             lambda length: peak_bytes(replace(args, **{length_flag: length})), available, most
         )
     savings = dict(sorted(savings.items(), key=lambda item: -item[1]))
-    return {"rows": rows, "savings": savings, "length_flag": length_flag, "fits": fits, "longest": longest}
+    return {"savings": savings, "length_flag": length_flag, "fits": fits, "longest": longest}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import dpo_padding_free
 import grpo_zero3
 import sft_packing
-from common.dry_run import load_config, longest_that_fits
+from common.dry_run import load_config, longest_that_fits, pretend
 from common.memory import MemoryMeter
 
 ROOT = Path(__file__).parents[1]
@@ -160,3 +160,62 @@ def test_longest_that_fits(slope, start, bend, available, most):
     found = longest_that_fits(peak, available, most, unit=64)
     fitting = [n for n in (*range(64, most, 64), most) if peak(n) <= available]
     assert found == max(fitting, default=0)
+
+
+SCRIPTS = {"sft": sft_packing, "dpo": dpo_padding_free, "grpo": grpo_zero3}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_configuration_is_enough_and_nothing_is_left_behind(name, tmp_path, capsys, monkeypatch):
+    script, tried = SCRIPTS[name], []
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text((Path(DEMO) / "config.json").read_text())
+    pretend_step = script.pretend_step
+
+    def counted(args, config, world):
+        tried.append((args, world))
+        # one step for real; the others would only take time
+        return pretend_step(args, config, world) if len(tried) == 1 else {"peak": ("", 2**24 // world)}
+
+    monkeypatch.setattr(script, "pretend_step", counted)
+    output_dir = tmp_path / "out"
+    flags = {"model_name_or_path": str(folder), "output_dir": str(output_dir), "dataset_name": "none.jsonl"}
+    flags |= {"gradient_checkpointing": False, "dry_run_world_size": 2, "gpu_memory_gib": 0.04}
+    found = script.main(script.Arguments(**flags, dry_run=True))
+    assert not output_dir.exists() and not torch.distributed.is_initialized()
+    assert tried[0][1] == 2
+    shown = capsys.readouterr().out
+    assert "dry run  world 2" in shown and "--gradient_checkpointing" in shown
+    assert ("fits into" if found["fits"] else "does not fit into") + " 0.04 GiB" in shown
+    assert list(found["savings"].values()) == sorted(found["savings"].values(), reverse=True)
+    peak = found["ledger"][[row["name"] for row in found["ledger"]].index("peak")]["predicted"]
+    assert found["savings"]["--dry_run_world_size 4"] == peak - 2**22
+    lengths = [getattr(args, found["length_flag"]) for args, _ in tried]
+    assert found["longest"] == max(lengths)  # of those above, each "fits"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"dry_run_world_size": 2}, "add --dry_run"),
+        ({"gpu_memory_gib": 80.0}, "add --dry_run"),
+        ({"dry_run": True, "gpu_memory_gib": 0.0}, "--gpu_memory_gib 0.0"),
+        ({"dry_run": True, "dry_run_world_size": 0}, "--dry_run_world_size 0"),
+        ({"dry_run": True, "model_name_or_path": "/nowhere"}, "/nowhere has no configuration"),
+    ],
+)
+def test_refusals(name, flags, message):
+    with pytest.raises(ValueError, match=message):
+        SCRIPTS[name].main(SCRIPTS[name].Arguments(**flags))
+
+
+def test_what_a_dry_run_cannot_follow_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match="--use_liger_kernel"):
+        sft_packing.check_arguments(sft_packing.Arguments(dry_run=True, use_liger_kernel=True))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="--dry_run is one process"):
+        sft_packing.check_arguments(sft_packing.Arguments(dry_run=True))
+    with pytest.raises(ValueError, match="depends on its tensors' values"), pretend():
+        torch.ones(3).nonzero()

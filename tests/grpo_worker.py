@@ -168,7 +168,7 @@ def train_step(engine, name, rank, world, folder, change=lambda batches: None, s
     for group in engine.optimizer.param_groups:
         group["lr"], group["weight_decay"] = 0.0, 0.0
     gradients, step, forwards = {}, engine.step, []
-    hook = grpo_zero3.decoder_layers(engine.module)[2].mlp.register_forward_hook(
+    hook = grpo_zero3.decoder_layers(engine.module)[2].mlp.register_forward_pre_hook(
         lambda *_: forwards.append(1)
     )
 

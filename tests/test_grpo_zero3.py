@@ -805,14 +805,18 @@ def test_the_reward_rises(tmp_path):
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.1
 
 
-def test_rotary_frequencies_stay_in_fp32(base):
-    with engine_of({**base, "bf16": True}) as engine:
+def test_an_engine_in_bf16_keeps_rotary_frequencies_in_fp32(base):
+    phases = []
+    with engine_of({**base, "bf16": True}, watch=phases.append) as engine:
         expected = AutoModelForCausalLM.from_pretrained(base["model_name_or_path"], dtype=torch.bfloat16)
         found = dict(engine.module.named_buffers())
         assert found.keys() == dict(expected.named_buffers()).keys() and found
         for name, buffer in expected.named_buffers():
             assert found[name].dtype == torch.float32 and torch.equal(found[name], buffer)
         assert {p.dtype for p in engine.module.parameters()} == {torch.bfloat16}
+        # the watchdog hears of each weight: large models take their time
+        for name, _ in engine.module.named_parameters():
+            assert phases.count(f"loading {name}") == phases.count(f"loading {name} in fp32") == 1
 
 
 def test_prompts_come_in_epochs_without_a_gap(base):

@@ -753,10 +753,9 @@ def deepspeed_config(args, trainable=True):
         for section, names in SET_BY_FLAGS.items():
             new, old = (c[section] if section else c for c in (config, ours))
             for name in names:
-                taken = (
-                    f"--deepspeed {args.deepspeed} sets {name} to {new.get(name)}; the script and its flags"
-                )
-                refuse(new.get(name) != old.get(name), f"{taken} say {old.get(name)}: drop it from the file.")
+                found, wanted = new.get(name), old.get(name)
+                taken = f"--deepspeed {args.deepspeed} sets {name} to {found}; the script and its flags say"
+                refuse(found != wanted, f"{taken} {wanted}: drop it from the file.")
     return config
 
 
@@ -839,7 +838,7 @@ def load_engine(args, device, trainable=True, watch=lambda phase: None):
     config = deepspeed_config(args, trainable)
     options = {"dtype": torch.bfloat16 if args.bf16 else torch.float32}
     first = dist.get_rank() == 0
-    # in the dtype of its files: rounded to bf16 below, and not before `write_fp32_weights`
+    # in the dtype of its files, whatever the shards' will be: see `write_fp32_weights`
     whole = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype="auto") if first else None
     # inside Init, each module's weights are sharded as soon as it is made
     with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=config):

@@ -1345,9 +1345,12 @@ def train(args, rank, local_rank, world, device, sigterm, watch):
     torch.manual_seed(args.seed + rank)  # for dropout; order and sampling have generators of their own
     longest = args.max_prompt_length + args.max_completion_length
     watch("tokenising the prompts")
-    for first in (True, False):  # the first rank of each machine tokenises; the others then read its cache
+    for first_rank in (
+        True,
+        False,
+    ):  # the first rank of each machine tokenises; the others then read its cache
         with together(device):
-            if (local_rank == 0) == first:
+            if (local_rank == 0) == first_rank:
                 flags = "--max_prompt_length + --max_completion_length"
                 tokenizer, config = load_tokenizer_and_config(args.model_name_or_path, longest, flags)
                 prompts = Prompts(args, tokenizer)
@@ -1362,7 +1365,9 @@ def train(args, rank, local_rank, world, device, sigterm, watch):
     left = max(0, math.ceil(args.num_train_epochs * len(prompts) - 1e-9) - progress["prompts_done"])
     total_steps = progress["step"] + math.ceil(left / prompts_per_rollout) * args.num_iterations
     total_steps = args.max_steps if args.max_steps > 0 else total_steps
-    if args.resume_from_checkpoint and progress["step"] >= total_steps:
+    if progress["step"] > total_steps:
+        raise ValueError(f"{checkpoint} is past --max_steps {total_steps}: raise it.")
+    if progress["step"] == total_steps and (Path(args.output_dir) / "summary.json").exists():
         raise ValueError(
             f"{args.output_dir} has finished its {total_steps} steps: raise --max_steps to go on."
         )

@@ -937,12 +937,21 @@ def test_bad_data_is_refused(name, base, earlier_run, tmp_path):
         ({}, "holds another run .*--resume_from_checkpoint latest.*--overwrite_output_dir"),
         ({"resume_from_checkpoint": "latest", "seed": 1}, "other data"),
         ({"resume_from_checkpoint": "latest", "max_prompt_length": 3}, "other data"),
-        ({"resume_from_checkpoint": "latest", "max_steps": 3}, "has finished its 3 steps: raise --max_steps"),
+        ({"resume_from_checkpoint": "latest", "max_steps": 3}, "past --max_steps 3"),
         ({"resume_from_checkpoint": "latest"}, "has finished its 4 steps: raise --max_steps to go on"),
     ],
 )
 def test_a_folder_that_holds_another_run_is_refused(flags, message, base, earlier_run):
     assert_refused(earlier_run, {**base, **flags}, message)
+
+
+def test_a_run_that_was_stopped_after_its_last_step_still_leaves_its_model(base, earlier_run, tmp_path):
+    folder = shutil.copytree(earlier_run, tmp_path / "run")
+    for name in ("summary.json", "model.safetensors"):
+        (folder / name).unlink()
+    left = run(folder, base, resume_from_checkpoint="latest").weights
+    expected = read_run(earlier_run).weights
+    assert all(torch.equal(left[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize(

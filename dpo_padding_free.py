@@ -961,19 +961,29 @@ def predict(args, model, batch, world):
 
 
 def pretend_batch(args):
-    """A batch of pairs as long as the flags allow: half prompt, unless --max_prompt_length says less."""
-    prompt = min(args.max_prompt_length or args.max_length // 2, args.max_length // 2)
-    completion = min(args.max_completion_length or args.max_length, args.max_length - prompt)
-    pair = {"chosen_prompt_ids": [0] * prompt, "rejected_prompt_ids": [0] * prompt, "prefix_length": 0}
-    pair |= {"chosen_ids": [0] * completion, "rejected_ids": [0] * completion}
+    """A batch of pairs that computes as many tokens as the flags allow.
+
+    That is: completions as long as they may be, and the prompt what --max_length leaves of them.
+    """
+    completion = min(args.max_completion_length or args.max_length, args.max_length - 1)
+    prompt = min(args.max_prompt_length or args.max_length, args.max_length - completion)
+
+    def pair(length):
+        ids = {"chosen_ids": [0] * length, "rejected_ids": [0] * length, "prefix_length": 0}
+        return ids | {"chosen_prompt_ids": [0] * prompt, "rejected_prompt_ids": [0] * prompt}
+
     size, budget = args.per_device_train_batch_size or 4, args.max_tokens_per_batch
+    pairs = [pair(completion)] * size
     if budget is not None:
-        size = max(1, budget // collate([pair], args, 0)["input_ids"].numel())
-    pairs = [dict(pair) for _ in range(size)]
+        cost = collate([pair(completion)], args, 0)["input_ids"].numel()
+        pairs = [pair(completion)] * (budget // cost)
+        rest = (budget % cost - (1 if shares_prompts(args) else 2) * prompt) // 2
+        if rest >= 1 and args.padding_free:
+            pairs.append(pair(rest))
     if not args.padding_free:  # one token of padding, so that there is a mask
-        pairs[0]["rejected_ids"] = [0] * (completion - 1)
+        pairs[0] = pairs[0] | {"rejected_ids": pairs[0]["rejected_ids"][1:]}
     batch = collate(pairs, args, 0)
-    return batch | {"ref_logps": torch.zeros(2 * size)}
+    return batch | {"ref_logps": torch.zeros(2 * len(pairs))}
 
 
 def pretend_step(args, config, world, batch=None):
@@ -1031,6 +1041,7 @@ def dry_run(args):
     """Count the bytes of one step, those that single flags would save, and the longest pairs that fit."""
     config = load_config(args.model_name_or_path)
     world, size = args.dry_run_world_size, args.per_device_train_batch_size or 4
+    tokens = args.max_tokens_per_batch or 0
     changes = {
         "--bf16": {"bf16": True},
         "--gradient_checkpointing": {"gradient_checkpointing": True},
@@ -1041,7 +1052,8 @@ def dry_run(args):
         f"--loss_chunk_size {args.loss_chunk_size // 4}": {"loss_chunk_size": args.loss_chunk_size // 4},
         f"--per_device_train_batch_size {size // 2}": {"per_device_train_batch_size": size // 2},
         f"--max_length {args.max_length // 2}": {"max_length": args.max_length // 2},
-        f"--dry_run_world_size {2 * world}": {"dry_run_world_size": 2 * world},
+        f"--max_tokens_per_batch {tokens // 2}": {"max_tokens_per_batch": tokens // 2},
+        f"{2 * world} ranks": {"dry_run_world_size": 2 * world},
     }
     rows = pretend_step(args, config, world)
     ledger = memory_ledger(rows, {})

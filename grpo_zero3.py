@@ -1188,12 +1188,13 @@ def pretend_rollout(args, config, world):
     with pretend():
         model = pretend_model(args, config).eval()
         model.set_attn_implementation("sdpa")
+        gathers = gathers_weights(args, world)
         resident, _, largest = plan_residents(model, budget_bytes(args))
         whole = {id(p) for p in resident}
         streamed = [unit for unit in generation_units(model) if id(unit[0][0]) not in whole]
         tracker = ByteCounter()
         tracker.track_external(model)
-        with gathers_pretended(streamed if world > 1 else []), tracker, torch.no_grad():
+        with gathers_pretended(streamed if gathers else []), tracker, torch.no_grad():
 
             def step(tokens, length, cache):
                 mask = torch.ones(len(tokens), length, dtype=torch.int64)
@@ -1215,21 +1216,30 @@ def pretend_rollout(args, config, world):
             logits = step(torch.zeros(size, 1, dtype=torch.int64), prompt + completion, cache)
             sample(logits, torch.rand(size), args.temperature, args.top_k, args.top_p)
             cached = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
-        peak = tracker._peak_mem[torch.device("cpu")] - whole_bytes(model.parameters())
-    gathered = whole_bytes(resident) if world > 1 else 0
-    return gathered + peak, cached, gathered + (largest if world > 1 else 0)
+        peak = tracker.peak_bytes(model.device) - whole_bytes(model.parameters())
+    gathered = whole_bytes(resident) if gathers else 0
+    return gathered + peak, cached, gathered + (largest if gathers else 0)
+
+
+def gathers_weights(args, world):
+    """Whether weights have to be brought together: a single rank's shards on the device are the weights."""
+    return world > 1 or args.offload_param
 
 
 def pretend_update(args, config, world):
     """The most bytes that an update's forward and backward hold on one rank beyond the shards.
 
-    Returns: {"activations", "loss_head", "peak"}, of the largest micro-batch.
+    Returns: {"activations", "loss_head", "peak"}, of the largest micro-batch; with --beta also "reference":
+             the most that the reference's forward holds.
     """
-    group = ([0] * args.max_prompt_length, [[0] * args.max_completion_length] * args.num_generations)
-    longest = args.max_prompt_length + args.num_generations * args.max_completion_length
-    all_groups = args.per_device_train_batch_size // args.num_generations
-    groups = [group] * min(all_groups, (args.max_tokens_per_batch or longest) // longest)
-    size = len(groups) * args.num_generations
+    prompt, length, generations = args.max_prompt_length, args.max_completion_length, args.num_generations
+    longest = prompt + generations * length
+    budget, all_groups = args.max_tokens_per_batch or longest, args.per_device_train_batch_size // generations
+    groups = [([0] * prompt, [[0] * length] * generations)] * min(all_groups, budget // longest)
+    rest = (budget % longest - prompt) // generations  # room for one more group, of shorter completions
+    if rest >= 1 and len(groups) < all_groups:
+        groups.append(([0] * prompt, [[0] * rest] * generations))
+    size = len(groups) * generations
     repeats = len(groups) < all_groups or args.num_iterations > 1
     [batch] = make_batches(groups, torch.ones(size), torch.ones(size), 10**18, torch.device("cpu"), int)
     with two_chunks_only(), pretend():
@@ -1242,19 +1252,29 @@ def pretend_update(args, config, world):
         meter = MemoryMeter(model, optimizer, torch.device("cpu"), track=True, track_step=1)
         # The first forward and backward after a rollout gather for one module at a time. ZeRO-3 learns their
         # order, and for the others gathers in advance, and keeps, what zero3_learned_bytes says.
-        units = [] if repeats or world == 1 else generation_units(model)
+        gathers = gathers_weights(args, world)
+        units = generation_units(model) if gathers and not repeats else []
         units = [(parameters, [owner]) for parameters, owners in units for owner in owners]
         with gathers_pretended(units), meter.step([batch]):
             logps = per_token_logps(Unsharded(model), batch, args)
             losses, *_ = grpo_loss(logps, logps.detach(), batch["advantages"], epsilon=args.epsilon)
             (losses / batch["denominators"]).sum().backward()
             optimizer.step()  # finds no gradient; the meter waits for it
+        tracker = ByteCounter()
+        tracker.track_external(model)
+        if args.beta:
+            with tracker, torch.no_grad():
+                per_token_logps(Unsharded(model.eval()), batch, args)
     measured = meter.measured
     measured["peak"] -= whole_bytes(model.parameters())
-    if repeats and world > 1:
-        numel, zero = sum(p.numel() for p in model.parameters()), deepspeed_config(args)["zero_optimization"]
+    if args.beta:
+        measured["reference"] = tracker.peak_bytes(model.device) - whole_bytes(model.parameters())
+    # the reference is on the host: it gathers on a single rank as well
+    learned_phases = ["peak"] if repeats and gathers else []
+    for phase in learned_phases + (["reference"] if args.beta else []):
+        zero, numel = deepspeed_config(args)["zero_optimization"], sum(p.numel() for p in model.parameters())
         learned, in_advance = zero3_learned_bytes(numel, model.dtype, zero)
-        measured["peak"] = learned + max(in_advance, measured["peak"])
+        measured[phase] = learned + max(in_advance, measured[phase])
     return measured
 
 
@@ -1279,6 +1299,9 @@ def pretend_step(args, config, world):
     rows["rollout_weights"] = ("gathered for the rollout + the largest gather", gathered)
     rows["kv_cache"] = ("keys and values of all completions", cached)
     rows |= {name: ("of an update's forward", update[name]) for name in ("activations", "loss_head")}
+    if args.beta:
+        moments["in the reference's forward"] = sum(held.values()) + update["reference"]
+        rows["reference_on_host"] = (f"{dtype.itemsize} P{share}", dtype.itemsize * numel // world)
     return rows | {"peak": (max(moments, key=moments.get), max(moments.values()))}
 
 
@@ -1290,12 +1313,16 @@ def dry_run(args):
         "--bf16": {"bf16": True},
         "--gradient_checkpointing": {"gradient_checkpointing": True},
         "--no_ds3_gather_for_generation": {"ds3_gather_for_generation": False, "gather_budget_gib": None},
+        "--gather_budget_gib 1": {"gather_budget_gib": 1.0, "ds3_gather_for_generation": True},
         "--offload_optimizer": {"offload_optimizer": True},
         "--offload_optimizer --offload_param": {"offload_optimizer": True, "offload_param": True},
         f"--loss_chunk_size {args.loss_chunk_size // 4}": {"loss_chunk_size": args.loss_chunk_size // 4},
         f"--per_device_train_batch_size {group}": {"per_device_train_batch_size": min(size, group)},
-        f"--dry_run_world_size {2 * world}": {"dry_run_world_size": 2 * world},
+        f"{2 * world} ranks": {"dry_run_world_size": 2 * world},
     }
+    most = getattr(config, "max_position_embeddings", 2**17) - args.max_prompt_length
+    if args.max_tokens_per_batch:  # which has to hold a group
+        most = min(most, (args.max_tokens_per_batch - args.max_prompt_length) // group)
     rows = pretend_step(args, config, world)
     ledger = memory_ledger(rows, {})
     print(format_ledger(f"{Path(args.model_name_or_path).name}  dry run  world {world}", ledger))
@@ -1306,7 +1333,7 @@ def dry_run(args):
         lambda changed: pretend_step(changed, config, changed.dry_run_world_size),
         changes,
         "max_completion_length",
-        getattr(config, "max_position_embeddings", 2**17) - args.max_prompt_length,
+        most,
     )
     print(describe_dry_run(found, args.gpu_memory_gib))
     return {"args": asdict(args), "ledger": ledger, **found}

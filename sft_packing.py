@@ -868,7 +868,7 @@ def dry_run(args):
         f"--loss_chunk_size {args.loss_chunk_size // 4}": {"loss_chunk_size": args.loss_chunk_size // 4},
         f"--per_device_train_batch_size {size // 2}": {"per_device_train_batch_size": size // 2},
         f"--max_length {args.max_length // 2}": {"max_length": args.max_length // 2},
-        f"--dry_run_world_size {2 * world}": {"dry_run_world_size": 2 * world},
+        f"{2 * world} ranks": {"dry_run_world_size": 2 * world},
     }
     rows = pretend_step(args, config, world)
     ledger = memory_ledger(rows, {})

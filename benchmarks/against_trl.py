@@ -110,10 +110,10 @@ def count_tokens(micro_batches):
     return sum(batch["input_ids"].numel() for batch in micro_batches)
 
 
-def count_bytes(way, device):
-    """Peak bytes of the way's largest step, and what they consist of."""
+def count_bytes(way, number, device):
+    """Peak bytes of the way's step of that number, and what they consist of."""
     way.step(way.batches[0])  # makes the optimizer's states
-    largest = max(way.batches, key=count_tokens)
+    largest = way.batches[number]
     meter = MemoryMeter(way.model, way.optimizer, torch.device(device), True, 1, way.offload, way.others)
     with meter.step(largest):
         way.step(largest)
@@ -144,19 +144,20 @@ def release():
 
 
 def compare(name, setup, sides, real_tokens, options, pairs):
-    """Count the bytes of each way's largest step, with no other side's model in memory; then time all ways
-    in turn.
+    """Count the bytes of the largest step in each way, with no other side's model in memory; then time all
+    ways in turn.
 
     Args:    sides: functions that make {name: Way} of ways that share one model and optimizer; real_tokens:
              of each step, the warm-up's first; pairs: [(way, baseline), ..] whose ratios are wanted.
     Returns: a case for harness.write, with ratios.
     """
     once, repeats = {}, count_repeats(options)
+    largest = max(range(len(real_tokens)), key=lambda number: real_tokens[number])
     release()
     for side in sides:
         ways = side()
         for way, ready in ways.items():
-            once[way] = count_bytes(ready, options.device)
+            once[way] = count_bytes(ready, largest, options.device)
             once[way]["tokens_computed"] = sum(map(count_tokens, ready.batches[1 : repeats + 1]))
             once[way]["real_tokens"] = sum(real_tokens[1 : repeats + 1])
         free(ways)
@@ -191,7 +192,7 @@ def timed_step(way, real_tokens, device):
 def disagreement(found, measure):
     """Over all steps, the largest difference between any two ways, relative to the step's largest value."""
     steps = zip(*([run[measure] for run in way["repetitions"]] for way in found["ways"].values()))
-    return max((max(values) - min(values)) / max(map(abs, values)) for values in steps)
+    return max((max(values) - min(values)) / max(*map(abs, values), 1e-30) for values in steps)
 
 
 def choose(path, num_examples, examine, scratch):
@@ -235,6 +236,8 @@ def chosen_cases(cases, options):
     """
     if options.quick or not os.environ.get("BENCH_DATA"):
         return {"demo": next(iter(cases.values()))}
+    if options.only and options.only not in cases:
+        raise ValueError(f"--only {options.only}: choose one of {', '.join(cases)}.")
     return {name: sizes for name, sizes in cases.items() if options.only in ("", name)}
 
 

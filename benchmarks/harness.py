@@ -105,13 +105,11 @@ def alternate(ways, repeats, device="cpu", warm_up=1):
 def hardware(device):
     if device == "cuda":
         return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        if (info.exists())
-        else []
-    )
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    info, name = Path("/proc/cpuinfo"), platform.processor() or platform.machine()
+    for line in info.read_text().splitlines() if info.exists() else []:
+        if line.startswith("model name"):
+            name = line.split(":")[1].strip()
+    return f"{name}, {os.cpu_count()} cores"
 
 
 def installed():
@@ -147,7 +145,8 @@ def write(what, options, model, cases):
     Args: model: its name; cases: list of `case`s, each of which may hold further keys, like "ratios".
     """
     ranks = os.environ.get("WORLD_SIZE")
-    launcher = f"torchrun --standalone --nproc_per_node {ranks}" if ranks else "python"
+    launcher = f"OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node {ranks}" if ranks else "python"
+    given = [f"{name}=<folder>" for name in ("BENCH_MODEL", "BENCH_DATA") if os.environ.get(name)]
     document = {
         "what": what,
         "device": options.device,
@@ -155,13 +154,14 @@ def write(what, options, model, cases):
         "threads": torch.get_num_threads(),
         "versions": installed(),
         "commit": commit(),
-        "command": " ".join([launcher, f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": " ".join([*given, launcher, f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "model": (Path(model).name if model != ROOT / "demo/model" else "demo model") if model else None,
         "cases": cases,
     }
     options.results.mkdir(parents=True, exist_ok=True)
-    path = options.results / f"{what}-{'quick' if options.quick else options.device}.json"
+    only = f"-{options.only}" if getattr(options, "only", "") else ""  # beside the whole, not over it
+    path = options.results / f"{what}-{'quick' if options.quick else options.device}{only}.json"
     path.write_text(json.dumps(document, indent=1) + "\n")
     print(f"wrote {path}", file=sys.stderr)
     return document

@@ -30,15 +30,15 @@ HEADLINE = [
     ),
     (
         "dpo_padding_free.py",
-        "the prompt once for both completions, no second model",
+        "the prompt once for both completions (reference in each step)",
         "sum(P + C + R) tokens",
-        ("dpo", "padded", "shared", "TRL padded"),
+        ("dpo", "padded", "shared, reference each step", "TRL padded"),
     ),
     (
         "grpo_zero3.py",
-        "the prompt once for its group (policy update)",
+        "the prompt once for its group (the update alone, in a plain module without DeepSpeed)",
         "P + sum(C) tokens of a group",
-        ("grpo_update", None, "shared", "TRL"),
+        ("grpo_update", "padding-free", "shared", "TRL"),
     ),
 ]
 
@@ -82,7 +82,12 @@ def headline(documents):
             rows.append([f"`{script}`", technique, formula, *peaks, *speeds])
             if document:
                 named = ", ".join(f'"{way}"' for way in ways if way)
-                notes.append(f"{what}: {first['case']}, {named}")
+                sizes = ", ".join(
+                    f"{key.replace('_', ' ')} {value}"
+                    for key, value in first["setup"].items()
+                    if "step" in key
+                )
+                notes.append(f"{what}: {first['case']}, {named}, {sizes}")
                 sources.append(caption(document))
         table = markdown([*titles, "tokens/s: naive", "ours", "TRL"], rows, texts=3)
         notes = ["; ".join(notes), *dict.fromkeys(sources)] if notes else []  # a shared source once

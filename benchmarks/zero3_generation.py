@@ -12,6 +12,7 @@ import json
 import tempfile
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -88,6 +89,15 @@ def rollout_per_module(engine, prompts, tokens, device):
     return out[:, width:].tolist(), 0.0, time.perf_counter() - started
 
 
+def rollout_gathered(engine, prompts, tokens, device):
+    """As TRL gathers: all weights whole and all hooks away, and transformers' own generate."""
+    started = time.perf_counter()
+    with generation_weights(engine, None) as module:
+        gathered = time.perf_counter()
+        completions, _, _ = rollout_per_module(SimpleNamespace(module=module), prompts, tokens, device)
+    return completions, gathered - started, time.perf_counter() - started
+
+
 def load_engines(args, device):
     """The script's engine; one whose layers gather matrix by matrix; one with DeepSpeed's own settings."""
     leaf_modules, config = grpo_zero3.set_z3_leaf_modules, grpo_zero3.deepspeed_config
@@ -143,7 +153,7 @@ def show(found):
     for way, values in found["ways"].items():
         median = values["median"]
         print(
-            f"{found['case']:<16}{way:<18}{median['seconds_per_token']:8.3f} s/token "
+            f"{found['case']:<16}{way:<30}{median['seconds_per_token']:8.3f} s/token "
             f"{median['seconds']:7.2f} s {values['gathered_bytes_per_token'] / 2**20:8.1f} MiB/token "
             f"{values['gathers_per_token']:.0f} gathers {values['peak_whole_bytes'] / 2**20:.1f} MiB peak "
             f" {values['same_tokens_on_all_ranks']}",
@@ -175,6 +185,7 @@ def main():
     chosen = prompts[: options.sequences]
     ways = {name: held(b) for name, b in (("all", None), ("90 %", total * 9 // 10), ("half", total // 2))}
     ways["none"] = held(0)
+    ways["all, transformers' generate"] = engine, lambda n: rollout_gathered(engine, chosen, n, device)
     ways["no leaf modules"] = no_leaves, lambda n: rollout(no_leaves, chosen, 0, n, device)
     ways["hooks per module"] = per_module, lambda n: rollout_per_module(per_module, chosen, n, device)
     setup["sequences"] = options.sequences

@@ -63,8 +63,11 @@ def longest_that_fits(peak_bytes, available_bytes, most, unit=64):
 
     Args: peak_bytes: function of a length in tokens, growing with it, in nearly straight lines.
     """
-    if most <= unit or (bytes_high := peak_bytes(most)) <= available_bytes:
-        return most if peak_bytes(most) <= available_bytes else 0
+    if most < 1:
+        return 0
+    bytes_high = peak_bytes(most)
+    if most <= unit or bytes_high <= available_bytes:
+        return most if bytes_high <= available_bytes else 0
     if (bytes_low := peak_bytes(unit)) > available_bytes:
         return 0
     low, high = unit, most  # the first fits, the second does not
@@ -102,8 +105,8 @@ def explore(args, peak, check, measure, changes, length_flag, most):
             check(changed)
         except ValueError:
             continue
-        if changed != args:
-            savings[text] = peak - peak_bytes(changed)
+        if changed != args and (saved := peak - peak_bytes(changed)):
+            savings[text] = saved
     if args.gpu_memory_gib is not None:
         available = int(args.gpu_memory_gib * 2**30)
         fits = peak <= available

@@ -44,6 +44,9 @@ class ByteCounter(MemTracker):
 
     _post_fw_hook = _pre_bw_hook = _post_bw_hook = _pre_fw_hook
 
+    def peak_bytes(self, device):
+        return self._peak_mem[device]
+
 
 class MemoryMeter:
     """Measures training steps: on CUDA every step, from the allocator's statistics; on a CPU one step, by
@@ -142,7 +145,7 @@ class MemoryMeter:
     def _peak(self):
         if self.tracker is None:
             return torch.cuda.max_memory_allocated(self.device)
-        return self.tracker._peak_mem[self.device]
+        return self.tracker.peak_bytes(self.device)
 
     def _reset_peak(self):
         """Forget the peak so far; returns the bytes allocated now."""

@@ -190,7 +190,7 @@ def test_a_configuration_is_enough_and_nothing_is_left_behind(name, tmp_path, ca
     assert ("fits into" if found["fits"] else "does not fit into") + " 0.04 GiB" in shown
     assert list(found["savings"].values()) == sorted(found["savings"].values(), reverse=True)
     peak = found["ledger"][[row["name"] for row in found["ledger"]].index("peak")]["predicted"]
-    assert found["savings"]["--dry_run_world_size 4"] == peak - 2**22
+    assert found["savings"]["4 ranks"] == peak - 2**22
     lengths = [getattr(args, found["length_flag"]) for args, _ in tried]
     assert found["longest"] == max(lengths)  # of those above, each "fits"
 
@@ -219,3 +219,57 @@ def test_what_a_dry_run_cannot_follow_is_refused(monkeypatch):
         sft_packing.check_arguments(sft_packing.Arguments(dry_run=True))
     with pytest.raises(ValueError, match="depends on its tensors' values"), pretend():
         torch.ones(3).nonzero()
+
+
+@given(
+    limits=st.tuples(*[st.none() | st.integers(1, 19)] * 2),
+    max_length=st.integers(20, 40),
+    way=st.sampled_from([{}, {"share_prompt": False}, {"padding_free": False}]),
+)
+def test_no_pair_is_larger_than_the_one_that_dpo_counts(limits, max_length, way):
+    flags = {"max_prompt_length": limits[0], "max_completion_length": limits[1], "max_length": max_length}
+    args = dpo_padding_free.Arguments(per_device_train_batch_size=1, **flags | way)
+    most_prompt, most_completion = (limit or max_length for limit in limits)
+    pairs = [
+        (prompt, completion)
+        for prompt in range(1, most_prompt + 1)
+        for completion in range(1, min(most_completion, max_length - prompt) + 1)
+    ]
+    shares = dpo_padding_free.shares_prompts(args)
+    largest = max(p + 2 * c if shares else 2 * (p + c) for p, c in pairs)
+    assert dpo_padding_free.pretend_batch(args)["input_ids"].numel() == largest
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_a_budget_of_tokens_is_counted_in_full(share_prompt):
+    limits = {"max_length": 64, "max_prompt_length": 20, "share_prompt": share_prompt}
+    for budget in range(200, 300):
+        args = dpo_padding_free.Arguments(max_tokens_per_batch=budget, **limits)
+        # whole pairs of 107 or 128 tokens, and one of what is left, if it holds a prompt and two completions
+        least = (20 if share_prompt else 40) + 2
+        counted = dpo_padding_free.pretend_batch(args)["input_ids"].numel()
+        assert budget - least < counted <= budget
+
+
+def test_grpo_counts_its_flags():
+    config, sizes = load_config(DEMO), {"max_prompt_length": 16, "max_completion_length": 8}
+
+    def peak(world=2, **flags):
+        args = grpo_zero3.Arguments(per_device_train_batch_size=16, **sizes | flags)
+        grpo_zero3.check_arguments(args)
+        return grpo_zero3.pretend_update(args, config, world)
+
+    one_rank = peak(1)["peak"]
+    assert peak(1, max_tokens_per_batch=130)["peak"] > one_rank  # a group of 80 tokens, and one of 50
+    assert peak(beta=0.1)["reference"] > 0
+    assert peak(1, offload_optimizer=True, offload_param=True)["peak"] > one_rank  # weights have to come back
+    found = grpo_zero3.main(
+        grpo_zero3.Arguments(
+            per_device_train_batch_size=8,
+            max_tokens_per_batch=100,
+            dry_run=True,
+            gpu_memory_gib=1.0,
+            **sizes,
+        )
+    )
+    assert found["longest"] == (100 - 16) // 8

@@ -10,6 +10,7 @@ laptop   python dpo_padding_free.py
 1 GPU    python dpo_padding_free.py --model_name_or_path Qwen/Qwen3-0.6B \
              --dataset_name trl-lib/ultrafeedback_binarized --bf16
 8 GPUs   torchrun --standalone --nproc_per_node 8 dpo_padding_free.py --model_name_or_path Qwen/Qwen3-8B ...
+no GPU   python dpo_padding_free.py --dry_run --dry_run_world_size 8 --gpu_memory_gib 80 ... says what would fit
 Sources: arXiv 2305.18290 (DPO), arXiv 2310.12036 (IPO), arXiv 2305.10425 (SLiC-HF, the hinge)
 """
 
@@ -960,117 +961,6 @@ def predict(args, model, batch, world):
     )
 
 
-def pretend_batch(args):
-    """A batch of pairs that computes as many tokens as the flags allow.
-
-    That is: completions as long as they may be, and the prompt what --max_length leaves of them.
-    """
-    completion = min(args.max_completion_length or args.max_length, args.max_length - 1)
-    prompt = min(args.max_prompt_length or args.max_length, args.max_length - completion)
-
-    def pair(length):
-        ids = {"chosen_ids": [0] * length, "rejected_ids": [0] * length, "prefix_length": 0}
-        return ids | {"chosen_prompt_ids": [0] * prompt, "rejected_prompt_ids": [0] * prompt}
-
-    size, budget = args.per_device_train_batch_size or 4, args.max_tokens_per_batch
-    pairs = [pair(completion)] * size
-    if budget is not None:
-        cost = collate([pair(completion)], args, 0)["input_ids"].numel()
-        pairs = [pair(completion)] * (budget // cost)
-        rest = (budget % cost - (1 if shares_prompts(args) else 2) * prompt) // 2
-        if rest >= 1 and args.padding_free:
-            pairs.append(pair(rest))
-    if not args.padding_free:  # one token of padding, so that there is a mask
-        pairs[0] = pairs[0] | {"rejected_ids": pairs[0]["rejected_ids"][1:]}
-    batch = collate(pairs, args, 0)
-    return batch | {"ref_logps": torch.zeros(2 * len(pairs))}
-
-
-def pretend_step(args, config, world, batch=None):
-    """The bytes that one optimizer step holds on each of `world` ranks, by pretended tensors.
-
-    Args:    batch: of each forward; None = as many tokens as the flags allow.
-    Returns: {row of the ledger: (formula, bytes)}.
-    """
-    batch = pretend_batch(args) if batch is None else batch
-    device, accumulation = torch.device("cpu"), args.gradient_accumulation_steps
-    attention = args.attn_implementation or ("varlen" if "cu_seq_lens_q" in batch else "sdpa")
-    attention = "varlen" if attention == "flash_attention_2" else attention  # keeps the same tensors
-    register_varlen_attention()
-
-    def new_model(mesh):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
-        if mesh is not None:
-            shard(model, mesh, args.bf16)
-        if args.gradient_checkpointing:
-            checkpoint_layers(model)
-        return model.train()
-
-    sharded = world > 1 or args.bf16
-    with two_chunks_only(), pretend(world if sharded else None, args.activation_offloading) as mesh:
-        model = new_model(mesh)
-        reference_model = None if args.precompute_ref_log_probs else new_model(mesh).eval()
-        others = [] if reference_model is None else [reference_model]
-        offload = args.activation_offloading or None
-        offload = offload and OffloadActivations(model, decoder_layers(model), device)
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-
-        def update():
-            torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
-            optimizer.step()
-            optimizer.zero_grad()
-
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        update()  # makes AdamW's moments, and DTensor's plans, whose own pretended tensors are not the step's
-        meter = MemoryMeter(model, optimizer, device, True, 1, offload, others)
-        batches = [batch] * min(accumulation, 2)  # later ones hold what the second does
-        with meter.step(batches):
-            for batch in batches:
-                with offload or nullcontext():
-                    loss_sum, _ = batch_loss(model, reference_model, batch, args)
-                loss_sum.backward()
-            if offload:
-                offload.step_host_bytes = offload.host.step_peak  # end_step would take real memory
-            update()
-    predicted = predict(args, model, batch, world)
-    return {name: (predicted.get(name, [""])[0], count) for name, count in meter.measured.items()}
-
-
-def dry_run(args):
-    """Count the bytes of one step, those that single flags would save, and the longest pairs that fit."""
-    config = load_config(args.model_name_or_path)
-    world, size = args.dry_run_world_size, args.per_device_train_batch_size or 4
-    tokens = args.max_tokens_per_batch or 0
-    changes = {
-        "--bf16": {"bf16": True},
-        "--gradient_checkpointing": {"gradient_checkpointing": True},
-        "--activation_offloading": {"activation_offloading": True},
-        "--padding_free": {"padding_free": True},
-        "--share_prompt": {"share_prompt": True},
-        "--precompute_ref_log_probs": {"precompute_ref_log_probs": True},
-        f"--loss_chunk_size {args.loss_chunk_size // 4}": {"loss_chunk_size": args.loss_chunk_size // 4},
-        f"--per_device_train_batch_size {size // 2}": {"per_device_train_batch_size": size // 2},
-        f"--max_length {args.max_length // 2}": {"max_length": args.max_length // 2},
-        f"--max_tokens_per_batch {tokens // 2}": {"max_tokens_per_batch": tokens // 2},
-        f"{2 * world} ranks": {"dry_run_world_size": 2 * world},
-    }
-    rows = pretend_step(args, config, world)
-    ledger = memory_ledger(rows, {})
-    print(format_ledger(f"{Path(args.model_name_or_path).name}  dry run  world {world}", ledger))
-    found = explore(
-        args,
-        rows["peak"][1],
-        check_arguments,
-        lambda changed: pretend_step(changed, config, changed.dry_run_world_size),
-        changes,
-        "max_length",
-        getattr(config, "max_position_embeddings", args.max_length),
-    )
-    print(describe_dry_run(found, args.gpu_memory_gib))
-    return {"args": asdict(args), "ledger": ledger, **found}
-
-
 def main(args):
     """Train. Returns what summary.json holds; after SIGTERM, {"stopped_at_step": step}; of a dry run, what it
     counted.
@@ -1241,6 +1131,120 @@ def train(args, rank, local_rank, world, device, sigterm):
         if moved:
             print(format_traffic(moved))
     return summary
+
+
+# --- 6. Memory before the GPU ---
+
+
+def pretend_batch(args):
+    """A batch of pairs that computes as many tokens as the flags allow.
+
+    That is: completions as long as they may be, and the prompt what --max_length leaves of them.
+    """
+    completion = min(args.max_completion_length or args.max_length, args.max_length - 1)
+    prompt = min(args.max_prompt_length or args.max_length, args.max_length - completion)
+
+    def pair(length):
+        ids = {"chosen_ids": [0] * length, "rejected_ids": [0] * length, "prefix_length": 0}
+        return ids | {"chosen_prompt_ids": [0] * prompt, "rejected_prompt_ids": [0] * prompt}
+
+    size, budget = args.per_device_train_batch_size or 4, args.max_tokens_per_batch
+    pairs = [pair(completion)] * size
+    if budget is not None:
+        cost = collate([pair(completion)], args, 0)["input_ids"].numel()
+        pairs = [pair(completion)] * (budget // cost)
+        rest = (budget % cost - (1 if shares_prompts(args) else 2) * prompt) // 2
+        if rest >= 1 and args.padding_free:
+            pairs.append(pair(rest))
+    if not args.padding_free:  # one token of padding, so that there is a mask
+        pairs[0] = pairs[0] | {"rejected_ids": pairs[0]["rejected_ids"][1:]}
+    batch = collate(pairs, args, 0)
+    return batch | {"ref_logps": torch.zeros(2 * len(pairs))}
+
+
+def pretend_step(args, config, world, batch=None):
+    """The bytes that one optimizer step holds on each of `world` ranks, by pretended tensors.
+
+    Args:    batch: of each forward; None = as many tokens as the flags allow.
+    Returns: {row of the ledger: (formula, bytes)}.
+    """
+    batch = pretend_batch(args) if batch is None else batch
+    device, accumulation = torch.device("cpu"), args.gradient_accumulation_steps
+    attention = args.attn_implementation or ("varlen" if "cu_seq_lens_q" in batch else "sdpa")
+    attention = "varlen" if attention == "flash_attention_2" else attention  # keeps the same tensors
+    register_varlen_attention()
+
+    def new_model(mesh):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+        if mesh is not None:
+            shard(model, mesh, args.bf16)
+        if args.gradient_checkpointing:
+            checkpoint_layers(model)
+        return model.train()
+
+    sharded = world > 1 or args.bf16
+    with two_chunks_only(), pretend(world if sharded else None, args.activation_offloading) as mesh:
+        model = new_model(mesh)
+        reference_model = None if args.precompute_ref_log_probs else new_model(mesh).eval()
+        others = [] if reference_model is None else [reference_model]
+        offload = args.activation_offloading or None
+        offload = offload and OffloadActivations(model, decoder_layers(model), device)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+        def update():
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        update()  # makes AdamW's moments, and DTensor's plans, whose own pretended tensors are not the step's
+        meter = MemoryMeter(model, optimizer, device, True, 1, offload, others)
+        batches = [batch] * min(accumulation, 2)  # later ones hold what the second does
+        with meter.step(batches):
+            for batch in batches:
+                with offload or nullcontext():
+                    loss_sum, _ = batch_loss(model, reference_model, batch, args)
+                loss_sum.backward()
+            if offload:
+                offload.step_host_bytes = offload.host.step_peak  # end_step would take real memory
+            update()
+    predicted = predict(args, model, batch, world)
+    return {name: (predicted.get(name, [""])[0], count) for name, count in meter.measured.items()}
+
+
+def dry_run(args):
+    """Count the bytes of one step, those that single flags would save, and the longest pairs that fit."""
+    config = load_config(args.model_name_or_path)
+    world, size = args.dry_run_world_size, args.per_device_train_batch_size or 4
+    tokens = args.max_tokens_per_batch or 0
+    changes = {
+        "--bf16": {"bf16": True},
+        "--gradient_checkpointing": {"gradient_checkpointing": True},
+        "--activation_offloading": {"activation_offloading": True},
+        "--padding_free": {"padding_free": True},
+        "--share_prompt": {"share_prompt": True},
+        "--precompute_ref_log_probs": {"precompute_ref_log_probs": True},
+        f"--loss_chunk_size {args.loss_chunk_size // 4}": {"loss_chunk_size": args.loss_chunk_size // 4},
+        f"--per_device_train_batch_size {size // 2}": {"per_device_train_batch_size": size // 2},
+        f"--max_length {args.max_length // 2}": {"max_length": args.max_length // 2},
+        f"--max_tokens_per_batch {tokens // 2}": {"max_tokens_per_batch": tokens // 2},
+        f"{2 * world} ranks": {"dry_run_world_size": 2 * world},
+    }
+    rows = pretend_step(args, config, world)
+    ledger = memory_ledger(rows, {})
+    print(format_ledger(f"{Path(args.model_name_or_path).name}  dry run  world {world}", ledger))
+    found = explore(
+        args,
+        rows["peak"][1],
+        check_arguments,
+        lambda changed: pretend_step(changed, config, changed.dry_run_world_size),
+        changes,
+        "max_length",
+        getattr(config, "max_position_embeddings", args.max_length),
+    )
+    print(describe_dry_run(found, args.gpu_memory_gib))
+    return {"args": asdict(args), "ledger": ledger, **found}
 
 
 if __name__ == "__main__":

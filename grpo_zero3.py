@@ -11,6 +11,7 @@ laptop   python grpo_zero3.py
 2 GPUs   deepspeed --num_gpus 2 grpo_zero3.py --model_name_or_path Qwen/Qwen3-1.7B --bf16 \
              --dataset_name my_questions.jsonl --reward_funcs last_number
 nodes    deepspeed --hostfile hosts grpo_zero3.py --gather_budget_gib 8 ...; torchrun works as well
+no GPU   python grpo_zero3.py --dry_run --dry_run_world_size 8 --gpu_memory_gib 80 ... says what would fit
 Sources: arXiv 2402.03300 (GRPO), 2503.14476 (DAPO), 2503.20783 (Dr. GRPO), 1910.02054 (ZeRO)
 """
 
@@ -1155,6 +1156,173 @@ def learning_rates(args, total_steps):
     return lambda step: args.learning_rate * scheduler.lr_lambdas[0](step)
 
 
+def main(args):
+    """Train. Returns what summary.json holds; after SIGTERM, {"stopped_at_step": step}; of a dry run, what it
+    counted.
+
+    Raises: ValueError for what the arguments, the data, the rewards or the model make impossible, before
+            output_dir is touched (a reward's mistake shows when it is called); FloatingPointError for a
+            non-finite loss or gradient, before the weights and the checkpoints are.
+    """
+    check_arguments(args)
+    if args.dry_run:
+        return dry_run(args)
+    check_output_dir(args.output_dir, args.overwrite_output_dir, args.resume_from_checkpoint)
+    # DeepSpeed calls some of torch's functions by their older names
+    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
+    sigterm = []
+    previous_handler = signal.signal(signal.SIGTERM, lambda *_: sigterm.append(True))
+    watch, ours = None, not dist.is_initialized()
+    try:
+        rank, local_rank, world, device = start_distributed(args)
+        watch = Watchdog(args.collective_timeout_s, rank)
+        return train(args, rank, local_rank, world, device, sigterm, watch)
+    finally:
+        signal.signal(signal.SIGTERM, previous_handler)
+        if ours and dist.is_initialized():
+            deepspeed.comm.destroy_process_group()  # DeepSpeed's groups with torch's
+        if watch is not None:  # to the last: leaving a group may hang as well
+            watch.close()
+
+
+def train(args, rank, local_rank, world, device, sigterm, watch):
+    torch.manual_seed(args.seed + rank)  # for dropout; order and sampling have generators of their own
+    longest = args.max_prompt_length + args.max_completion_length
+    watch("tokenising the prompts")
+    for first_rank in (
+        True,
+        False,
+    ):  # the first rank of each machine tokenises; the others then read its cache
+        with together(device):
+            if (local_rank == 0) == first_rank:
+                flags = "--max_prompt_length + --max_completion_length"
+                tokenizer, config = load_tokenizer_and_config(args.model_name_or_path, longest, flags)
+                prompts = Prompts(args, tokenizer)
+                check_token_ids(prompts.examples, config.vocab_size, args.dataset_name)
+                functions = load_reward_funcs(args.reward_funcs, prompts.reward_columns)
+    prompts_per_rollout = args.per_device_train_batch_size // args.num_generations * world
+    progress = {"step": 0, "rollout": 0, "prompts_done": 0}
+    progress |= {"fingerprint": prompts.fingerprint(), "world_size": world}
+    if args.resume_from_checkpoint:
+        checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+        progress = read_progress(checkpoint, progress["fingerprint"], world)
+    left = max(0, math.ceil(args.num_train_epochs * len(prompts) - 1e-9) - progress["prompts_done"])
+    total_steps = progress["step"] + math.ceil(left / prompts_per_rollout) * args.num_iterations
+    total_steps = args.max_steps if args.max_steps > 0 else total_steps
+    if progress["step"] > total_steps:
+        raise ValueError(f"{checkpoint} is past --max_steps {total_steps}: raise it.")
+    if progress["step"] == total_steps and (Path(args.output_dir) / "summary.json").exists():
+        raise ValueError(
+            f"{args.output_dir} has finished its {total_steps} steps: raise --max_steps to go on."
+        )
+    if progress["step"] % args.num_iterations:
+        raise ValueError(
+            f"{checkpoint} is in the middle of a rollout of --num_iterations {args.num_iterations}: use the "
+            "number that it was trained with."
+        )
+
+    watch("loading the model")
+    engine = load_engine(args, device, watch=watch)
+    watch("loading the reference")
+    reference = load_engine(args, device, trainable=False, watch=watch) if args.beta > 0 else None
+    watch("checking the model")
+    first = flatten([{"input_ids": ids, "labels": ids} for ids in prompts.examples[:2]["input_ids"]])
+    if args.check_isolation:
+        remedy = "Choose another model: the update of this script knows no other rows."
+        check_isolation(engine.module, to_device(first, device), remedy=remedy)
+    check_head(engine.module, to_device(first, device))
+    rollouts = Rollouts(args, engine, prompts, tokenizer, functions, rank, world, device, watch)
+    learning_rate_at = learning_rates(args, total_steps)
+    if args.resume_from_checkpoint:
+        watch("loading the checkpoint")
+        load_checkpoint(engine, checkpoint)
+    if rank == 0:
+        prepare_output_dir(args.output_dir, progress["step"])
+    dist.barrier()
+    metrics, totals = {}, {"seconds": 0.0, "tokens": 0, "real_tokens": 0}
+    bar = tqdm(total=total_steps, initial=progress["step"], desc="GRPO", unit="step", disable=rank != 0)
+
+    while progress["step"] < total_steps:
+        step_started = time.perf_counter()
+        if progress["step"] % args.num_iterations == 0:
+            rollout = rollouts.sample(progress)
+            batches, num_scored = prepare_update(rollout, args, reference, device, watch)
+            sampled = rollout_metrics(rollout, args, rollouts)
+            progress["rollout"] += 1
+            progress["prompts_done"] += rollout["num_prompts"]
+        update_started = time.perf_counter()
+        learning_rate = learning_rate_at(progress["step"])
+        for group in engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        sums, grad_norm = [0.0, 0.0, 0.0], 0.0
+        if num_scored:  # every completion masked: not even Adam's momentum may move a weight
+            sums = update(engine, batches, args, world, watch)
+            grad_norm = float(engine.get_global_grad_norm())
+        num_tokens = sum(batch["input_ids"].numel() for batch in batches) if num_scored else 0
+        loss, kl, clipped, num_tokens, stop = all_sum([*sums, num_tokens, len(sigterm)], device)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            # DeepSpeed skips an update whose gradients are not finite
+            raise FloatingPointError(
+                f"step {progress['step'] + 1}: loss {loss}, gradient norm {grad_norm}; the weights are still "
+                f"finite. Prompts {progress['prompts_done'] - rollout['num_prompts']} to "
+                f"{progress['prompts_done'] - 1} of the stream."
+            )
+
+        seconds = time.perf_counter() - step_started
+        rollouts.update_seconds = time.perf_counter() - update_started
+        progress["step"] += 1
+        metrics = {
+            "step": progress["step"],
+            "epoch": progress["prompts_done"] / len(prompts),
+            "loss": loss,
+            **sampled,
+            "kl": kl / max(num_scored, 1),
+            "clip_ratio": clipped / max(num_scored, 1),
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "num_tokens": int(num_tokens),
+            "num_scored_tokens": int(num_scored),
+            "tokens_per_second": num_tokens / seconds,
+            "step_seconds": seconds,
+            "update_seconds": rollouts.update_seconds,
+            "peak_memory_bytes": peak_memory_bytes(device),
+        }
+        for name, value in (("seconds", seconds), ("tokens", num_tokens), ("real_tokens", num_tokens)):
+            totals[name] += value
+        if rank == 0:
+            write_metrics(metrics, args.output_dir, bar, args.logging_steps)
+            every = args.log_completions_steps
+            if every and progress["step"] % every == 0:
+                shown = [(*texts, r) for texts, r in zip(rollout["texts"], rollout["reward"].tolist())]
+                tqdm.write(format_completions(progress["step"], shown[: 2 * args.num_generations : 4]))
+        stop = stop and progress["step"] % args.num_iterations == 0  # a checkpoint holds no half-used rollout
+        if stop or args.save_steps and progress["step"] % args.save_steps == 0:
+            watch("checkpoint")
+            save_checkpoint(args, engine, progress, rank)
+        if stop:
+            if rank == 0:
+                remedy = "continue with --resume_from_checkpoint latest"
+                tqdm.write(f"SIGTERM: saved checkpoint-{progress['step']}; {remedy}", file=sys.stderr)
+            return {"stopped_at_step": progress["step"]}
+    bar.close()
+
+    watch("saving the model")
+    save_model(args, engine, tokenizer, rank, watch)
+    rollout_bytes = rollouts.held_bytes, rollouts.most_whole_bytes
+    ledger = memory_ledger(*zero3_ledger(engine, *rollout_bytes, peak_memory_bytes(device)))
+    summary = summarize(args, device, world, prompts.data, totals, ledger, None, metrics)
+    if rank == 0:
+        (Path(args.output_dir) / "summary.json").write_text(json.dumps(summary, indent=1))
+        print(describe_prompts(prompts.data))
+        print(describe_speed(summary))
+        print(describe_rewards(args.output_dir))
+        print(format_ledger(ledger_title(summary), ledger))
+    return summary
+
+
+# --- 6. Memory before the GPU ---
+
+
 class Unsharded:
     """A whole model where an engine is expected."""
 
@@ -1337,170 +1505,6 @@ def dry_run(args):
     )
     print(describe_dry_run(found, args.gpu_memory_gib))
     return {"args": asdict(args), "ledger": ledger, **found}
-
-
-def main(args):
-    """Train. Returns what summary.json holds; after SIGTERM, {"stopped_at_step": step}; of a dry run, what it
-    counted.
-
-    Raises: ValueError for what the arguments, the data, the rewards or the model make impossible, before
-            output_dir is touched (a reward's mistake shows when it is called); FloatingPointError for a
-            non-finite loss or gradient, before the weights and the checkpoints are.
-    """
-    check_arguments(args)
-    if args.dry_run:
-        return dry_run(args)
-    check_output_dir(args.output_dir, args.overwrite_output_dir, args.resume_from_checkpoint)
-    # DeepSpeed calls some of torch's functions by their older names
-    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
-    sigterm = []
-    previous_handler = signal.signal(signal.SIGTERM, lambda *_: sigterm.append(True))
-    watch, ours = None, not dist.is_initialized()
-    try:
-        rank, local_rank, world, device = start_distributed(args)
-        watch = Watchdog(args.collective_timeout_s, rank)
-        return train(args, rank, local_rank, world, device, sigterm, watch)
-    finally:
-        signal.signal(signal.SIGTERM, previous_handler)
-        if ours and dist.is_initialized():
-            deepspeed.comm.destroy_process_group()  # DeepSpeed's groups with torch's
-        if watch is not None:  # to the last: leaving a group may hang as well
-            watch.close()
-
-
-def train(args, rank, local_rank, world, device, sigterm, watch):
-    torch.manual_seed(args.seed + rank)  # for dropout; order and sampling have generators of their own
-    longest = args.max_prompt_length + args.max_completion_length
-    watch("tokenising the prompts")
-    for first_rank in (
-        True,
-        False,
-    ):  # the first rank of each machine tokenises; the others then read its cache
-        with together(device):
-            if (local_rank == 0) == first_rank:
-                flags = "--max_prompt_length + --max_completion_length"
-                tokenizer, config = load_tokenizer_and_config(args.model_name_or_path, longest, flags)
-                prompts = Prompts(args, tokenizer)
-                check_token_ids(prompts.examples, config.vocab_size, args.dataset_name)
-                functions = load_reward_funcs(args.reward_funcs, prompts.reward_columns)
-    prompts_per_rollout = args.per_device_train_batch_size // args.num_generations * world
-    progress = {"step": 0, "rollout": 0, "prompts_done": 0}
-    progress |= {"fingerprint": prompts.fingerprint(), "world_size": world}
-    if args.resume_from_checkpoint:
-        checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-        progress = read_progress(checkpoint, progress["fingerprint"], world)
-    left = max(0, math.ceil(args.num_train_epochs * len(prompts) - 1e-9) - progress["prompts_done"])
-    total_steps = progress["step"] + math.ceil(left / prompts_per_rollout) * args.num_iterations
-    total_steps = args.max_steps if args.max_steps > 0 else total_steps
-    if progress["step"] > total_steps:
-        raise ValueError(f"{checkpoint} is past --max_steps {total_steps}: raise it.")
-    if progress["step"] == total_steps and (Path(args.output_dir) / "summary.json").exists():
-        raise ValueError(
-            f"{args.output_dir} has finished its {total_steps} steps: raise --max_steps to go on."
-        )
-    if progress["step"] % args.num_iterations:
-        raise ValueError(
-            f"{checkpoint} is in the middle of a rollout of --num_iterations {args.num_iterations}: use the "
-            "number that it was trained with."
-        )
-
-    watch("loading the model")
-    engine = load_engine(args, device, watch=watch)
-    watch("loading the reference")
-    reference = load_engine(args, device, trainable=False, watch=watch) if args.beta > 0 else None
-    watch("checking the model")
-    first = flatten([{"input_ids": ids, "labels": ids} for ids in prompts.examples[:2]["input_ids"]])
-    if args.check_isolation:
-        remedy = "Choose another model: the update of this script knows no other rows."
-        check_isolation(engine.module, to_device(first, device), remedy=remedy)
-    check_head(engine.module, to_device(first, device))
-    rollouts = Rollouts(args, engine, prompts, tokenizer, functions, rank, world, device, watch)
-    learning_rate_at = learning_rates(args, total_steps)
-    if args.resume_from_checkpoint:
-        watch("loading the checkpoint")
-        load_checkpoint(engine, checkpoint)
-    if rank == 0:
-        prepare_output_dir(args.output_dir, progress["step"])
-    dist.barrier()
-    metrics, totals = {}, {"seconds": 0.0, "tokens": 0, "real_tokens": 0}
-    bar = tqdm(total=total_steps, initial=progress["step"], desc="GRPO", unit="step", disable=rank != 0)
-
-    while progress["step"] < total_steps:
-        step_started = time.perf_counter()
-        if progress["step"] % args.num_iterations == 0:
-            rollout = rollouts.sample(progress)
-            batches, num_scored = prepare_update(rollout, args, reference, device, watch)
-            sampled = rollout_metrics(rollout, args, rollouts)
-            progress["rollout"] += 1
-            progress["prompts_done"] += rollout["num_prompts"]
-        update_started = time.perf_counter()
-        learning_rate = learning_rate_at(progress["step"])
-        for group in engine.optimizer.param_groups:
-            group["lr"] = learning_rate
-        sums, grad_norm = [0.0, 0.0, 0.0], 0.0
-        if num_scored:  # every completion masked: not even Adam's momentum may move a weight
-            sums = update(engine, batches, args, world, watch)
-            grad_norm = float(engine.get_global_grad_norm())
-        num_tokens = sum(batch["input_ids"].numel() for batch in batches) if num_scored else 0
-        loss, kl, clipped, num_tokens, stop = all_sum([*sums, num_tokens, len(sigterm)], device)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            # DeepSpeed skips an update whose gradients are not finite
-            raise FloatingPointError(
-                f"step {progress['step'] + 1}: loss {loss}, gradient norm {grad_norm}; the weights are still "
-                f"finite. Prompts {progress['prompts_done'] - rollout['num_prompts']} to "
-                f"{progress['prompts_done'] - 1} of the stream."
-            )
-
-        seconds = time.perf_counter() - step_started
-        rollouts.update_seconds = time.perf_counter() - update_started
-        progress["step"] += 1
-        metrics = {
-            "step": progress["step"],
-            "epoch": progress["prompts_done"] / len(prompts),
-            "loss": loss,
-            **sampled,
-            "kl": kl / max(num_scored, 1),
-            "clip_ratio": clipped / max(num_scored, 1),
-            "grad_norm": grad_norm,
-            "learning_rate": learning_rate,
-            "num_tokens": int(num_tokens),
-            "num_scored_tokens": int(num_scored),
-            "tokens_per_second": num_tokens / seconds,
-            "step_seconds": seconds,
-            "update_seconds": rollouts.update_seconds,
-            "peak_memory_bytes": peak_memory_bytes(device),
-        }
-        for name, value in (("seconds", seconds), ("tokens", num_tokens), ("real_tokens", num_tokens)):
-            totals[name] += value
-        if rank == 0:
-            write_metrics(metrics, args.output_dir, bar, args.logging_steps)
-            every = args.log_completions_steps
-            if every and progress["step"] % every == 0:
-                shown = [(*texts, r) for texts, r in zip(rollout["texts"], rollout["reward"].tolist())]
-                tqdm.write(format_completions(progress["step"], shown[: 2 * args.num_generations : 4]))
-        stop = stop and progress["step"] % args.num_iterations == 0  # a checkpoint holds no half-used rollout
-        if stop or args.save_steps and progress["step"] % args.save_steps == 0:
-            watch("checkpoint")
-            save_checkpoint(args, engine, progress, rank)
-        if stop:
-            if rank == 0:
-                remedy = "continue with --resume_from_checkpoint latest"
-                tqdm.write(f"SIGTERM: saved checkpoint-{progress['step']}; {remedy}", file=sys.stderr)
-            return {"stopped_at_step": progress["step"]}
-    bar.close()
-
-    watch("saving the model")
-    save_model(args, engine, tokenizer, rank, watch)
-    rollout_bytes = rollouts.held_bytes, rollouts.most_whole_bytes
-    ledger = memory_ledger(*zero3_ledger(engine, *rollout_bytes, peak_memory_bytes(device)))
-    summary = summarize(args, device, world, prompts.data, totals, ledger, None, metrics)
-    if rank == 0:
-        (Path(args.output_dir) / "summary.json").write_text(json.dumps(summary, indent=1))
-        print(describe_prompts(prompts.data))
-        print(describe_speed(summary))
-        print(describe_rewards(args.output_dir))
-        print(format_ledger(ledger_title(summary), ledger))
-    return summary
 
 
 def without_local_rank(arguments):

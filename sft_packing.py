@@ -9,6 +9,7 @@ Left out to stay readable: LoRA, vision inputs, tools in chats, mixture-of-exper
 laptop   python sft_packing.py
 1 GPU    python sft_packing.py --model_name_or_path Qwen/Qwen3-0.6B --dataset_name trl-lib/Capybara --bf16
 8 GPUs   torchrun --standalone --nproc_per_node 8 sft_packing.py --model_name_or_path Qwen/Qwen3-8B ...
+no GPU   python sft_packing.py --dry_run --dry_run_world_size 8 --gpu_memory_gib 80 ... says what would fit
 Sources: arXiv 2107.02027 (histogram packing), arXiv 2404.10830 (best-fit packing)
 """
 
@@ -805,87 +806,6 @@ def predict(args, model, batch, world):
     )
 
 
-def pretend_step(args, config, world, batch=None):
-    """The bytes that one optimizer step holds on each of `world` ranks, by pretended tensors.
-
-    Args:    batch: of each forward; None = as many tokens as the flags allow, all scored.
-    Returns: {row of the ledger: (formula, bytes)}.
-    """
-    if batch is None:
-        sequences = [{"input_ids": [0] * args.max_length, "labels": [0] * args.max_length}]
-        sequences *= args.per_device_train_batch_size
-        flat = args.packing or args.padding_free
-        batch = add_scored(flatten(sequences) if flat else pad(sequences, 0))
-        if not flat:
-            batch["attention_mask"][0, -1] = 0  # one token of padding, so that there is a mask
-    device, accumulation = torch.device("cpu"), args.gradient_accumulation_steps
-    attention = args.attn_implementation or ("varlen" if "cu_seq_lens_q" in batch else "sdpa")
-    attention = "varlen" if attention == "flash_attention_2" else attention  # keeps the same tensors
-    register_varlen_attention()
-    sharded = world > 1 or args.bf16
-    with two_chunks_only(), pretend(world if sharded else None, args.activation_offloading) as mesh:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
-        if mesh is not None:
-            shard(model, mesh, args.bf16)
-        if args.gradient_checkpointing:
-            checkpoint_layers(model)
-        model.train()
-        offload = args.activation_offloading or None
-        offload = offload and OffloadActivations(model, decoder_layers(model), device)
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-
-        def update():
-            torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
-            optimizer.step()
-            optimizer.zero_grad()
-
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        update()  # makes AdamW's moments, and DTensor's plans, whose own pretended tensors are not the step's
-        meter = MemoryMeter(model, optimizer, device, track=True, track_step=1, offload=offload)
-        batches = [batch] * min(accumulation, 2)  # later ones hold what the second does
-        with meter.step(batches):
-            for batch in batches:
-                with offload or nullcontext():
-                    nll = batch_nll_sum(model, batch, args.loss_chunk_size)
-                nll.backward()
-            if offload:
-                offload.step_host_bytes = offload.host.step_peak  # end_step would take real memory
-            update()
-    predicted = predict(args, model, batch, world)
-    return {name: (predicted.get(name, [""])[0], count) for name, count in meter.measured.items()}
-
-
-def dry_run(args):
-    """Count the bytes of one step, those that single flags would save, and the longest rows that fit."""
-    config = load_config(args.model_name_or_path)
-    world, size = args.dry_run_world_size, args.per_device_train_batch_size
-    changes = {
-        "--bf16": {"bf16": True},
-        "--gradient_checkpointing": {"gradient_checkpointing": True},
-        "--activation_offloading": {"activation_offloading": True},
-        "--padding_free": {"padding_free": True},
-        f"--loss_chunk_size {args.loss_chunk_size // 4}": {"loss_chunk_size": args.loss_chunk_size // 4},
-        f"--per_device_train_batch_size {size // 2}": {"per_device_train_batch_size": size // 2},
-        f"--max_length {args.max_length // 2}": {"max_length": args.max_length // 2},
-        f"{2 * world} ranks": {"dry_run_world_size": 2 * world},
-    }
-    rows = pretend_step(args, config, world)
-    ledger = memory_ledger(rows, {})
-    print(format_ledger(f"{Path(args.model_name_or_path).name}  dry run  world {world}", ledger))
-    found = explore(
-        args,
-        rows["peak"][1],
-        check_arguments,
-        lambda changed: pretend_step(changed, config, changed.dry_run_world_size),
-        changes,
-        "max_length",
-        getattr(config, "max_position_embeddings", args.max_length),
-    )
-    print(describe_dry_run(found, args.gpu_memory_gib))
-    return {"args": asdict(args), "ledger": ledger, **found}
-
-
 def main(args):
     """Train. Returns what summary.json holds; after SIGTERM, {"stopped_at_step": step}; of a dry run, what it
     counted.
@@ -1036,6 +956,90 @@ def train(args, rank, local_rank, world, device, sigterm):
         if moved:
             print(format_traffic(moved))
     return summary
+
+
+# --- 6. Memory before the GPU ---
+
+
+def pretend_step(args, config, world, batch=None):
+    """The bytes that one optimizer step holds on each of `world` ranks, by pretended tensors.
+
+    Args:    batch: of each forward; None = as many tokens as the flags allow, all scored.
+    Returns: {row of the ledger: (formula, bytes)}.
+    """
+    if batch is None:
+        sequences = [{"input_ids": [0] * args.max_length, "labels": [0] * args.max_length}]
+        sequences *= args.per_device_train_batch_size
+        flat = args.packing or args.padding_free
+        batch = add_scored(flatten(sequences) if flat else pad(sequences, 0))
+        if not flat:
+            batch["attention_mask"][0, -1] = 0  # one token of padding, so that there is a mask
+    device, accumulation = torch.device("cpu"), args.gradient_accumulation_steps
+    attention = args.attn_implementation or ("varlen" if "cu_seq_lens_q" in batch else "sdpa")
+    attention = "varlen" if attention == "flash_attention_2" else attention  # keeps the same tensors
+    register_varlen_attention()
+    sharded = world > 1 or args.bf16
+    with two_chunks_only(), pretend(world if sharded else None, args.activation_offloading) as mesh:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+        if mesh is not None:
+            shard(model, mesh, args.bf16)
+        if args.gradient_checkpointing:
+            checkpoint_layers(model)
+        model.train()
+        offload = args.activation_offloading or None
+        offload = offload and OffloadActivations(model, decoder_layers(model), device)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+        def update():
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        update()  # makes AdamW's moments, and DTensor's plans, whose own pretended tensors are not the step's
+        meter = MemoryMeter(model, optimizer, device, track=True, track_step=1, offload=offload)
+        batches = [batch] * min(accumulation, 2)  # later ones hold what the second does
+        with meter.step(batches):
+            for batch in batches:
+                with offload or nullcontext():
+                    nll = batch_nll_sum(model, batch, args.loss_chunk_size)
+                nll.backward()
+            if offload:
+                offload.step_host_bytes = offload.host.step_peak  # end_step would take real memory
+            update()
+    predicted = predict(args, model, batch, world)
+    return {name: (predicted.get(name, [""])[0], count) for name, count in meter.measured.items()}
+
+
+def dry_run(args):
+    """Count the bytes of one step, those that single flags would save, and the longest rows that fit."""
+    config = load_config(args.model_name_or_path)
+    world, size = args.dry_run_world_size, args.per_device_train_batch_size
+    changes = {
+        "--bf16": {"bf16": True},
+        "--gradient_checkpointing": {"gradient_checkpointing": True},
+        "--activation_offloading": {"activation_offloading": True},
+        "--padding_free": {"padding_free": True},
+        f"--loss_chunk_size {args.loss_chunk_size // 4}": {"loss_chunk_size": args.loss_chunk_size // 4},
+        f"--per_device_train_batch_size {size // 2}": {"per_device_train_batch_size": size // 2},
+        f"--max_length {args.max_length // 2}": {"max_length": args.max_length // 2},
+        f"{2 * world} ranks": {"dry_run_world_size": 2 * world},
+    }
+    rows = pretend_step(args, config, world)
+    ledger = memory_ledger(rows, {})
+    print(format_ledger(f"{Path(args.model_name_or_path).name}  dry run  world {world}", ledger))
+    found = explore(
+        args,
+        rows["peak"][1],
+        check_arguments,
+        lambda changed: pretend_step(changed, config, changed.dry_run_world_size),
+        changes,
+        "max_length",
+        getattr(config, "max_position_embeddings", args.max_length),
+    )
+    print(describe_dry_run(found, args.gpu_memory_gib))
+    return {"args": asdict(args), "ledger": ledger, **found}
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ laptop   python dpo_padding_free.py
 1 GPU    python dpo_padding_free.py --model_name_or_path Qwen/Qwen3-0.6B \
              --dataset_name trl-lib/ultrafeedback_binarized --bf16
 8 GPUs   torchrun --standalone --nproc_per_node 8 dpo_padding_free.py --model_name_or_path Qwen/Qwen3-8B ...
-no GPU   python dpo_padding_free.py --dry_run --dry_run_world_size 8 --gpu_memory_gib 80 ... says what would fit
+no GPU   python dpo_padding_free.py --dry_run --dry_run_world_size 8 --gpu_memory_gib 80 ... says what fits
 Sources: arXiv 2305.18290 (DPO), arXiv 2310.12036 (IPO), arXiv 2305.10425 (SLiC-HF, the hinge)
 """
 

@@ -11,7 +11,7 @@ laptop   python grpo_zero3.py
 2 GPUs   deepspeed --num_gpus 2 grpo_zero3.py --model_name_or_path Qwen/Qwen3-1.7B --bf16 \
              --dataset_name my_questions.jsonl --reward_funcs last_number
 nodes    deepspeed --hostfile hosts grpo_zero3.py --gather_budget_gib 8 ...; torchrun works as well
-no GPU   python grpo_zero3.py --dry_run --dry_run_world_size 8 --gpu_memory_gib 80 ... says what would fit
+no GPU   python grpo_zero3.py --dry_run --dry_run_world_size 8 --gpu_memory_gib 80 ... says what fits
 Sources: arXiv 2402.03300 (GRPO), 2503.14476 (DAPO), 2503.20783 (Dr. GRPO), 1910.02054 (ZeRO)
 """
 

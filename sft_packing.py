@@ -9,7 +9,7 @@ Left out to stay readable: LoRA, vision inputs, tools in chats, mixture-of-exper
 laptop   python sft_packing.py
 1 GPU    python sft_packing.py --model_name_or_path Qwen/Qwen3-0.6B --dataset_name trl-lib/Capybara --bf16
 8 GPUs   torchrun --standalone --nproc_per_node 8 sft_packing.py --model_name_or_path Qwen/Qwen3-8B ...
-no GPU   python sft_packing.py --dry_run --dry_run_world_size 8 --gpu_memory_gib 80 ... says what would fit
+no GPU   python sft_packing.py --dry_run --dry_run_world_size 8 --gpu_memory_gib 80 ... says what fits
 Sources: arXiv 2107.02027 (histogram packing), arXiv 2404.10830 (best-fit packing)
 """
 

@@ -1,6 +1,7 @@
 """The benchmarks' arithmetic, and README against what was measured. Nothing is measured here."""
 
 import json
+import re
 import math
 import subprocess
 import sys
@@ -331,3 +332,8 @@ def test_every_result_is_complete():
         assert str(Path.home()) not in json.dumps(found) and "/tmp/" not in json.dumps(found)
     names = {path.stem for path in cases.RESULTS.glob("*.json")}
     assert names == {f"{what}-{device}" for what, device in cases.load()}
+
+
+def test_figures_in_readme_are_there():
+    shown = re.findall(r"!\[[^]]*\]\(([^)]+)\)", (ROOT / "README.md").read_text())
+    assert shown and all((ROOT / path).exists() for path in shown)

@@ -1,8 +1,8 @@
 """The benchmarks' arithmetic, and README against what was measured. Nothing is measured here."""
 
 import json
-import re
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path

@@ -1464,7 +1464,9 @@ def pretend_step(args, config, world):
         "optimizer": f"fp32 copy 4 P{share}, AdamW 8 P{share}",
     }
     rows = {name: (formulas[name], count) for name, count in held.items()}
-    rows["rollout_weights"] = ("gathered for the rollout + the largest gather", gathered)
+    alone = "on one rank the shards are the weights"
+    planned = "gathered for the rollout + the largest gather"
+    rows["rollout_weights"] = (planned if gathered else alone, gathered)
     rows["kv_cache"] = ("keys and values of all completions", cached)
     rows |= {name: ("of an update's forward", update[name]) for name in ("activations", "loss_head")}
     if args.beta:

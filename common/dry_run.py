@@ -25,7 +25,8 @@ def load_config(name):
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--model_name_or_path {name} has no configuration: {error}") from error
+        wanted = "wanted: a folder with a config.json, or a Hub name in the local cache"
+        raise ValueError(f"--model_name_or_path {name} has no configuration; {wanted}: {error}") from error
 
 
 @contextmanager
@@ -92,7 +93,8 @@ def explore(args, peak, check, measure, changes, length_flag, most):
              changes: {what one would type: {flag: value}}. length_flag: the flag whose largest fitting value
              --gpu_memory_gib asks for; most: its largest value.
     Returns: savings: {what one would type: bytes less at the peak}, the largest first, without what is
-             refused or changes nothing; length_flag; fits, longest: None without --gpu_memory_gib.
+             refused or changes less than a thousandth; length_flag; fits, longest: None without
+             --gpu_memory_gib.
     """
 
     def peak_bytes(changed):
@@ -105,13 +107,19 @@ def explore(args, peak, check, measure, changes, length_flag, most):
             check(changed)
         except ValueError:
             continue
-        if changed != args and (saved := peak - peak_bytes(changed)):
-            savings[text] = saved
+        if changed != args:
+            saved = peak - peak_bytes(changed)
+            if abs(saved) > peak / 1000:
+                savings[text] = saved
     if args.gpu_memory_gib is not None:
         available = int(args.gpu_memory_gib * 2**30)
         fits = peak <= available
-        longest = longest_that_fits(
-            lambda length: peak_bytes(replace(args, **{length_flag: length})), available, most
-        )
+        with tqdm(desc="Lengths that may fit", unit="try", leave=False) as bar:
+
+            def peak_at(length):
+                bar.update()
+                return peak_bytes(replace(args, **{length_flag: length}))
+
+            longest = longest_that_fits(peak_at, available, most)
     savings = dict(sorted(savings.items(), key=lambda item: -item[1]))
     return {"savings": savings, "length_flag": length_flag, "fits": fits, "longest": longest}

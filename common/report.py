@@ -139,15 +139,16 @@ def describe_rewards(output_dir):
 
 
 def describe_dry_run(found, gpu_memory_gib):
-    """Lines under a dry run's ledger: what single flags save, and what fits. found: dry_run.explore's."""
-    lines = []
+    """Lines under a dry run's ledger: what single changes save, and what fits. found: dry_run.explore's."""
+    lines = ["single changes, at the peak (GiB)"] if found["savings"] else []
     for text, saved in found["savings"].items():
         lines.append(f"{text:<67}{'saves' if saved >= 0 else 'costs'} {abs(saved) / 2**30:10.4f}")
     if found["fits"] is not None:
-        verdict = "fits into" if found["fits"] else "does not fit into"
-        longest = f"{found['longest']}" if found["longest"] else "none"
+        verdict, longest = "fits into" if found["fits"] else "does not fit into", found["longest"] or "none"
         lines.append(
             f"{verdict} {gpu_memory_gib:g} GiB; longest --{found['length_flag']} that fits: {longest}"
         )
-    lines.append("not counted: the CUDA context, NCCL's buffers, gaps between the allocator's blocks")
+    lines.append(
+        "leave room for what is not counted: CUDA context, NCCL, gaps between the allocator's blocks"
+    )
     return "\n".join(lines)

@@ -28,7 +28,7 @@ def zero3_ledger(engine, planned_bytes, rollout_bytes, peak_bytes):
         "gradients": (f"fp32   4 P{share}", 4 * numel // world),
         "optimizer": (f"fp32 copy 4 P{share}, AdamW 8 P{share}", 12 * numel // world),
         "rollout_weights": ("gathered for the rollout + the largest gather", planned_bytes),
-        "peak": ("measured alone", None),
+        "peak": ("CUDA: allocated; CPU: resident in the process", None),
     }
     measured = {name: sum(t.numel() * t.element_size() for t in held) for name, held in tensors.items()}
     return predicted, measured | {"rollout_weights": rollout_bytes, "peak": peak_bytes}

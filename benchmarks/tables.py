@@ -133,16 +133,18 @@ def loss_head(document):
     return markdown(["case", "way", "three products", "s", "peak MiB beyond inputs", "loss"], rows, texts=2)
 
 
-def against_trl(baseline, document):
-    """One row for each way; times faster: against `baseline` on the same documents, step by step."""
+def against_trl(baselines, document):
+    """One row for each way; times faster: against each baseline on the same documents, step by step."""
     parts = []
     for found in document["cases"]:
         rows = []
         for way, values in found["ways"].items():
             median, peak = values["median"], values.get("peak_bytes")
-            row = [way, median["seconds"], median["real_tokens_per_second"], times(found, way, baseline)]
+            row = [way, median["seconds"], median["real_tokens_per_second"]]
+            row += [times(found, way, baseline) for baseline in baselines]
             rows.append([*row, MISSING if peak is None else peak / 2**30])
-        header = [found["case"], "s/step", "tokens/s", f'times faster than "{baseline}"', "peak GiB"]
+        faster = [f'times faster than "{baseline}"' for baseline in baselines]
+        header = [found["case"], "s/step", "tokens/s", *faster, "peak GiB"]
         setup = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in found["setup"].items())
         parts.append(f"{markdown(header, rows)}\n\n*{setup}*")
     return "\n\n".join(parts)
@@ -185,9 +187,9 @@ TABLES = {
     "headline": headline,
     "packing": partial(measured, "packing", packing),
     "loss_head": partial(measured, "loss_head", loss_head),
-    "sft": partial(measured, "sft", partial(against_trl, "TRL padded")),
-    "dpo": partial(measured, "dpo", partial(against_trl, "TRL padded")),
-    "grpo": partial(measured, "grpo_update", partial(against_trl, "TRL")),
+    "sft": partial(measured, "sft", partial(against_trl, ["TRL padded", "TRL packed"])),
+    "dpo": partial(measured, "dpo", partial(against_trl, ["TRL padded", "TRL padded, precomputed"])),
+    "grpo": partial(measured, "grpo_update", partial(against_trl, ["TRL", "TRL, tuned"])),
     "generation": partial(measured, "generation", generation),
     "ladder": partial(measured, "ladder", ladder),
     "flags-sft": partial(flags, "sft_packing"),

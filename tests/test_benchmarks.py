@@ -245,8 +245,8 @@ def test_readme_says_what_was_measured_and_what_the_scripts_take():
 def test_tables_show_the_measurements():
     empty = "\n".join(f"<!-- table: {name} -->\n<!-- end -->" for name in MEASURED)
     text = tables.filled(empty, measurements())
-    assert "| packed + checkpointing | 1 | 1,000 | 3 (3 to 3) | 1 |" in block(text, "sft")
-    assert "| TRL | 2 | 500 | 1 | 2 |" in block(text, "grpo")
+    assert "| packed + checkpointing | 1 | 1,000 | 3 (3 to 3) | not measured | 1 |" in block(text, "sft")
+    assert "| TRL | 2 | 500 | 1 | not measured | 2 |" in block(text, "grpo")
     assert "| lognormal, 10 | 0.5 | 50 | not measured | 100 (100 to 100) | 1.23% |" in block(text, "packing")
     assert "| fp32 | nll_sum | 1.5 | 3 | 1 | 1.500000 |" in block(text, "loss_head")
     assert "| none | 0.25 | 4 | 1 | 2 | yes |" in block(text, "generation")

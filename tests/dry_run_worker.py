@@ -80,7 +80,6 @@ def grpo(flags):
 
 
 if __name__ == "__main__":
-    gc.set_threshold(100)  # DeepSpeed's gathers leave cycles: when they go would be chance otherwise
     what, folder = sys.argv[1], Path(sys.argv[2])
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()

@@ -95,7 +95,7 @@ def on_ranks(what, jobs, folder, world=2):
         env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": path},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     return torch.load(folder / f"{what}.pt", weights_only=True)

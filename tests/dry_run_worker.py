@@ -72,7 +72,11 @@ def grpo(flags):
         states += [vars(optimizer), *optimizer.optimizer.state.values()]
         tracker.track_external(*tensors_in([p.ds_tensor for p in engine.module.parameters()] + states))
         held = tracker.get_tracker_snapshot()[CPU]["Total"]
+        # DeepSpeed's gathers leave cycles, whose buffers would wait for the collector, by chance: let it look
+        # often, and at what is new alone, or it would take all of the time
         gc.collect()
+        gc.freeze()
+        gc.set_threshold(100)
         with tracker:
             phase()
         peaks[name] = tracker._peak_mem[CPU]

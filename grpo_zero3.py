@@ -1423,27 +1423,42 @@ def pretend_update(args, config, world):
         gathers = gathers_weights(args, world)
         units = generation_units(model) if gathers and not repeats else []
         units = [(parameters, [owner]) for parameters, owners in units for owner in owners]
-        with gathers_pretended(units), meter.step([batch]):
-            logps = per_token_logps(Unsharded(model), batch, args)
-            losses, *_ = grpo_loss(logps, logps.detach(), batch["advantages"], epsilon=args.epsilon)
-            (losses / batch["denominators"]).sum().backward()
-            optimizer.step()  # finds no gradient; the meter waits for it
+        with gathers_pretended(units), peaks_before_head(model, lambda: meter.tracker) as forward:
+            with meter.step([batch]):
+                logps = per_token_logps(Unsharded(model), batch, args)
+                losses, *_ = grpo_loss(logps, logps.detach(), batch["advantages"], epsilon=args.epsilon)
+                (losses / batch["denominators"]).sum().backward()
+                optimizer.step()  # finds no gradient; the meter waits for it
         tracker = ByteCounter()
         tracker.track_external(model)
         if args.beta:
-            with tracker, torch.no_grad():
+            with peaks_before_head(model, lambda: tracker) as reference_forward, tracker, torch.no_grad():
                 per_token_logps(Unsharded(model.eval()), batch, args)
-    measured = meter.measured
-    measured["peak"] -= whole_bytes(model.parameters())
-    if args.beta:
-        measured["reference"] = tracker.peak_bytes(model.device) - whole_bytes(model.parameters())
-    # the reference is on the host: it gathers on a single rank as well
-    learned_phases = ["peak"] if repeats and gathers else []
-    for phase in learned_phases + (["reference"] if args.beta else []):
-        zero, numel = deepspeed_config(args)["zero_optimization"], sum(p.numel() for p in model.parameters())
-        learned, in_advance = zero3_learned_bytes(numel, model.dtype, zero)
-        measured[phase] = learned + max(in_advance, measured[phase])
+    measured, weights = meter.measured, whole_bytes(model.parameters())
+    zero, numel = deepspeed_config(args)["zero_optimization"], sum(p.numel() for p in model.parameters())
+    learned, in_advance = zero3_learned_bytes(numel, model.dtype, zero)
+    measured["peak"] -= weights
+    if repeats and gathers:  # what is gathered in advance lies beside what the layers' forwards need
+        measured["peak"] = learned + max(in_advance + forward[0] - weights, measured["peak"])
+    if args.beta:  # on the host: it gathers on a single rank as well
+        peaks = in_advance + reference_forward[0], tracker.peak_bytes(model.device)
+        measured["reference"] = learned + max(peaks) - weights
     return measured
+
+
+@contextmanager
+def peaks_before_head(model, tracker):
+    """Yields a list to which each start of the output head adds the peak so far, in bytes.
+
+    Args: tracker: function that returns the ByteCounter at work; one that is made later is seen, too.
+    """
+    peaks = []
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda *_: peaks.append(tracker().peak_bytes(model.device)))
+    try:
+        yield peaks
+    finally:
+        hook.remove()
 
 
 def pretend_step(args, config, world):

@@ -133,9 +133,6 @@ def test_grpo(world, tmp_path):
     # where weights stream, it is chance whether the buffer of an earlier gather has gone at the peak
     tolerance = {"rel": 0.02, "abs": layer_bytes * 1.01 if world > 1 else 0}
     for name, measured in on_ranks("grpo", jobs, tmp_path, world).items():
-        if world > 1 and name == "three micro-batches":
-            # what ZeRO-3 gathers in advance once it knows the order is foretold by a rule of thumb
-            tolerance = {"rel": 0.1}
         args = grpo_zero3.Arguments(**jobs[name])
         rollout, _, _ = grpo_zero3.pretend_rollout(args, config, world)
         update = grpo_zero3.pretend_update(args, config, world)["peak"]

@@ -36,13 +36,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero import GatheredParameters
-from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_set_local_fp32_param,
-    set_z3_leaf_modules,
-    z3_leaf_module,
-)
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, free_param
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_local_fp32_param, set_z3_leaf_modules
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -88,7 +83,6 @@ from common.watchdog import Watchdog
 from common.zero3 import gathers_pretended, most_whole, zero3_learned_bytes, zero3_ledger, zero3_moments
 
 HERE = Path(__file__).resolve().parent
-HELD = "held for its last owner"  # among a parameter's ds_active_sub_modules
 
 
 # --- 1. Arguments ---
@@ -336,7 +330,7 @@ def plan_residents(module, budget_bytes):
         elif len(owners) == 1:
             passing.append(size)
         else:
-            held += size  # from its first owner to its last: see `held_to_the_last`
+            held += size  # from its first owner to its last
     return resident, held + sum(passing), held + max(passing)
 
 
@@ -344,11 +338,12 @@ def plan_residents(module, budget_bytes):
 def generation_weights(engine, budget_bytes):
     """Hold as much of a ZeRO-3 model whole as the budget allows; the rest streams in, a layer at a time.
 
-    ZeRO-3 keeps 1/W of every weight on each of W ranks, and hooks gather a module's weights for its forward:
-    for each generated token anew. None gathers all weights once and takes all hooks away; 0 streams all (one
-    coalesced gather per decoder layer, because `load_engine` made layers ZeRO-3's leaf modules); a budget
-    gathers what fits, takes those modules' hooks away, and streams the rest. Peak: the budget and one
-    layer, and an embedding for which the budget had no room.
+    ZeRO-3 keeps 1/W of every weight on each of W ranks, and its hooks gather a module's weights for its
+    forward. They are made for training: they learn the modules' order, gather in advance, hold on to weights,
+    and cut each one out of a buffer. Here they are taken away, and `streamed` does the little that is needed.
+    None gathers all weights once; 0 streams all of them, for each generated token anew, a decoder layer at a
+    time; a budget gathers once what fits, and streams the rest. Peak: the budget and one layer, and an
+    embedding for which the budget had no room.
 
     Args:    engine: a DeepSpeed ZeRO-3 engine around a transformers model; budget_bytes: None, 0 or bytes.
     Yields:  the model, in eval mode (which also turns gradient checkpointing off) and on SDPA, which takes
@@ -357,41 +352,67 @@ def generation_weights(engine, budget_bytes):
              trace: the next training forward records it anew.
     """
     module, offload = engine.module, engine.optimizer.parameter_offload
-    coordinator, depth = offload.get_param_coordinator(), len(FWD_MODULE_STACK)
+    coordinator = offload.get_param_coordinator()
     training, attention = module.training, module.config._attn_implementation
     resident, _, _ = plan_residents(module, budget_bytes)
-    # The first hook records the order of modules, to prefetch along it: training's order, not generation's.
-    # Without it and without a trace nothing is prefetched, and a module's weights leave as it ends.
-    handles = [offload.fwd_pre_hook, *idle_hooks(module, offload, resident)]
+    whole = {id(p) for p in resident}
+    streaming = [unit for unit in generation_units(module) if id(unit[0][0]) not in whole]
+    handles = [offload.fwd_pre_hook, *offload.forward_hooks, *offload.backward_hooks]
     try:
         if not coordinator.is_invalid_trace():
             coordinator._invalidate_trace()
+        coordinator.release_and_reset_all(module)  # what training kept whole for its next forward
         module.eval()
         module.set_attn_implementation("sdpa")
         with (
             hooks_taken(handles),
-            held_to_the_last(module, resident),
             GatheredParameters(resident, enabled=bool(resident)),
+            streamed(streaming, engine.device),
         ):
             yield module
     finally:
         coordinator.release_and_reset_all(module)  # what an exception left whole or in flight
-        del FWD_MODULE_STACK[depth:]
         module.set_attn_implementation(attention)
         module.train(training)
 
 
-def idle_hooks(module, offload, resident):
-    """Handles of the hooks of all modules whose weights are resident.
+@contextmanager
+def streamed(units, device):
+    """Inside, weights are whole from the start of their first owner's forward to the end of their last one's.
 
-    Gathered weights are not safe from them: a module's hooks release its weights after each forward, whoever
-    gathered them. And where nothing is to be gathered they cost milliseconds a layer and token all the same.
+    Args: units: as `generation_units` returns them.
     """
-    whole, idle = {id(p) for p in resident}, set()
-    for part in module.modules():
-        if all(id(p) in whole for p in part.parameters(recurse=z3_leaf_module(part))):
-            idle |= {id(part._forward_pre_hooks), id(part._forward_hooks)}
-    return [h for h in (*offload.forward_hooks, *offload.backward_hooks) if id(h.hooks_dict_ref()) in idle]
+    hooks = []
+    for parameters, owners in units:
+        hooks.append(owners[0].register_forward_pre_hook(lambda *_, p=parameters: gather(p, device)))
+        hooks.append(owners[-1].register_forward_hook(lambda *_, p=parameters: release(p)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameters, _ in units:  # an exception may have left some whole
+            release(parameters)
+
+
+def gather(parameters, device):
+    """Make sharded weights whole in one coalesced collective: each arrives at its place, uncopied."""
+    group = parameters[0].ds_process_group
+    ranks = dist.get_world_size(group)
+    with dist._coalescing_manager(group):
+        for parameter in parameters:
+            shard = parameter.ds_tensor.to(device)  # from the host, with --offload_param
+            whole = shard if ranks == 1 else shard.new_empty(ranks * shard.numel())
+            if ranks > 1:
+                dist.all_gather_into_tensor(whole, shard, group)
+            parameter.data = whole[: parameter.ds_numel].view(parameter.ds_shape)  # the last shard is padded
+            parameter.ds_status = ZeroParamStatus.AVAILABLE
+
+
+def release(parameters):
+    for parameter in parameters:
+        if parameter.ds_status == ZeroParamStatus.AVAILABLE:
+            free_param(parameter)
 
 
 @contextmanager
@@ -409,25 +430,6 @@ def hooks_taken(handles):
             hooks.update(items)
 
 
-@contextmanager
-def held_to_the_last(module, resident):
-    """Keep a streamed weight with several owners (a tied embedding) whole from the first one to the last.
-
-    It would be gathered twice for each token otherwise, and is the largest of all.
-    """
-    whole, hooks = {id(p) for p in resident}, []
-    for (parameter, *_), (first, *_, last) in (u for u in generation_units(module) if len(u[1]) > 1):
-        if id(parameter) not in whole:
-            users = parameter.ds_active_sub_modules  # hooks do not release what some module is said to use
-            hooks.append(first.register_forward_pre_hook(lambda *_, users=users: users.add(HELD)))
-            hooks.append(last.register_forward_pre_hook(lambda *_, users=users: users.discard(HELD)))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def sample(logits, uniform, temperature, top_k, top_p):
     """Draw one token for each sequence, by its uniform number alone: the ranks' layout changes nothing.
 
@@ -436,8 +438,7 @@ def sample(logits, uniform, temperature, top_k, top_p):
     Returns: ids (B,) int64; entropy (B,) in nats, of the distribution before top_k and top_p; NaN where the
              logits give none, and the id then means nothing.
     """
-    # fp64: the sum over 150,000 tokens decides which one a number near a border falls on
-    probs = torch.softmax(logits.double() / (temperature or 1.0), dim=-1)
+    probs = torch.softmax(logits.float() / (temperature or 1.0), dim=-1)
     entropy = torch.special.entr(probs).sum(-1)
     if temperature == 0:
         return logits.argmax(-1), entropy
@@ -449,7 +450,8 @@ def sample(logits, uniform, temperature, top_k, top_p):
         # of what top_k has left; the first token always
         kept = probs.cumsum(-1) - probs < top_p * probs.sum(-1, keepdim=True)
         probs = probs * kept
-    cumulated = probs.cumsum(-1)
+    # fp64: the sum over 150,000 tokens decides which one a number near a border falls on
+    cumulated = probs.cumsum(-1, dtype=torch.float64)
     choice = torch.searchsorted(cumulated, uniform.double()[:, None] * cumulated[:, -1:], right=True)
     choice = choice.clamp(max=logits.shape[-1] - 1)  # NaN would leave the vocabulary
     return (choice if ids is None else ids.gather(1, choice))[:, 0], entropy
@@ -858,7 +860,7 @@ def load_engine(args, device, trainable=True, watch=lambda phase: None):
             shared = torch.empty(buffer.shape, dtype=dtype, device=device)
             dist.broadcast(shared.copy_(whole.get_buffer(name)) if first else shared, 0)
             buffer.data = shared
-    # A leaf module's weights come in one coalesced gather, not one gather for each matrix in it.
+    # For training, too: a leaf module's weights come in one coalesced gather, not one for each matrix in it.
     set_z3_leaf_modules(model, list({type(layer) for layer in decoder_layers(model)}))
     if not trainable:
         return deepspeed.initialize(model=model.requires_grad_(False).eval(), config=config)[0]
@@ -1359,10 +1361,10 @@ def pretend_rollout(args, config, world):
         gathers = gathers_weights(args, world)
         resident, _, largest = plan_residents(model, budget_bytes(args))
         whole = {id(p) for p in resident}
-        streamed = [unit for unit in generation_units(model) if id(unit[0][0]) not in whole]
+        streaming = [unit for unit in generation_units(model) if id(unit[0][0]) not in whole]
         tracker = ByteCounter()
         tracker.track_external(model)
-        with gathers_pretended(streamed if gathers else []), tracker, torch.no_grad():
+        with gathers_pretended(streaming if gathers else [], copied=False), tracker, torch.no_grad():
 
             def step(tokens, length, cache):
                 mask = torch.ones(len(tokens), length, dtype=torch.int64)

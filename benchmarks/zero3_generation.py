@@ -2,9 +2,10 @@
 
 torchrun --standalone --nproc_per_node 2 benchmarks/zero3_generation.py [--device cuda] [--quick]
 
-"no leaf modules" is "none" with every linear layer gathering its weights for itself. "hooks per module" is
-what generation without gathering was before: transformers' own generate with DeepSpeed's default settings,
-which prefetch and hold whatever the next billion elements of the forward will need: whole models at once.
+"hooks per module" is what generation without gathering was before: transformers' own generate on DeepSpeed's
+hooks, which gather matrix by matrix, and release each after its use. "hooks per layer": the same hooks, with
+decoder layers as DeepSpeed's leaf modules. "DeepSpeed's defaults": its settings for a model as small as this
+one, which prefetch and hold what the next billion elements of the forward will need: all of it, at once.
 Without --quick, also the growth with the share of the weights that stays, and with the sequences of a batch.
 """
 
@@ -29,29 +30,46 @@ from grpo_zero3 import Arguments, all_sum, generate, generation_weights, load_en
 GATHER = "_PartitionedParameterCoordinator__all_gather_params_"
 SHARES = (0, 0.25, 0.5, 0.75, 0.9, 1)  # of the weights, held whole throughout
 BATCHES = (1, 4, 16)  # sequences on each rank
+# DeepSpeed's settings for a model that is far larger than what they let it hold, as they act on a small one
+NOTHING_HELD = {
+    "stage": 3,
+    "stage3_prefetch_bucket_size": 0,
+    "stage3_max_live_parameters": 0,
+    "stage3_max_reuse_distance": 0,
+    "stage3_param_persistence_threshold": 0,
+}
 
 
 class Counter:
-    """Bytes gathered and the most held whole, in one rollout that is not timed."""
+    """Bytes gathered, by the script or by DeepSpeed's hooks, and the most held whole, in one rollout."""
 
     def __init__(self, module):
         self.module, self.gathered, self.gathers, self.peak = module, 0, 0, 0
 
     def __enter__(self):
-        self.original = getattr(Coordinator, GATHER)
-        setattr(Coordinator, GATHER, lambda *args, **kwargs: self.gather(*args, **kwargs))
+        self.originals = grpo_zero3.gather, getattr(Coordinator, GATHER)
+        grpo_zero3.gather = self.gather
+        setattr(Coordinator, GATHER, lambda *args, **kwargs: self.gather_by_hooks(*args, **kwargs))
         self.hooks = [m.register_forward_pre_hook(self.note) for m in self.module.modules()]
         return self
 
     def __exit__(self, *_):
-        setattr(Coordinator, GATHER, self.original)
+        grpo_zero3.gather = self.originals[0]
+        setattr(Coordinator, GATHER, self.originals[1])
         for hook in self.hooks:
             hook.remove()
 
-    def gather(self, coordinator, params, forward, quantize=False):
+    def count(self, params):
         missing = whole_bytes(p for p in params if p.ds_status == ZeroParamStatus.NOT_AVAILABLE)
         self.gathered, self.gathers = self.gathered + missing, self.gathers + (missing > 0)
-        self.original(coordinator, params, forward, quantize)
+
+    def gather(self, parameters, device):
+        self.count(parameters)
+        self.originals[0](parameters, device)
+
+    def gather_by_hooks(self, coordinator, params, forward, quantize=False):
+        self.count(params)
+        self.originals[1](coordinator, params, forward, quantize)
 
     def note(self, *_):
         held = whole_bytes(
@@ -71,7 +89,7 @@ def rollout(engine, prompts, budget, tokens, device):
     return completions, gathered - started, time.perf_counter() - started
 
 
-def rollout_per_module(engine, prompts, tokens, device):
+def rollout_by_hooks(engine, prompts, tokens, device):
     module, started = engine.module.eval(), time.perf_counter()
     module.set_attn_implementation("sdpa")
     width = max(map(len, prompts))
@@ -92,25 +110,25 @@ def rollout_per_module(engine, prompts, tokens, device):
 def rollout_gathered(engine, prompts, tokens, device):
     """As TRL gathers: all weights whole and all hooks away, and transformers' own generate."""
     started = time.perf_counter()
-    with generation_weights(engine, None) as module:
+    with generation_weights(engine, None) as module:  # no hook is left
         gathered = time.perf_counter()
-        completions, _, _ = rollout_per_module(SimpleNamespace(module=module), prompts, tokens, device)
+        completions, _, _ = rollout_by_hooks(SimpleNamespace(module=module), prompts, tokens, device)
     return completions, gathered - started, time.perf_counter() - started
 
 
 def load_engines(args, device):
-    """The script's engine; one whose layers gather matrix by matrix; one with DeepSpeed's own settings."""
+    """The script's engine; DeepSpeed's hooks per layer, and per module; DeepSpeed's default settings."""
     leaf_modules, config = grpo_zero3.set_z3_leaf_modules, grpo_zero3.deepspeed_config
 
-    def default_config(*given):
-        return {**config(*given), "zero_optimization": {"stage": 3}}
+    def configured(zero, leaves):
+        grpo_zero3.deepspeed_config = lambda *given: {**config(*given), "zero_optimization": zero}
+        grpo_zero3.set_z3_leaf_modules = leaf_modules if leaves else lambda *_: None
+        return load_engine(args, device)
 
     try:
         engine = load_engine(args, device)
-        grpo_zero3.set_z3_leaf_modules = lambda *_: None
-        no_leaves = load_engine(args, device)
-        grpo_zero3.deepspeed_config = default_config
-        return engine, no_leaves, load_engine(args, device)
+        per_layer, per_module = configured(NOTHING_HELD, True), configured(NOTHING_HELD, False)
+        return engine, per_layer, per_module, configured({"stage": 3}, False)
     finally:
         grpo_zero3.set_z3_leaf_modules, grpo_zero3.deepspeed_config = leaf_modules, config
 
@@ -170,7 +188,7 @@ def main():
     dist.broadcast_object_list(folder)  # the first rank may have made it
     model = folder[0]
     args = Arguments(model_name_or_path=str(model), bf16=options.dtype == "bf16")
-    engine, no_leaves, per_module = load_engines(args, device)
+    engine, *others = load_engines(args, device)
     total = whole_bytes(engine.module.parameters())
     setup = {"ranks": ranks, "dtype": options.dtype, "weights_bytes": total, "tokens": options.tokens}
 
@@ -186,8 +204,8 @@ def main():
     ways = {name: held(b) for name, b in (("all", None), ("90 %", total * 9 // 10), ("half", total // 2))}
     ways["none"] = held(0)
     ways["all, transformers' generate"] = engine, lambda n: rollout_gathered(engine, chosen, n, device)
-    ways["no leaf modules"] = no_leaves, lambda n: rollout(no_leaves, chosen, 0, n, device)
-    ways["hooks per module"] = per_module, lambda n: rollout_per_module(per_module, chosen, n, device)
+    for name, other in zip(("hooks per layer", "hooks per module", "DeepSpeed's defaults"), others):
+        ways[name] = other, lambda n, other=other: rollout_by_hooks(other, chosen, n, device)
     setup["sequences"] = options.sequences
     measured = compare("ways", setup, ways, options.tokens, repeats, device)
     cases = [case("ways", setup, *measured)]

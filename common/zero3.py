@@ -57,11 +57,11 @@ def most_whole(module):
 
 
 @contextmanager
-def gathers_pretended(units):
+def gathers_pretended(units, copied=True):
     """Inside, a forward or backward allocates what ZeRO-3 would gather for it, and its end frees that.
 
     Args: units: [(parameters, owners)]: gathered at once before the first owner's forward, gone after the
-          last one's.
+          last one's. copied: as in training, several arrive in one buffer, and each is a copy out of it.
     """
     hooks, whole = [], {}
     for i, (parameters, owners) in enumerate(units):
@@ -69,8 +69,7 @@ def gathers_pretended(units):
         def gather(*_, i=i, parameters=parameters):
             if i not in whole:
                 size = sum(p.numel() * p.element_size() for p in parameters)
-                # several weights arrive in one buffer, of which each is a copy
-                buffer = torch.empty(size if len(parameters) > 1 else 0, dtype=torch.uint8)
+                buffer = torch.empty(size if copied and len(parameters) > 1 else 0, dtype=torch.uint8)
                 whole[i] = torch.empty(size, dtype=torch.uint8)
                 del buffer
 

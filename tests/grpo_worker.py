@@ -6,6 +6,7 @@ python -m torch.distributed.run --nproc_per_node 2 tests/grpo_worker.py <folder>
 import json
 import sys
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -13,10 +14,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK  # noqa: E402
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus  # noqa: E402
-from deepspeed.runtime.zero.partitioned_param_coordinator import (  # noqa: E402
-    PartitionedParameterCoordinator as Coordinator,
-)
 from deepspeed.utils import safe_get_full_grad  # noqa: E402
 from grpo_cases import LIMIT, LOSS_CASES, case_tensors, prompt_ids  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
@@ -61,7 +60,7 @@ def state(engine):
         "markers": sum(len(p.ds_active_sub_modules) for p in module.parameters()),
         "training": [m.training for m in module.modules()],
         "attention": module.config._attn_implementation,
-        "stack": len(grpo_zero3.FWD_MODULE_STACK),
+        "stack": len(FWD_MODULE_STACK),
     }
 
 
@@ -75,26 +74,23 @@ class Watched:
         self.peak = max(self.peak, whole_bytes(available(self.module)))
 
     def __enter__(self):
-        name = "_PartitionedParameterCoordinator__all_gather_params_"
-        self.original = getattr(Coordinator, name)
-        setattr(Coordinator, name, lambda *args, **kwargs: self.gather(*args, **kwargs))
+        self.original, grpo_zero3.gather = grpo_zero3.gather, self.gather
         self.hooks = [m.register_forward_hook(self.note) for m in self.module.modules()]
         self.hooks += [m.register_forward_pre_hook(self.note) for m in self.module.modules()]
         self.hooks.append(self.module.register_forward_hook(self.count))
         return self
 
     def __exit__(self, *_):
-        Coordinator._PartitionedParameterCoordinator__all_gather_params_ = self.original
+        grpo_zero3.gather = self.original
         for hook in self.hooks:
             hook.remove()
 
     def count(self, *_):
         self.forwards += 1
 
-    def gather(self, coordinator, params, forward, quantize=False):
-        missing = [p for p in params if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
-        self.gathered.append(whole_bytes(missing))
-        self.original(coordinator, params, forward, quantize)
+    def gather(self, parameters, device):
+        self.gathered.append(whole_bytes(parameters))
+        self.original(parameters, device)
 
     def after_token(self, _):
         self.between.append(whole_bytes(available(self.module)))
@@ -135,7 +131,7 @@ def check_modes(engine, rank, answers):
             "largest": largest,
             "forwards": watched.forwards,
             "gathered": sum(watched.gathered),
-            "gathers": sum(n > 0 for n in watched.gathered),
+            "gathers": len(watched.gathered),
             "peak": watched.peak,
             "between": watched.between,
             "restored": state(engine) == before,
@@ -230,14 +226,14 @@ def check_step(engine, rank, folder, answers):
 
 
 def check_hooks(engine, rank, answers):
-    """Hooks that stay on resident modules: what the tests would see."""
-    idle_hooks = grpo_zero3.idle_hooks
-    grpo_zero3.idle_hooks = lambda *_: []
+    """ZeRO-3's own hooks left in place: what the tests would see."""
+    hooks_taken = grpo_zero3.hooks_taken
+    grpo_zero3.hooks_taken = lambda handles: nullcontext()
     try:
         with Watched(engine) as watched:
             rollout(engine, rank, budgets(engine)["half"], watched)
     finally:
-        grpo_zero3.idle_hooks = idle_hooks
+        grpo_zero3.hooks_taken = hooks_taken
     answers["hooks stay"] = {"between": watched.between}
 
 

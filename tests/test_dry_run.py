@@ -130,7 +130,7 @@ def test_grpo(world, tmp_path):
     with torch.device("meta"):
         model = grpo_zero3.pretend_model(grpo_zero3.Arguments(), config)
     layer_bytes = grpo_zero3.whole_bytes(grpo_zero3.decoder_layers(model)[0].parameters())
-    # where weights stream, it is chance whether the buffer of an earlier gather has gone at the peak
+    # where DeepSpeed gathers, it is chance whether the buffer of an earlier gather has gone at the peak
     tolerance = {"rel": 0.02, "abs": layer_bytes * 1.01 if world > 1 else 0}
     for name, measured in on_ranks("grpo", jobs, tmp_path, world).items():
         args = grpo_zero3.Arguments(**jobs[name])
@@ -139,7 +139,7 @@ def test_grpo(world, tmp_path):
         rows = grpo_zero3.pretend_step(args, config, world)
         held = sum(rows[row][1] for row in ("parameters", "gradients", "bucket", "optimizer"))
         assert held == pytest.approx(measured["held"], rel=0.02), name
-        assert held + rollout == pytest.approx(measured["rollout"], **tolerance), name
+        assert held + rollout == pytest.approx(measured["rollout"], rel=0.02), name
         step = rows["gradients"][1]  # the optimizer's step wants them once more
         assert held + max(update, step) == pytest.approx(measured["update"], **tolerance), name
         largest = max(measured["rollout"], measured["update"])

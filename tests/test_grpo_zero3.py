@@ -185,7 +185,7 @@ def test_the_step_after_a_rollout_is_the_step_without(worker):
             assert step["layer_forwards"] == 2 * step["batches"]
 
 
-def test_hooks_that_stay_on_resident_modules_would_be_seen(worker):
+def test_hooks_of_zero3_that_stay_would_be_seen(worker):
     for answers in worker[0]:
         assert set(answers["hooks stay"]["between"]) != {answers["mode half"]["resident"]}
 

@@ -357,7 +357,8 @@ def generation_weights(engine, budget_bytes):
     resident, _, _ = plan_residents(module, budget_bytes)
     whole = {id(p) for p in resident}
     streaming = [unit for unit in generation_units(module) if id(unit[0][0]) not in whole]
-    handles = [offload.fwd_pre_hook, *offload.forward_hooks, *offload.backward_hooks]
+    handles = [engine.module_forward_pre_hook, engine.module_forward_post_hook, offload.fwd_pre_hook]
+    handles += offload.forward_hooks + offload.backward_hooks
     try:
         if not coordinator.is_invalid_trace():
             coordinator._invalidate_trace()
@@ -396,17 +397,18 @@ def streamed(units, device):
 
 
 def gather(parameters, device):
-    """Make sharded weights whole in one coalesced collective: each arrives at its place, uncopied."""
+    """Make sharded weights whole in one coalesced collective, in which each arrives at its own place."""
     group = parameters[0].ds_process_group
     ranks = dist.get_world_size(group)
-    with dist._coalescing_manager(group):
-        for parameter in parameters:
-            shard = parameter.ds_tensor.to(device)  # from the host, with --offload_param
-            whole = shard if ranks == 1 else shard.new_empty(ranks * shard.numel())
-            if ranks > 1:
+    shards = [p.ds_tensor.to(device) for p in parameters]  # from the host, with --offload_param
+    wholes = shards if ranks == 1 else [shard.new_empty(ranks * shard.numel()) for shard in shards]
+    if ranks > 1:
+        with dist._coalescing_manager(group):  # nothing in it may fail: it would stay open
+            for whole, shard in zip(wholes, shards):
                 dist.all_gather_into_tensor(whole, shard, group)
-            parameter.data = whole[: parameter.ds_numel].view(parameter.ds_shape)  # the last shard is padded
-            parameter.ds_status = ZeroParamStatus.AVAILABLE
+    for parameter, whole in zip(parameters, wholes):
+        parameter.ds_status = ZeroParamStatus.AVAILABLE
+        parameter.data = whole[: parameter.ds_numel].view(parameter.ds_shape)  # the last shard is padded
 
 
 def release(parameters):
@@ -1170,7 +1172,7 @@ def main(args):
     if args.dry_run:
         return dry_run(args)
     check_output_dir(args.output_dir, args.overwrite_output_dir, args.resume_from_checkpoint)
-    # DeepSpeed calls some of torch's functions by their older names
+    # torch 2.11 knows only the older names of some functions, by which DeepSpeed calls them as well
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
     sigterm = []
     previous_handler = signal.signal(signal.SIGTERM, lambda *_: sigterm.append(True))
@@ -1359,12 +1361,14 @@ def pretend_rollout(args, config, world):
         model = pretend_model(args, config).eval()
         model.set_attn_implementation("sdpa")
         gathers = gathers_weights(args, world)
+        # where shards come from the host, the device holds those of a unit beside what is gathered of them
+        copied = 1 / world if args.offload_param and world > 1 else 0
         resident, _, largest = plan_residents(model, budget_bytes(args))
         whole = {id(p) for p in resident}
         streaming = [unit for unit in generation_units(model) if id(unit[0][0]) not in whole]
         tracker = ByteCounter()
         tracker.track_external(model)
-        with gathers_pretended(streaming if gathers else [], copied=False), tracker, torch.no_grad():
+        with gathers_pretended(streaming if gathers else [], copied), tracker, torch.no_grad():
 
             def step(tokens, length, cache):
                 mask = torch.ones(len(tokens), length, dtype=torch.int64)

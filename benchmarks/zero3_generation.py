@@ -3,9 +3,10 @@
 torchrun --standalone --nproc_per_node 2 benchmarks/zero3_generation.py [--device cuda] [--quick]
 
 "hooks per module" is what generation without gathering was before: transformers' own generate on DeepSpeed's
-hooks, which gather matrix by matrix, and release each after its use. "hooks per layer": the same hooks, with
-decoder layers as DeepSpeed's leaf modules. "DeepSpeed's defaults": its settings for a model as small as this
-one, which prefetch and hold what the next billion elements of the forward will need: all of it, at once.
+hooks, which gather matrix by matrix, and release each after its use. What DeepSpeed's default settings let it
+hold and gather in advance is scaled by this model's size to an 8B model's, of which they hold an eighth.
+"hooks per layer": the same, with decoder layers as DeepSpeed's leaf modules. "DeepSpeed's defaults": as they
+are, by which they hold all of so small a model at once.
 Without --quick, also the growth with the share of the weights that stays, and with the sequences of a batch.
 """
 
@@ -28,16 +29,15 @@ import grpo_zero3
 from grpo_zero3 import Arguments, all_sum, generate, generation_weights, load_engine, whole_bytes
 
 GATHER = "_PartitionedParameterCoordinator__all_gather_params_"
-SHARES = (0, 0.25, 0.5, 0.75, 0.9, 1)  # of the weights, held whole throughout
-BATCHES = (1, 4, 16)  # sequences on each rank
-# DeepSpeed's settings for a model that is far larger than what they let it hold, as they act on a small one
-NOTHING_HELD = {
-    "stage": 3,
-    "stage3_prefetch_bucket_size": 0,
-    "stage3_max_live_parameters": 0,
-    "stage3_max_reuse_distance": 0,
-    "stage3_param_persistence_threshold": 0,
+SHARES = (0, 0.25, 0.5, 0.75, 1)  # of the weights, held whole throughout
+BATCHES = (1, 16)  # sequences on each rank
+# DeepSpeed's defaults, in elements: what it may hold, for how long, and gather in advance
+HELD = {
+    "stage3_max_live_parameters": 10**9,
+    "stage3_max_reuse_distance": 10**9,
+    "stage3_prefetch_bucket_size": 5 * 10**7,
 }
+LARGE = 8 * 10**9  # parameters of a model of which that is a small part
 
 
 class Counter:
@@ -51,6 +51,7 @@ class Counter:
         grpo_zero3.gather = self.gather
         setattr(Coordinator, GATHER, lambda *args, **kwargs: self.gather_by_hooks(*args, **kwargs))
         self.hooks = [m.register_forward_pre_hook(self.note) for m in self.module.modules()]
+        self.hooks += [m.register_forward_hook(self.note) for m in self.module.modules()]
         return self
 
     def __exit__(self, *_):
@@ -117,7 +118,7 @@ def rollout_gathered(engine, prompts, tokens, device):
 
 
 def load_engines(args, device):
-    """The script's engine; DeepSpeed's hooks per layer, and per module; DeepSpeed's default settings."""
+    """The script's engine; DeepSpeed's hooks per layer, and per module, as on a large model; its defaults."""
     leaf_modules, config = grpo_zero3.set_z3_leaf_modules, grpo_zero3.deepspeed_config
 
     def configured(zero, leaves):
@@ -127,7 +128,9 @@ def load_engines(args, device):
 
     try:
         engine = load_engine(args, device)
-        per_layer, per_module = configured(NOTHING_HELD, True), configured(NOTHING_HELD, False)
+        scale = sum(p.ds_numel for p in engine.module.parameters()) / LARGE
+        scaled = {"stage": 3, **{name: int(scale * numel) for name, numel in HELD.items()}}
+        per_layer, per_module = configured(scaled, True), configured(scaled, False)
         return engine, per_layer, per_module, configured({"stage": 3}, False)
     finally:
         grpo_zero3.set_z3_leaf_modules, grpo_zero3.deepspeed_config = leaf_modules, config
@@ -180,7 +183,7 @@ def show(found):
 
 
 def main():
-    options = parse(__doc__, tokens=8, sequences=8, dtype="bf16")
+    options = parse(__doc__, tokens=16, sequences=8, dtype="bf16")
     rank, _, ranks, device = grpo_zero3.start_distributed(Arguments())
     repeats = options.repeats or (2 if options.quick else 3)
     scratch = tempfile.TemporaryDirectory()
@@ -209,7 +212,8 @@ def main():
     setup["sequences"] = options.sequences
     measured = compare("ways", setup, ways, options.tokens, repeats, device)
     cases = [case("ways", setup, *measured)]
-    cases[0]["ratios"] = {way: ratio(cases[0], way, "hooks per module") for way in ways}
+    measure = "seconds_per_token"
+    cases[0]["ratios"] = {way: ratio(cases[0], way, "hooks per module", measure) for way in ways}
 
     if not options.quick:
         shares = {f"{share:.0%}": held(None if share == 1 else int(total * share)) for share in SHARES}

@@ -57,11 +57,12 @@ def most_whole(module):
 
 
 @contextmanager
-def gathers_pretended(units, copied=True):
+def gathers_pretended(units, copied=None):
     """Inside, a forward or backward allocates what ZeRO-3 would gather for it, and its end frees that.
 
     Args: units: [(parameters, owners)]: gathered at once before the first owner's forward, gone after the
-          last one's. copied: as in training, several arrive in one buffer, and each is a copy out of it.
+          last one's. copied: the share of them that is there twice for a moment; None: in training, several
+          arrive in one buffer, and each is copied out of it.
     """
     hooks, whole = [], {}
     for i, (parameters, owners) in enumerate(units):
@@ -69,7 +70,8 @@ def gathers_pretended(units, copied=True):
         def gather(*_, i=i, parameters=parameters):
             if i not in whole:
                 size = sum(p.numel() * p.element_size() for p in parameters)
-                buffer = torch.empty(size if copied and len(parameters) > 1 else 0, dtype=torch.uint8)
+                twice = len(parameters) > 1 if copied is None else copied
+                buffer = torch.empty(int(size * twice), dtype=torch.uint8)
                 whole[i] = torch.empty(size, dtype=torch.uint8)
                 del buffer
 

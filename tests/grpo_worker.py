@@ -61,6 +61,7 @@ def state(engine):
         "training": [m.training for m in module.modules()],
         "attention": module.config._attn_implementation,
         "stack": len(FWD_MODULE_STACK),
+        "in forward": sum(m._parameters._in_forward for m in module.modules()),
     }
 
 
@@ -190,6 +191,14 @@ def check_exceptions(engine, rank, folder, answers):
     before = state(engine)
     expected = rollout(engine, rank, None, limit=8)
     layer = grpo_zero3.decoder_layers(engine.module)[2].mlp
+
+    def afterwards(budget):
+        return {
+            "restored": state(engine) == before,
+            "again": rollout(engine, rank, budget, limit=8) == expected,
+            "step": train_step(engine, "dapo", rank, 2, folder),
+        }
+
     for error in (Crash, KeyboardInterrupt):
         for name in ("all", "none", "half"):
             calls, budget = [], budgets(engine)[name]
@@ -207,12 +216,23 @@ def check_exceptions(engine, rank, folder, answers):
                 raised = True
             finally:
                 hook.remove()
-            answers[f"{error.__name__} {name}"] = {
-                "raised": raised,
-                "restored": state(engine) == before,
-                "again": rollout(engine, rank, budget, limit=8) == expected,
-                "step": train_step(engine, "dapo", rank, 2, folder),
-            }
+            answers[f"{error.__name__} {name}"] = {"raised": raised} | afterwards(budget)
+    for name in ("none", "half"):
+        gather, calls, budget = grpo_zero3.gather, [], budgets(engine)[name]
+
+        def fail(parameters, device, gather=gather, calls=calls):
+            calls.append(1)
+            gather(parameters, "nowhere" if len(calls) == 3 else device)
+
+        grpo_zero3.gather = fail
+        try:
+            rollout(engine, rank, budget, limit=8)
+            raised = False
+        except RuntimeError as error:
+            raised = "nowhere" in str(error)
+        finally:
+            grpo_zero3.gather = gather
+        answers[f"gather {name}"] = {"raised": raised} | afterwards(budget)
 
 
 def check_step(engine, rank, folder, answers):

@@ -168,8 +168,10 @@ def test_all_is_put_back_after_a_rollout(mode, worker):
     assert all(answers[f"mode {mode}"]["restored"] for answers in worker[0])
 
 
-@pytest.mark.parametrize("mode", ["all", "none", "half"])
-@pytest.mark.parametrize("error", ["Crash", "KeyboardInterrupt"])
+ERRORS = [(error, mode) for error in ("Crash", "KeyboardInterrupt") for mode in ("all", "none", "half")]
+
+
+@pytest.mark.parametrize("error, mode", [*ERRORS, ("gather", "none"), ("gather", "half")])
 def test_an_exception_in_mid_generation_leaves_a_working_engine(error, mode, worker):
     for answers in worker[0]:
         answer = answers[f"{error} {mode}"]
@@ -606,6 +608,18 @@ def test_a_rollout_that_cannot_begin_leaves_all_as_it_was(engine, monkeypatch):
         with pytest.raises(RuntimeError, match="not today"), generation_weights(engine, None):
             pass
         assert modes_and_hooks(engine) == before
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_one_rank_streams_its_own_shards(offload, base, cache):
+    flags = {**base, "offload_optimizer": offload, "offload_param": offload}
+    with engine_of(flags) as engine:
+        parameters, found = list(engine.module.parameters()), []
+        for budget in (None, 0, grpo_zero3.whole_bytes(parameters) // 2):
+            with generation_weights(engine, budget) as model:
+                found.append(generate(model, [[5, 6, 7], [8]], 2, 6, end_ids=[], temperature=0))
+            assert all(p.numel() == 0 for p in parameters)
+        assert found[0] == found[1] == found[2] and len(found[0][0]) == 4
 
 
 def test_clip_and_kl_of_single_tokens():

@@ -249,7 +249,7 @@ def test_tables_show_the_measurements():
     assert "| TRL | 2 | 500 | 1 | not measured | 2 |" in block(text, "grpo")
     assert "| lognormal, 10 | 0.5 | 50 | not measured | 100 (100 to 100) | 1.23% |" in block(text, "packing")
     assert "| fp32 | nll_sum | 1.5 | 3 | 1 | 1.500000 |" in block(text, "loss_head")
-    assert "| none | 0.25 | 4 | 1 | 2 | yes |" in block(text, "generation")
+    assert "| none | 0.25 | not measured | 4 | 1 | 2 | yes |" in block(text, "generation")
     assert "| 0.6B | + bf16 | 512 | 5 | 1 |" in block(text, "ladder")
     assert "| 2 | 1 | 3 | 500 | 1,000 | 333 |" in block(text, "headline")
     assert "| not measured | 1 | 2 | not measured | 1,000 | 500 |" in block(text, "headline")

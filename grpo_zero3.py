@@ -80,7 +80,14 @@ from common.report import (
 from common.rewards import call_rewards, load_reward_funcs
 from common.truncation import check_limit, truncate_pair
 from common.watchdog import Watchdog
-from common.zero3 import gathers_pretended, most_whole, zero3_learned_bytes, zero3_ledger, zero3_moments
+from common.zero3 import (
+    ReducesPretended,
+    gathers_pretended,
+    most_whole,
+    zero3_learned_bytes,
+    zero3_ledger,
+    zero3_moments,
+)
 
 HERE = Path(__file__).resolve().parent
 
@@ -354,9 +361,8 @@ def generation_weights(engine, budget_bytes):
     module, offload = engine.module, engine.optimizer.parameter_offload
     coordinator = offload.get_param_coordinator()
     training, attention = module.training, module.config._attn_implementation
-    resident, _, _ = plan_residents(module, budget_bytes)
-    whole = {id(p) for p in resident}
-    streaming = [unit for unit in generation_units(module) if id(unit[0][0]) not in whole]
+    whole = {id(p) for p in plan_residents(module, budget_bytes)[0]}
+    units = generation_units(module)
     handles = [engine.module_forward_pre_hook, engine.module_forward_post_hook, offload.fwd_pre_hook]
     handles += offload.forward_hooks + offload.backward_hooks
     try:
@@ -365,34 +371,32 @@ def generation_weights(engine, budget_bytes):
         coordinator.release_and_reset_all(module)  # what training kept whole for its next forward
         module.eval()
         module.set_attn_implementation("sdpa")
-        with (
-            hooks_taken(handles),
-            GatheredParameters(resident, enabled=bool(resident)),
-            streamed(streaming, engine.device),
-        ):
+        with hooks_taken(handles), streamed(units, whole, engine.device):
             yield module
     finally:
-        coordinator.release_and_reset_all(module)  # what an exception left whole or in flight
         module.set_attn_implementation(attention)
         module.train(training)
 
 
 @contextmanager
-def streamed(units, device):
-    """Inside, weights are whole from the start of their first owner's forward to the end of their last one's.
+def streamed(units, resident, device):
+    """Inside, resident weights are whole; others are from their first owner's forward to their last one's.
 
-    Args: units: as `generation_units` returns them.
+    Args: units: as `generation_units` returns them; resident: ids of parameters.
     """
     hooks = []
-    for parameters, owners in units:
-        hooks.append(owners[0].register_forward_pre_hook(lambda *_, p=parameters: gather(p, device)))
-        hooks.append(owners[-1].register_forward_hook(lambda *_, p=parameters: release(p)))
     try:
+        for parameters, owners in units:
+            if id(parameters[0]) in resident:
+                gather(parameters, device)
+            else:
+                hooks.append(owners[0].register_forward_pre_hook(lambda *_, p=parameters: gather(p, device)))
+                hooks.append(owners[-1].register_forward_hook(lambda *_, p=parameters: release(p)))
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        for parameters, _ in units:  # an exception may have left some whole
+        for parameters, _ in units:
             release(parameters)
 
 
@@ -1420,32 +1424,34 @@ def pretend_update(args, config, world):
         model = pretend_model(args, config).train()
         if args.gradient_checkpointing:
             checkpoint_layers(model)
-        for parameter in model.parameters():  # a gradient goes to its shards as soon as it is there
-            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        weights, zero = whole_bytes(model.parameters()), deepspeed_config(args)["zero_optimization"]
+        reduces = ReducesPretended(model.parameters(), zero["reduce_bucket_size"])
         optimizer = torch.optim.SGD(model.parameters())  # ZeRO's states are counted apart
         meter = MemoryMeter(model, optimizer, torch.device("cpu"), track=True, track_step=1)
         # The first forward and backward after a rollout gather for one module at a time. ZeRO-3 learns their
         # order, and for the others gathers in advance, and keeps, what zero3_learned_bytes says.
-        gathers = gathers_weights(args, world)
-        units = generation_units(model) if gathers and not repeats else []
-        units = [(parameters, [owner]) for parameters, owners in units for owner in owners]
-        with gathers_pretended(units), peaks_before_head(model, lambda: meter.tracker) as forward:
-            with meter.step([batch]):
+        learned, in_advance = zero3_learned_bytes(model.num_parameters(), model.dtype, zero)
+        gathers, keeps_all = gathers_weights(args, world), repeats and learned == weights
+        units = generation_units(model) if gathers and (keeps_all or not repeats) else []
+        if not keeps_all:
+            units = [(parameters, [owner]) for parameters, owners in units for owner in owners]
+        with peaks_before_head(model, lambda: meter.tracker) as forward:
+            with gathers_pretended(units, kept=keeps_all), meter.step([batch]):
                 logps = per_token_logps(Unsharded(model), batch, args)
                 losses, *_ = grpo_loss(logps, logps.detach(), batch["advantages"], epsilon=args.epsilon)
                 (losses / batch["denominators"]).sum().backward()
+                reduces.reduce()
                 optimizer.step()  # finds no gradient; the meter waits for it
         tracker = ByteCounter()
         tracker.track_external(model)
         if args.beta:
             with peaks_before_head(model, lambda: tracker) as reference_forward, tracker, torch.no_grad():
                 per_token_logps(Unsharded(model.eval()), batch, args)
-    measured, weights = meter.measured, whole_bytes(model.parameters())
-    zero, numel = deepspeed_config(args)["zero_optimization"], sum(p.numel() for p in model.parameters())
-    learned, in_advance = zero3_learned_bytes(numel, model.dtype, zero)
+    measured = meter.measured
     measured["peak"] -= weights
     if repeats and gathers:  # what is gathered in advance lies beside what the layers' forwards need
-        measured["peak"] = learned + max(in_advance + forward[0] - weights, measured["peak"])
+        measured["peak"] = max(in_advance + forward[0] - weights, measured["peak"])
+        measured["peak"] += 0 if keeps_all else learned
     if args.beta:  # on the host: it gathers on a single rank as well
         peaks = in_advance + reference_forward[0], tracker.peak_bytes(model.device)
         measured["reference"] = learned + max(peaks) - weights

@@ -45,6 +45,7 @@ class Counter:
 
     def __init__(self, module):
         self.module, self.gathered, self.gathers, self.peak = module, 0, 0, 0
+        self.started = False  # what the script gathers before the first forward is resident
 
     def __enter__(self):
         self.originals = grpo_zero3.gather, getattr(Coordinator, GATHER)
@@ -65,7 +66,8 @@ class Counter:
         self.gathered, self.gathers = self.gathered + missing, self.gathers + (missing > 0)
 
     def gather(self, parameters, device):
-        self.count(parameters)
+        if self.started:
+            self.count(parameters)
         self.originals[0](parameters, device)
 
     def gather_by_hooks(self, coordinator, params, forward, quantize=False):
@@ -73,6 +75,7 @@ class Counter:
         self.originals[1](coordinator, params, forward, quantize)
 
     def note(self, *_):
+        self.started = True
         held = whole_bytes(
             p for p in self.module.parameters() if p.ds_status != ZeroParamStatus.NOT_AVAILABLE
         )

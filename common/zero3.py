@@ -57,12 +57,13 @@ def most_whole(module):
 
 
 @contextmanager
-def gathers_pretended(units, copied=None):
+def gathers_pretended(units, copied=None, kept=False):
     """Inside, a forward or backward allocates what ZeRO-3 would gather for it, and its end frees that.
 
     Args: units: [(parameters, owners)]: gathered at once before the first owner's forward, gone after the
           last one's. copied: the share of them that is there twice for a moment; None: in training, several
-          arrive in one buffer, and each is copied out of it.
+          arrive in one buffer, and each is copied out of it. kept: what a forward gathers stays until its
+          backward.
     """
     hooks, whole = [], {}
     for i, (parameters, owners) in enumerate(units):
@@ -78,15 +79,48 @@ def gathers_pretended(units, copied=None):
         def release(*_, i=i):
             whole.pop(i, None)
 
-        hooks += [owners[0].register_forward_pre_hook(gather), owners[-1].register_forward_hook(release)]
+        hooks.append(owners[0].register_forward_pre_hook(gather))
+        if not kept:
+            hooks.append(owners[-1].register_forward_hook(release))
         if torch.is_grad_enabled():
-            hooks += [owners[0].register_full_backward_pre_hook(gather)]
-            hooks += [owners[-1].register_full_backward_hook(release)]
+            hooks.append(owners[0].register_full_backward_pre_hook(gather))
+            last = owners[0] if kept else owners[-1]  # backward runs the other way
+            hooks.append(last.register_full_backward_hook(release))
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+class ReducesPretended:
+    """Allocates, while a backward runs, what ZeRO-3 would to reduce its gradients.
+
+    Gradients are copied into a bucket, in fp32, and leave the model; one that is larger than it stays. When
+    the next one finds no room, all that wait are put in the ranks' order, which takes a copy of them.
+
+    Args: parameters: of the model; bucket_size: in elements.
+    """
+
+    def __init__(self, parameters, bucket_size):
+        self.bucket_size, self.numels, self.large = bucket_size, [], None
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(self.arrive)
+
+    def arrive(self, parameter):
+        numel = parameter.numel()
+        if self.numels and sum(self.numels) + numel > self.bucket_size:
+            self.reduce()
+        if numel > self.bucket_size:
+            self.large = parameter.grad
+        parameter.grad = None
+        self.numels.append(numel)
+
+    def reduce(self):
+        # One gradient alone is in order as it is, but not always in fp32.
+        copied = len(self.numels) > 1 or (self.large is not None and self.large.dtype != torch.float32)
+        torch.empty(sum(self.numels) if copied else 0, dtype=torch.float32)
+        self.numels, self.large = [], None
 
 
 def zero3_learned_bytes(numel, dtype, zero):

@@ -70,8 +70,10 @@ class Watched:
 
     def __init__(self, engine):
         self.module, self.forwards, self.gathered, self.peak, self.between = engine.module, 0, [], 0, []
+        self.started = False  # what is gathered before the first forward is resident
 
     def note(self, *_):
+        self.started = True
         self.peak = max(self.peak, whole_bytes(available(self.module)))
 
     def __enter__(self):
@@ -90,7 +92,8 @@ class Watched:
         self.forwards += 1
 
     def gather(self, parameters, device):
-        self.gathered.append(whole_bytes(parameters))
+        if self.started:
+            self.gathered.append(whole_bytes(parameters))
         self.original(parameters, device)
 
     def after_token(self, _):

@@ -117,15 +117,28 @@ GRPO_WAYS = {
     "no checkpointing": {"gradient_checkpointing": False},
     "three micro-batches": {"per_device_train_batch_size": 24, "ds3_gather_for_generation": False},
 }
+GRPO_WAYS |= {
+    "all gradients in a bucket": {"bf16": True},
+    "a bucket for small gradients": {"bf16": True},
+    "a bucket for small gradients, fp32": {},
+}
+GRPO_BUCKETS = {  # elements; the model has a million, a layer's MLP three times 49,152
+    "all gradients in a bucket": 2_000_000,
+    "a bucket for small gradients": 40_000,
+    "a bucket for small gradients, fp32": 40_000,
+}
 GRPO_SIZES = {"max_prompt_length": 64, "max_completion_length": 16, "per_device_train_batch_size": 8}
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_grpo(world, tmp_path):
     # DeepSpeed's bucket of 50 million elements would hide all else of so small a model
-    settings = tmp_path / "deepspeed.json"
-    settings.write_text('{"zero_optimization": {"reduce_bucket_size": 100000}}')
-    jobs = {name: GRPO_SIZES | {"deepspeed": str(settings)} | flags for name, flags in GRPO_WAYS.items()}
+    jobs = {}
+    for name, flags in GRPO_WAYS.items():
+        bucket = GRPO_BUCKETS.get(name, 100_000)
+        settings = tmp_path / f"{bucket}.json"
+        settings.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": bucket}}))
+        jobs[name] = GRPO_SIZES | {"deepspeed": str(settings)} | flags
     config = load_config(DEMO)
     with torch.device("meta"):
         model = grpo_zero3.pretend_model(grpo_zero3.Arguments(), config)

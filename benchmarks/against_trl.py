@@ -32,7 +32,8 @@ class Way:
     """One way to take an optimizer step, ready to run.
 
     step: function of a list of micro-batches (dicts of tensors) that takes a whole optimizer step on them and
-    returns {"loss": .., "grad_norm": ..}. batches: the micro-batches of each step, the warm-up's first.
+    returns {"loss": .., "grad_norm": ..}. batches: the micro-batches of each step, as `plan_steps` orders
+    them.
     """
 
     model: torch.nn.Module
@@ -112,7 +113,11 @@ def count_tokens(micro_batches):
 
 def count_bytes(way, number, device):
     """Peak bytes of the way's step of that number, and what they consist of."""
-    way.step(way.batches[0])  # makes the optimizer's states
+    if not way.optimizer.state:  # a step of zeros makes its states, as big as they will be
+        for parameter in way.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        way.optimizer.step()
+        way.optimizer.zero_grad()
     largest = way.batches[number]
     meter = MemoryMeter(way.model, way.optimizer, torch.device(device), True, 1, way.offload, way.others)
     with meter.step(largest):
@@ -144,26 +149,29 @@ def release():
 
 
 def compare(name, setup, sides, real_tokens, options, pairs):
-    """Count the bytes of the largest step in each way, with no other side's model in memory; then time all
-    ways in turn.
+    """Count the bytes of the largest step in each way; then time all ways in turn.
 
     Args:    sides: functions that make {name: Way} of ways that share one model and optimizer; real_tokens:
-             of each step, the warm-up's first; pairs: [(way, baseline), ..] whose ratios are wanted.
+             of each step, as `plan_steps` orders them; pairs: [(way, baseline), ..] whose ratios are wanted.
     Returns: a case for harness.write, with ratios.
     """
-    once, repeats = {}, count_repeats(options)
+    once, ways, warm_up = {}, {}, count_warm_ups(options)
+    timed = slice(warm_up, warm_up + count_repeats(options))
     largest = max(range(len(real_tokens)), key=lambda number: real_tokens[number])
     release()
     for side in sides:
-        ways = side()
-        for way, ready in ways.items():
+        made = side()
+        for way, ready in made.items():
             once[way] = count_bytes(ready, largest, options.device)
-            once[way]["tokens_computed"] = sum(map(count_tokens, ready.batches[1 : repeats + 1]))
-            once[way]["real_tokens"] = sum(real_tokens[1 : repeats + 1])
-        free(ways)
-    ways = {way: ready for side in sides for way, ready in side().items()}
-    timed = {way: timed_step(ready, real_tokens, options.device) for way, ready in ways.items()}
-    found = case(name, setup, alternate(timed, repeats, options.device), once)
+            once[way]["tokens_computed"] = sum(map(count_tokens, ready.batches[timed]))
+            once[way]["real_tokens"] = sum(real_tokens[timed])
+        if options.device == "cuda":  # or the allocator would count one side's models in another's peak
+            free(made)
+        ways |= made
+    if options.device == "cuda":
+        ways = {way: ready for side in sides for way, ready in side().items()}
+    steps = {way: timed_step(ready, real_tokens, options.device) for way, ready in ways.items()}
+    found = case(name, setup, alternate(steps, count_repeats(options), options.device, warm_up), once)
     free(ways)
     found["ratios"] = {}
     for way, baseline in pairs:
@@ -213,16 +221,19 @@ def choose(path, num_examples, examine, scratch):
 
 
 def plan_steps(options, size, for_bytes=None):
-    """Numbers of the examples of each step, the warm-up's first: one is enough for it on a CPU.
+    """Numbers of the examples of each step: warm-ups first, then those that are timed.
 
-    On a GPU the warm-up also makes the allocator ask for its memory, and so has to be a whole step.
-
-    Args: for_bytes: examples of one more step, whose bytes alone are counted: a step that is timed often has
-          to be so small on a CPU that weights and optimizer hide all else.
+    Args: for_bytes: examples of one more step, the last, whose bytes alone are counted: a step that is timed
+          often has to be so small on a CPU that weights and optimizer hide all else.
     """
-    counts = [size if options.device == "cuda" else 1] + [size] * count_repeats(options)
-    counts += [for_bytes] if for_bytes and not options.quick else []
+    counts = [size] * (count_warm_ups(options) + count_repeats(options))
+    counts += [for_bytes] if for_bytes else []
     return [list(range(end - n, end)) for n, end in zip(counts, itertools.accumulate(counts))]
+
+
+def count_warm_ups(options):
+    """On a GPU one, in which its allocator asks for memory. On a CPU counting a step's bytes is enough."""
+    return int(options.device == "cuda")
 
 
 def count_repeats(options):
@@ -232,10 +243,11 @@ def count_repeats(options):
 def chosen_cases(cases, options):
     """Those of --only, or all; with --quick, or without $BENCH_DATA, the demo's data in their place.
 
-    Args: cases: {name: {device: how many examples make a step}}.
+    Args: cases: {name: {device: how many examples make a step, "bytes": for_bytes of `plan_steps`}}.
     """
     if options.quick or not os.environ.get("BENCH_DATA"):
-        return {"demo": next(iter(cases.values()))}
+        sizes = next(iter(cases.values()))
+        return {"demo": {**sizes, "bytes": None} if options.quick else sizes}
     if options.only and options.only not in cases:
         raise ValueError(f"--only {options.only}: choose one of {', '.join(cases)}.")
     return {name: sizes for name, sizes in cases.items() if options.only in ("", name)}

@@ -87,9 +87,17 @@ def ways(document):
 
 
 def generation(document):
-    of = partial(curves, document, measure="seconds_per_token")
-    share = of(x="resident_share", axis="resident share")
-    batch = of(x="sequences", axis="sequences")
+    """Seconds of each token: with the share of the weights that stays whole, and with the batch."""
+    share = {}
+    for found in document["cases"]:
+        points = [
+            (values["resident_share"], values["median"]["seconds_per_token"])
+            for values in found["ways"].values()
+            if "resident_share" in values
+        ]
+        share[found["case"]] = sorted(points)
+    batch = curves(document, "sequences", "seconds_per_token")
+    batch = {way: points for way, points in batch.items() if len(points) > 1}
     return [
         {"title": "Weights held", "x": "resident share", "y": "seconds per token", "curves": share},
         {"title": "Batch", "x": "sequences per rank", "y": "seconds per token", "curves": batch},

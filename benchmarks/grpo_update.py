@@ -22,6 +22,7 @@ from against_trl import (
     chosen_cases,
     compare,
     count_repeats,
+    count_warm_ups,
     disagreement,
     free,
     prepare,
@@ -64,11 +65,11 @@ PAIRS = [
 
 
 def sample_rollouts(groups_per_step, options, tokenizer):
-    """Rollouts of all steps, the warm-up's first: [(groups as make_batches takes them, rewards (B,)), ..]."""
+    """A small rollout, then those of all steps: [(groups as make_batches takes them, rewards (B,)), ..]."""
     prompts = data_file("gsm8k_prompts", options, "prompts.jsonl").read_text().splitlines()
     answers = data_file("gsm8k_prompt_completion", options, "preferences.jsonl").read_text().splitlines()
     rng, rollouts = np.random.default_rng(0), []
-    for step in range(count_repeats(options) + 1):
+    for step in range(1 + count_warm_ups(options) + count_repeats(options)):
         groups = []
         for _ in range(groups_per_step):
             prompt = json.loads(prompts[rng.integers(len(prompts))])["prompt"]
@@ -78,9 +79,9 @@ def sample_rollouts(groups_per_step, options, tokenizer):
                 answer = json.loads(answers[i])
                 answer = (answer.get("completion") or answer["chosen"])[-1]["content"]
                 completion_ids = tokenizer(answer)["input_ids"] + [tokenizer.eos_token_id]
-                if step == 0 and options.device == "cpu":
-                    # A few tokens are enough to warm up with. Of one length, their advantages would cancel
-                    # out, and the loss would be nothing but rounding errors.
+                if step == 0:
+                    # Of one length, their advantages would cancel out, and the loss would be nothing but
+                    # rounding errors.
                     completion_ids = completion_ids[-8 * (len(completions) + 1) :]
                 completions.append(completion_ids)
             groups.append((tokenizer(text)["input_ids"], completions))
@@ -189,19 +190,19 @@ def main():
     size = options.groups or sizes[options.device]
     with tempfile.TemporaryDirectory() as scratch:
         model = model_folder(options, scratch)
-        rollouts = sample_rollouts(size, options, AutoTokenizer.from_pretrained(model))
+        small, *rollouts = sample_rollouts(size, options, AutoTokenizer.from_pretrained(model))
         longest = max(len(c) for groups, _ in rollouts for _, completions in groups for c in completions)
         shared = {"bf16": options.dtype == "bf16", "max_completion_length": longest, "learning_rate": 0.0}
         args = Arguments(model_name_or_path=str(model), output_dir=scratch, **shared)
         device = sft_packing.start_distributed(args)[3]
         assert device.type == options.device, "hide the GPU to measure on the CPU: CUDA_VISIBLE_DEVICES="
 
-        def sides(options, args):
+        def sides(rollouts, options, args):
             theirs = partial(their_ways, model, rollouts, longest, options, scratch)
             return [partial(our_ways, args, rollouts, device), theirs]
 
         fp32 = argparse.Namespace(**vars(options) | {"dtype": "fp32"})
-        in_fp32 = agreement(sides(fp32, replace(args, bf16=False)))
+        in_fp32 = agreement(sides([small], fp32, replace(args, bf16=False)))
         setup = {
             "groups_per_step": size,
             "num_generations": G,
@@ -210,7 +211,7 @@ def main():
             "attention": f"ours: varlen; TRL: {trl_attention(options)}",
         }
         real_tokens = [sum(len(p) + len(c) for p, cs in groups for c in cs) for groups, _ in rollouts]
-        found = compare(name, setup, sides(options, args), real_tokens, options, PAIRS)
+        found = compare(name, setup, sides(rollouts, options, args), real_tokens, options, PAIRS)
         found["one_step_in_fp32"] = in_fp32
         show(found)
         worst = f"loss {in_fp32['loss']:.1e}  grad_norm {in_fp32['grad_norm']:.1e}"

@@ -1,6 +1,6 @@
 """What all benchmarks share: a model and data by name, alternating repetitions, and one form of JSON.
 
-Two things are compared in one process, A B A B .., after a warm-up of each that does not count. What is
+Two things are compared in one process, A B A B .., after a run of each that is not timed. What is
 quoted is the median of the ratios pair by pair: they hold where the machine's speed drifts. Bytes are counted
 in a run of their own, for counting slows it down.
 """

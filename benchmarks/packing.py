@@ -140,7 +140,7 @@ def main():
             if n == 10**7 and name != "lognormal":
                 continue
             lengths = np.clip(draw(n), 1, MAX_LENGTH).astype(np.int64)
-            one_batch = n < 10**6 or name == "lognormal"  # a minute of TRL's time for each distribution
+            one_batch = n < 10**5 or name == "lognormal"  # a minute of TRL's time for each distribution
             repeats = options.repeats or (5 if n < 10**6 else 3)
             # TRL takes some twenty seconds for a million: one made-up and one real distribution are enough
             ours_only = n > 10**6 or n == 10**6 and name not in ("lognormal", "chats, resampled")

@@ -49,7 +49,7 @@ from sft_packing import (
 
 # --documents of a step; on a CPU, as many as make a step of some ten seconds
 CASES = {
-    "chat_messages": {"cpu": 3, "cuda": 8, "bytes": 8},
+    "chat_messages": {"cpu": 3, "cuda": 8, "bytes": 6},
     "gsm8k_prompt_completion": {"cpu": 4, "cuda": 8, "bytes": None},
 }
 WAYS = {  # flags of sft_packing.py

@@ -7,14 +7,12 @@ hooks, which gather matrix by matrix, and release each after its use. What DeepS
 hold and gather in advance is scaled by this model's size to an 8B model's, of which they hold an eighth.
 "hooks per layer": the same, with decoder layers as DeepSpeed's leaf modules. "DeepSpeed's defaults": as they
 are, by which they hold all of so small a model at once.
-Without --quick, also the growth with the share of the weights that stays, and with the sequences of a batch.
+Without --quick, also the growth with the sequences of a batch.
 """
 
 import json
 import tempfile
 import time
-from functools import partial
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -22,15 +20,15 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import (
     PartitionedParameterCoordinator as Coordinator,
 )
-from harness import alternate, case, data_file, model_folder, parse, ratio, write
+from harness import alternate, case, data_file, model_folder, parse, ratio, synchronize, write
 from transformers import AutoTokenizer
 
 import grpo_zero3
 from grpo_zero3 import Arguments, all_sum, generate, generation_weights, load_engine, whole_bytes
 
 GATHER = "_PartitionedParameterCoordinator__all_gather_params_"
-SHARES = (0, 0.25, 0.5, 0.75, 1)  # of the weights, held whole throughout
-BATCHES = (1, 16)  # sequences on each rank
+SHARES = {"all": 1, "90 %": 0.9, "75 %": 0.75, "half": 0.5, "25 %": 0.25, "none": 0}  # held whole throughout
+BATCHES, BATCH_WAYS = (1, 16), ("all", "half", "none")  # sequences on each rank, and what is held for them
 # DeepSpeed's defaults, in elements: what it may hold, for how long, and gather in advance
 HELD = {
     "stage3_max_live_parameters": 10**9,
@@ -82,23 +80,73 @@ class Counter:
         self.peak = max(self.peak, held)
 
 
+class Clock:
+    """Notes a rollout's times: its start, when its weights were there, when each token was, its end."""
+
+    def __init__(self, device):
+        self.device, self.times = device, []
+        self.note()
+
+    def note(self, *_):
+        synchronize(self.device.type)
+        self.times.append(time.perf_counter())
+
+    def measured(self):
+        start, gathered, first, *_, last, end = self.times
+        return {
+            "seconds": end - start,
+            "gather_seconds": gathered - start,
+            "prefill_seconds": first - start,
+            "seconds_per_token": (last - first) / (len(self.times) - 4),  # of those after the first
+        }
+
+
 def rollout(engine, prompts, budget, tokens, device):
-    """Returns completions, seconds until the weights were there, and seconds of the whole."""
-    started = time.perf_counter()
+    """Returns completions and what the clock measured."""
+    clock = Clock(device)
     with generation_weights(engine, budget) as model:
-        gathered = time.perf_counter()
+        clock.note()
         completions, _, _ = generate(
-            model, prompts, 1, tokens, end_ids=[], temperature=0, all_sum=lambda v: all_sum(v, device)
+            model,
+            prompts,
+            1,
+            tokens,
+            end_ids=[],
+            temperature=0,
+            all_sum=lambda values: all_sum(values, device),
+            after_token=clock.note,
         )
-    return completions, gathered - started, time.perf_counter() - started
+    clock.note()
+    return completions, clock.measured()
 
 
 def rollout_by_hooks(engine, prompts, tokens, device):
-    module, started = engine.module.eval(), time.perf_counter()
+    clock = Clock(device)
+    completions = generate_by_transformers(engine.module.eval(), prompts, tokens, device, clock)
+    clock.note()
+    return completions, clock.measured()
+
+
+def rollout_gathered(engine, prompts, tokens, device):
+    """As TRL gathers: all weights whole and all hooks away, and transformers' own generate."""
+    clock = Clock(device)
+    with generation_weights(engine, None) as module:  # no hook is left
+        completions = generate_by_transformers(module, prompts, tokens, device, clock)
+    clock.note()
+    return completions, clock.measured()
+
+
+def generate_by_transformers(module, prompts, tokens, device, clock):
     module.set_attn_implementation("sdpa")
+    clock.note()
     width = max(map(len, prompts))
     input_ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+
+    def after_token(ids, _):
+        clock.note()
+        return torch.zeros(len(ids), dtype=torch.bool, device=device)  # none is done
+
     out = module.generate(
         input_ids=input_ids,
         attention_mask=mask,
@@ -107,17 +155,9 @@ def rollout_by_hooks(engine, prompts, tokens, device):
         eos_token_id=None,
         pad_token_id=0,
         synced_gpus=True,
+        stopping_criteria=[after_token],
     )
-    return out[:, width:].tolist(), 0.0, time.perf_counter() - started
-
-
-def rollout_gathered(engine, prompts, tokens, device):
-    """As TRL gathers: all weights whole and all hooks away, and transformers' own generate."""
-    started = time.perf_counter()
-    with generation_weights(engine, None) as module:  # no hook is left
-        gathered = time.perf_counter()
-        completions, _, _ = rollout_by_hooks(SimpleNamespace(module=module), prompts, tokens, device)
-    return completions, gathered - started, time.perf_counter() - started
+    return out[:, width:].tolist()
 
 
 def load_engines(args, device):
@@ -139,7 +179,7 @@ def load_engines(args, device):
         grpo_zero3.set_z3_leaf_modules, grpo_zero3.deepspeed_config = leaf_modules, config
 
 
-def compare(name, setup, ways, tokens, repeats, device):
+def compare(setup, ways, tokens, repeats, device):
     """Count what each way gathers in one rollout, then time them all in turn.
 
     Args:    ways: {name: (engine, function of a number of tokens that makes a rollout)}; the first one's
@@ -149,7 +189,7 @@ def compare(name, setup, ways, tokens, repeats, device):
     counted, expected = {}, None
     for way, (engine, roll) in ways.items():
         with Counter(engine.module) as counter:
-            completions, _, _ = roll(tokens)
+            completions, _ = roll(tokens)
         expected = completions if expected is None else expected
         counted[way] = {
             "gathered_bytes_per_token": counter.gathered / tokens,
@@ -157,19 +197,7 @@ def compare(name, setup, ways, tokens, repeats, device):
             "peak_whole_bytes": counter.peak,
             "same_tokens_on_all_ranks": all_sum([completions == expected], device)[0] == setup["ranks"],
         }
-
-    def timed(roll):
-        _, _, first = roll(1)  # gathering and prompts; what is beyond it is paid for each token
-        _, gather, seconds = roll(tokens)
-        beyond = (seconds - first) / (tokens - 1)
-        return {
-            "seconds": seconds,  # of the second rollout alone
-            "gather_seconds": gather,
-            "prefill_seconds": first,
-            "seconds_per_token": beyond,
-        }
-
-    runs = {way: partial(timed, roll) for way, (_, roll) in ways.items()}
+    runs = {way: lambda roll=roll: roll(tokens)[1] for way, (_, roll) in ways.items()}
     return alternate(runs, repeats, device.type, warm_up=0), counted  # counting was the warm-up
 
 
@@ -186,7 +214,7 @@ def show(found):
 
 
 def main():
-    options = parse(__doc__, tokens=16, sequences=8, dtype="bf16")
+    options = parse(__doc__, tokens=12, sequences=8, dtype="bf16")
     rank, _, ranks, device = grpo_zero3.start_distributed(Arguments())
     repeats = options.repeats or (2 if options.quick else 3)
     scratch = tempfile.TemporaryDirectory()
@@ -203,33 +231,28 @@ def main():
     rows = [json.loads(line)["prompt"] for line in open(file, encoding="utf-8")][rank * most :][:most]
     prompts = tokenizer.apply_chat_template(rows, add_generation_prompt=True)["input_ids"]
 
-    def held(budget, sequences=options.sequences):
+    def held(name, sequences):
+        budget = None if name == "all" else int(SHARES[name] * total)
         return engine, lambda tokens: rollout(engine, prompts[:sequences], budget, tokens, device)
 
     chosen = prompts[: options.sequences]
-    ways = {name: held(b) for name, b in (("all", None), ("90 %", total * 9 // 10), ("half", total // 2))}
-    ways["none"] = held(0)
+    ways = {name: held(name, options.sequences) for name in SHARES}
     ways["all, transformers' generate"] = engine, lambda n: rollout_gathered(engine, chosen, n, device)
     for name, other in zip(("hooks per layer", "hooks per module", "DeepSpeed's defaults"), others):
         ways[name] = other, lambda n, other=other: rollout_by_hooks(other, chosen, n, device)
-    setup["sequences"] = options.sequences
-    measured = compare("ways", setup, ways, options.tokens, repeats, device)
-    cases = [case("ways", setup, *measured)]
-    measure = "seconds_per_token"
-    cases[0]["ratios"] = {way: ratio(cases[0], way, "hooks per module", measure) for way in ways}
-
+    batches = {options.sequences: ways}
     if not options.quick:
-        shares = {f"{share:.0%}": held(None if share == 1 else int(total * share)) for share in SHARES}
-        runs, counted = compare("resident share", setup, shares, options.tokens, repeats, device)
-        for share, name in zip(SHARES, shares):  # timed together, then a case for each
-            sizes = {**setup, "axis": "resident share", "resident_share": share}
-            cases.append(case(f"resident {name}", sizes, {"budget": runs[name]}, {"budget": counted[name]}))
-        for sequences in BATCHES:
-            budgets = (("all", None), ("half", total // 2), ("none", 0))
-            batch = {name: held(budget, sequences) for name, budget in budgets}
-            sizes = {**setup, "axis": "sequences", "sequences": sequences}
-            measured = compare("sequences", sizes, batch, options.tokens, repeats, device)
-            cases.append(case(f"{sequences} sequences", sizes, *measured))
+        others = (n for n in BATCHES if n != options.sequences)
+        batches |= {n: {name: held(name, n) for name in BATCH_WAYS} for n in others}
+    cases = []
+    for sequences, ways in batches.items():
+        sizes = {**setup, "sequences": sequences}
+        runs, counted = compare(sizes, ways, options.tokens, repeats, device)
+        for name in SHARES.keys() & ways.keys():
+            counted[name]["resident_share"] = SHARES[name]
+        cases.append(case(f"{sequences} sequences", sizes, runs, counted))
+    first, measure = cases[0], "seconds_per_token"
+    first["ratios"] = {way: ratio(first, way, "hooks per module", measure) for way in first["ways"]}
     if rank == 0:
         for found in cases:
             show(found)

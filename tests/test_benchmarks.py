@@ -211,11 +211,12 @@ def measurements():
         for x in (2, 1)
     ]
     told = {"gathered_bytes_per_token": 2**20, "peak_whole_bytes": 2**21, "same_tokens_on_all_ranks": True}
-    rolled = {"none": runs([4], seconds_per_token=0.25)}
+    rolled = {"all": runs([3], seconds_per_token=0.125), "none": runs([4], seconds_per_token=0.25)}
+    rolled_8 = {**rolled, "hooks": runs([8], seconds_per_token=0.5)}
+    shares = {"all": {**told, "resident_share": 1}, "none": {**told, "resident_share": 0}, "hooks": told}
     generated = [
-        cases.case(f"{axis} {x}", {"axis": axis, key: x}, rolled, {"none": told})
-        for axis, key in (("resident share", "resident_share"), ("sequences", "sequences"))
-        for x in (0, 1)
+        cases.case(f"{n} sequences", {"sequences": n}, ways, shares)
+        for n, ways in ((8, rolled_8), (1, rolled))
     ]
     rungs = {"plain": runs([4]), "+ bf16": runs([5])}
     reached = {way: {"longest": 512, "peak_bytes": 2**30} for way in rungs}
@@ -286,7 +287,10 @@ def test_figures_are_made_of_the_json_alone():
     assert of["ranks"][0]["bars"] == {"1 rank(s)": 1, "2 rank(s)": 0.5}
     assert of["sft"][0]["bars"] == {"packed + checkpointing": 1, "padded": 2, "TRL padded": 3}
     assert of["grpo"][1]["bars"] == {"shared": 1000, "TRL": 500}
-    assert of["generation"][0]["curves"] == {"none": [(0, 0.25), (1, 0.25)]}
+    points = [(0, 0.25), (1, 0.125)]
+    assert of["generation"][0]["curves"] == {"8 sequences": points, "1 sequences": points}
+    batch = {"all": [(1, 0.125), (8, 0.125)], "none": [(1, 0.25), (8, 0.25)]}
+    assert of["generation"][1]["curves"] == batch
     assert all(of.values())
 
 

@@ -48,7 +48,7 @@ from dpo_padding_free import (
 
 # --pairs of a step; on a CPU, as many as make a step of some ten seconds
 CASES = {
-    "gsm8k_preferences": {"cpu": 2, "cuda": 8, "bytes": 4},
+    "gsm8k_preferences": {"cpu": 1, "cuda": 8, "bytes": 5},
     "gsm8k_preferences_4shot": {"cpu": 1, "cuda": 8, "bytes": None},
     "chat_preferences": {"cpu": 1, "cuda": 8, "bytes": None},
 }

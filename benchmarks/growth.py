@@ -32,7 +32,7 @@ from sft_packing import (
 )
 
 LAYERS = {"cpu": 4, "cuda": 30}
-TOKENS = {"cpu": (512, 1024, 2048, 4096, 8192), "cuda": (512, 1024, 2048, 4096, 8192, 16384, 32768)}
+TOKENS = {"cpu": (512, 2048, 8192), "cuda": (512, 1024, 2048, 4096, 8192, 16384, 32768)}
 DOCUMENT = 256  # tokens of each document where the row grows
 ROW = {"cpu": 2048, "cuda": 8192}  # tokens of the row where its documents grow in number
 DOCUMENTS = (1, 4, 16, 32)

@@ -142,8 +142,8 @@ def main():
             lengths = np.clip(draw(n), 1, MAX_LENGTH).astype(np.int64)
             one_batch = n < 10**5 or name == "lognormal"  # a minute of TRL's time for each distribution
             repeats = options.repeats or (5 if n < 10**6 else 3)
-            # TRL takes some twenty seconds for a million: one made-up and one real distribution are enough
-            ours_only = n > 10**6 or n == 10**6 and name not in ("lognormal", "chats, resampled")
+            # TRL takes some ten seconds for a million: one distribution is enough
+            ours_only = n > 10**6 or n == 10**6 and name != "lognormal"
             cases.append(measure(name, lengths, ours_only, one_batch, repeats))
     write("packing", options, f"{model.name} (tokenizer only)", cases)
 

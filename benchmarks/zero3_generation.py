@@ -49,15 +49,17 @@ class Counter:
         self.originals = grpo_zero3.gather, getattr(Coordinator, GATHER)
         grpo_zero3.gather = self.gather
         setattr(Coordinator, GATHER, lambda *args, **kwargs: self.gather_by_hooks(*args, **kwargs))
-        self.hooks = [m.register_forward_pre_hook(self.note) for m in self.module.modules()]
-        self.hooks += [m.register_forward_hook(self.note) for m in self.module.modules()]
+        self.hook = self.module.register_forward_pre_hook(self.start)
         return self
 
     def __exit__(self, *_):
         grpo_zero3.gather = self.originals[0]
         setattr(Coordinator, GATHER, self.originals[1])
-        for hook in self.hooks:
-            hook.remove()
+        self.hook.remove()
+
+    def start(self, *_):
+        self.started = True
+        self.note()
 
     def count(self, params):
         missing = whole_bytes(p for p in params if p.ds_status == ZeroParamStatus.NOT_AVAILABLE)
@@ -67,13 +69,14 @@ class Counter:
         if self.started:
             self.count(parameters)
         self.originals[0](parameters, device)
+        self.note()
 
     def gather_by_hooks(self, coordinator, params, forward, quantize=False):
         self.count(params)
         self.originals[1](coordinator, params, forward, quantize)
+        self.note()
 
-    def note(self, *_):
-        self.started = True
+    def note(self):
         held = whole_bytes(
             p for p in self.module.parameters() if p.ds_status != ZeroParamStatus.NOT_AVAILABLE
         )
@@ -214,7 +217,7 @@ def show(found):
 
 
 def main():
-    options = parse(__doc__, tokens=12, sequences=8, dtype="bf16")
+    options = parse(__doc__, tokens=8, sequences=8, dtype="bf16")
     rank, _, ranks, device = grpo_zero3.start_distributed(Arguments())
     repeats = options.repeats or (2 if options.quick else 3)
     scratch = tempfile.TemporaryDirectory()

@@ -16,9 +16,9 @@ PROMPTS = (
 
 
 def prompt_ids(rank):
-    """Rank 1's completions are longer: the ranks stop at different lengths."""
+    """Odd ranks' completions are longer: the ranks stop at different lengths."""
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
-    chats = [[{"role": "user", "content": text}] for text in PROMPTS[rank]]
+    chats = [[{"role": "user", "content": text}] for text in PROMPTS[rank % 2]]
     return tokenizer.apply_chat_template(chats, add_generation_prompt=True)["input_ids"]
 
 

@@ -1,6 +1,8 @@
-"""What test_grpo_zero3.py asks of two ranks, in one process each; every answer goes to <folder>/rank<r>.json.
+"""What test_grpo_zero3.py asks of some ranks, one process each; every answer goes to <folder>/rank<r>.json.
 
 python -m torch.distributed.run --nproc_per_node 2 tests/grpo_worker.py <folder>
+
+With flags of the script as JSON behind the folder: rollouts alone, on any number of ranks.
 """
 
 import json
@@ -281,28 +283,37 @@ def check_reduction(args, device, rank, world, answers):
     answers["lost in reduction"] = max(float((x - a - b).abs().max() / x.abs().max()) for x, a, b in parts)
 
 
-def run(folder):
+def check_all(engine, args, device, rank, world, folder, answers):
+    answers["tied"] = engine.module.lm_head.weight is engine.module.model.embed_tokens.weight
+    answers["shards"] = sum(p.ds_tensor.numel() for p in engine.module.parameters())
+    for name in LOSS_CASES:
+        answers[f"loss {name}"] = train_step(engine, name, rank, world, folder, save=True)
+
+    def off_by_one(batches):
+        for batch in batches:
+            batch["score_index"] = (batch["score_index"] + 1).clamp(max=batch["input_ids"].shape[1] - 1)
+
+    answers["off by one"] = train_step(engine, "dapo", rank, world, folder, off_by_one)
+    check_modes(engine, rank, answers)
+    check_step(engine, rank, folder, answers)
+    check_exceptions(engine, rank, folder, answers)
+    check_hooks(engine, rank, answers)
+    check_reduction(args, device, rank, world, answers)
+
+
+def run(folder, flags=None):
     answers = {}
-    args = Arguments(model_name_or_path=str(folder / "model"), collective_timeout_s=60.0)
+    args = Arguments(model_name_or_path=str(folder / "model"), collective_timeout_s=60.0, **(flags or {}))
     rank, _, world, device = grpo_zero3.start_distributed(args)
     watch = grpo_zero3.Watchdog(600.0, rank)
     try:
         engine = load_engine(args, device)
-        answers["tied"] = engine.module.lm_head.weight is engine.module.model.embed_tokens.weight
-        answers["shards"] = sum(p.ds_tensor.numel() for p in engine.module.parameters())
-        for name in LOSS_CASES:
-            answers[f"loss {name}"] = train_step(engine, name, rank, world, folder, save=True)
-
-        def off_by_one(batches):
-            for batch in batches:
-                batch["score_index"] = (batch["score_index"] + 1).clamp(max=batch["input_ids"].shape[1] - 1)
-
-        answers["off by one"] = train_step(engine, "dapo", rank, world, folder, off_by_one)
-        check_modes(engine, rank, answers)
-        check_step(engine, rank, folder, answers)
-        check_exceptions(engine, rank, folder, answers)
-        check_hooks(engine, rank, answers)
-        check_reduction(args, device, rank, world, answers)
+        if flags is None:
+            check_all(engine, args, device, rank, world, folder, answers)
+        else:
+            parameters = list(engine.module.parameters())
+            answers["padded"] = sum(p.ds_tensor.numel() * world - p.ds_numel for p in parameters)
+            check_modes(engine, rank, answers)
     except BaseException:
         answers["error"] = traceback.format_exc()
     (folder / f"rank{rank}.json").write_text(json.dumps(answers))
@@ -313,4 +324,4 @@ def run(folder):
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]))
+    run(Path(sys.argv[1]), *map(json.loads, sys.argv[2:]))

@@ -163,6 +163,19 @@ def test_the_bytes_announced_are_gathered(mode, worker):
             assert answer["gathers"] == 0
 
 
+@pytest.mark.parametrize("count, flags", [(3, {}), (2, {"offload_optimizer": True, "offload_param": True})])
+def test_padded_shards_and_shards_on_the_host_give_the_same_tokens(count, flags, tmp_path):
+    shutil.copytree(DEMO_MODEL, tmp_path / "model")
+    returncode, output = ranks(ROOT / "tests/grpo_worker.py", tmp_path, json.dumps(flags), count=count)
+    assert returncode == 0, output[-4000:]
+    for rank in range(count):
+        answers = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert (answers["padded"] > 0) == (count == 3)
+        for mode in MODES:
+            assert answers[f"mode {mode}"]["completions"] == unsharded(rank)
+            assert answers[f"mode {mode}"]["restored"]
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_all_is_put_back_after_a_rollout(mode, worker):
     assert all(answers[f"mode {mode}"]["restored"] for answers in worker[0])

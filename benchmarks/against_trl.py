@@ -113,7 +113,9 @@ def count_tokens(micro_batches):
 
 def count_bytes(way, number, device):
     """Peak bytes of the way's step of that number, and what they consist of."""
-    if not way.optimizer.state:  # a step of zeros makes its states, as big as they will be
+    if device == "cuda":
+        way.step(way.batches[0])  # makes the optimizer's states, and what kernels keep for their work
+    elif not way.optimizer.state:  # a step of zeros makes them, as big as they will be
         for parameter in way.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         way.optimizer.step()
@@ -149,7 +151,8 @@ def release():
 
 
 def compare(name, setup, sides, real_tokens, options, pairs):
-    """Count the bytes of the largest step in each way; then time all ways in turn.
+    """Count the bytes of one step in each way, the one that is there for it or else the largest; then time
+    all ways in turn.
 
     Args:    sides: functions that make {name: Way} of ways that share one model and optimizer; real_tokens:
              of each step, as `plan_steps` orders them; pairs: [(way, baseline), ..] whose ratios are wanted.
@@ -157,12 +160,12 @@ def compare(name, setup, sides, real_tokens, options, pairs):
     """
     once, ways, warm_up = {}, {}, count_warm_ups(options)
     timed = slice(warm_up, warm_up + count_repeats(options))
-    largest = max(range(len(real_tokens)), key=lambda number: real_tokens[number])
+    counted = count_in_step(real_tokens, timed)
     release()
     for side in sides:
         made = side()
         for way, ready in made.items():
-            once[way] = count_bytes(ready, largest, options.device)
+            once[way] = count_bytes(ready, counted, options.device)
             once[way]["tokens_computed"] = sum(map(count_tokens, ready.batches[timed]))
             once[way]["real_tokens"] = sum(real_tokens[timed])
         if options.device == "cuda":  # or the allocator would count one side's models in another's peak
@@ -181,6 +184,13 @@ def compare(name, setup, sides, real_tokens, options, pairs):
     results = [name for name in found["ways"][way]["median"] if name not in TIMES]
     found["disagreement"] = {name: disagreement(found, name) for name in results}
     return found
+
+
+def count_in_step(real_tokens, timed):
+    """Number of the step whose bytes are counted: the one behind the timed ones, or the largest."""
+    if len(real_tokens) > timed.stop:
+        return timed.stop
+    return max(range(len(real_tokens)), key=lambda number: real_tokens[number])
 
 
 def timed_step(way, real_tokens, device):
@@ -223,12 +233,20 @@ def choose(path, num_examples, examine, scratch):
 def plan_steps(options, size, for_bytes=None):
     """Numbers of the examples of each step: warm-ups first, then those that are timed.
 
-    Args: for_bytes: examples of one more step, the last, whose bytes alone are counted: a step that is timed
-          often has to be so small on a CPU that weights and optimizer hide all else.
+    Args: for_bytes: examples of one more step, the last, whose bytes alone are counted.
     """
     counts = [size] * (count_warm_ups(options) + count_repeats(options))
     counts += [for_bytes] if for_bytes else []
     return [list(range(end - n, end)) for n, end in zip(counts, itertools.accumulate(counts))]
+
+
+def step_sizes(sizes, given, options):
+    """Examples of a timed step, and of the one whose bytes are counted, or None if it is a timed one.
+
+    A step that is timed often has to be so small on a CPU that weights and optimizer hide all else.
+    """
+    counts_another = options.device == "cpu" and not options.quick and not given
+    return given or sizes[options.device], sizes["bytes"] if counts_another else None
 
 
 def count_warm_ups(options):
@@ -243,11 +261,10 @@ def count_repeats(options):
 def chosen_cases(cases, options):
     """Those of --only, or all; with --quick, or without $BENCH_DATA, the demo's data in their place.
 
-    Args: cases: {name: {device: how many examples make a step, "bytes": for_bytes of `plan_steps`}}.
+    Args: cases: {name: what `step_sizes` takes}.
     """
     if options.quick or not os.environ.get("BENCH_DATA"):
-        sizes = next(iter(cases.values()))
-        return {"demo": {**sizes, "bytes": None} if options.quick else sizes}
+        return {"demo": next(iter(cases.values()))}
     if options.only and options.only not in cases:
         raise ValueError(f"--only {options.only}: choose one of {', '.join(cases)}.")
     return {name: sizes for name, sizes in cases.items() if options.only in ("", name)}

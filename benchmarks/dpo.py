@@ -23,6 +23,7 @@ from against_trl import (
     prepare,
     quiet,
     show,
+    step_sizes,
     trl_attention,
     trl_options,
     trl_way,
@@ -46,7 +47,7 @@ from dpo_padding_free import (
     tokenize,
 )
 
-# --pairs of a step; on a CPU, as many as make a step of some ten seconds
+# --pairs of a step, on a CPU few; "bytes": of the one whose bytes are counted there, if not a timed one
 CASES = {
     "gsm8k_preferences": {"cpu": 1, "cuda": 8, "bytes": 5},
     "gsm8k_preferences_4shot": {"cpu": 1, "cuda": 8, "bytes": None},
@@ -171,8 +172,8 @@ def main():
         device = start_distributed(args)[3]
         assert device.type == options.device, "hide the GPU to measure on the CPU: CUDA_VISIBLE_DEVICES="
         for name, sizes in chosen_cases(CASES, options).items():
-            size = options.pairs or sizes[options.device]
-            found.append(compare_on(name, size, sizes["bytes"], model, args, device, options, scratch))
+            counts = step_sizes(sizes, options.pairs, options)
+            found.append(compare_on(name, *counts, model, args, device, options, scratch))
             show(found[-1])
     write("dpo", options, model, found)
     if dist.is_initialized():

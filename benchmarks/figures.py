@@ -95,7 +95,8 @@ def generation(document):
             for values in found["ways"].values()
             if "resident_share" in values
         ]
-        share[found["case"]] = sorted(points)
+        if points:
+            share[found["case"]] = sorted(points)
     batch = curves(document, "sequences", "seconds_per_token")
     batch = {way: points for way, points in batch.items() if len(points) > 1}
     return [

@@ -140,7 +140,7 @@ def main():
             if n == 10**7 and name != "lognormal":
                 continue
             lengths = np.clip(draw(n), 1, MAX_LENGTH).astype(np.int64)
-            one_batch = n < 10**5 or name == "lognormal"  # a minute of TRL's time for each distribution
+            one_batch = n < 10**5 or name == "lognormal"  # TRL takes as long again for it
             repeats = options.repeats or (5 if n < 10**6 else 3)
             # TRL takes some ten seconds for a million: one distribution is enough
             ours_only = n > 10**6 or n == 10**6 and name != "lognormal"

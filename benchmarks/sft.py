@@ -23,6 +23,7 @@ from against_trl import (
     prepare,
     quiet,
     show,
+    step_sizes,
     trl_attention,
     trl_options,
     trl_way,
@@ -47,7 +48,7 @@ from sft_packing import (
     tokenize,
 )
 
-# --documents of a step; on a CPU, as many as make a step of some ten seconds
+# --documents of a step, on a CPU few; "bytes": of the one whose bytes are counted there, if not a timed one
 CASES = {
     "chat_messages": {"cpu": 2, "cuda": 8, "bytes": 4},
     "gsm8k_prompt_completion": {"cpu": 3, "cuda": 8, "bytes": None},
@@ -194,8 +195,8 @@ def main():
         device = start_distributed(args)[3]
         assert device.type == options.device, "hide the GPU to measure on the CPU: CUDA_VISIBLE_DEVICES="
         for name, sizes in chosen_cases(CASES, options).items():
-            size = options.documents or sizes[options.device]
-            found.append(compare_on(name, size, sizes["bytes"], model, args, device, options, scratch))
+            counts = step_sizes(sizes, options.documents, options)
+            found.append(compare_on(name, *counts, model, args, device, options, scratch))
             show(found[-1])
     write("sft", options, model, found)
     if dist.is_initialized():

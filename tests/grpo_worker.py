@@ -312,6 +312,7 @@ def run(folder, flags=None):
             check_all(engine, args, device, rank, world, folder, answers)
         else:
             parameters = list(engine.module.parameters())
+            answers["on host"] = engine.zero_offload_param() is not None
             answers["padded"] = sum(p.ds_tensor.numel() * world - p.ds_numel for p in parameters)
             check_modes(engine, rank, answers)
     except BaseException:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import against_trl  # noqa: E402
 import cases  # noqa: E402
 import figures  # noqa: E402
 import harness  # noqa: E402
@@ -43,6 +44,25 @@ def test_ways_take_turns_and_the_warm_up_does_not_count():
     assert calls == ["a", "b"] * 3
     assert [run["loss"] for run in runs["a"]] == [3, 5] and [run["loss"] for run in runs["b"]] == [4, 6]
     assert all(run["seconds"] >= 0 for run in (*runs["a"], *runs["b"]))
+
+
+def options(device="cpu", quick=False):
+    return SimpleNamespace(device=device, quick=quick, repeats=3)
+
+
+def test_the_counted_step_is_the_one_made_for_it_or_the_largest():
+    assert against_trl.plan_steps(options(), 2, 3) == [[0, 1], [2, 3], [4, 5], [6, 7, 8]]
+    assert against_trl.count_in_step([9, 5, 9, 4], slice(0, 3)) == 3
+    assert against_trl.plan_steps(options("cuda"), 1) == [[0], [1], [2], [3]]
+    assert against_trl.count_in_step([5, 1, 8, 3], slice(1, 4)) == 2
+
+
+def test_a_step_of_its_own_is_counted_on_a_cpu_unless_its_size_was_given():
+    sizes = {"cpu": 2, "cuda": 8, "bytes": 4}
+    assert against_trl.step_sizes(sizes, 0, options()) == (2, 4)
+    assert against_trl.step_sizes(sizes, 6, options()) == (6, None)
+    assert against_trl.step_sizes(sizes, 0, options(quick=True)) == (2, None)
+    assert against_trl.step_sizes(sizes, 0, options("cuda")) == (8, None)
 
 
 def two_ways():

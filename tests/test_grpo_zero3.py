@@ -171,6 +171,7 @@ def test_padded_shards_and_shards_on_the_host_give_the_same_tokens(count, flags,
     for rank in range(count):
         answers = json.loads((tmp_path / f"rank{rank}.json").read_text())
         assert (answers["padded"] > 0) == (count == 3)
+        assert answers["on host"] == bool(flags)
         for mode in MODES:
             assert answers[f"mode {mode}"]["completions"] == unsharded(rank)
             assert answers[f"mode {mode}"]["restored"]

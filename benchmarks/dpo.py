@@ -49,7 +49,7 @@ from dpo_padding_free import (
 
 # --pairs of a step, on a CPU few; "bytes": of the one whose bytes are counted there, if not a timed one
 CASES = {
-    "gsm8k_preferences": {"cpu": 1, "cuda": 8, "bytes": 5},
+    "gsm8k_preferences": {"cpu": 2, "cuda": 8, "bytes": 4},
     "gsm8k_preferences_4shot": {"cpu": 1, "cuda": 8, "bytes": None},
     "chat_preferences": {"cpu": 1, "cuda": 8, "bytes": None},
 }

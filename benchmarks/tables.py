@@ -133,6 +133,11 @@ def loss_head(document):
     return markdown(["case", "way", "three products", "s", "peak MiB beyond inputs", "loss"], rows, texts=2)
 
 
+def setup_line(found):
+    """What a case measured, as a line below its table."""
+    return "*" + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in found["setup"].items()) + "*"
+
+
 def against_trl(baselines, document):
     """One row for each way; times faster: against each baseline on the same documents, step by step."""
     parts = []
@@ -145,8 +150,7 @@ def against_trl(baselines, document):
             rows.append([*row, MISSING if peak is None else peak / 2**30])
         faster = [f'times faster than "{baseline}"' for baseline in baselines]
         header = [found["case"], "s/step", "tokens/s", *faster, "peak GiB"]
-        setup = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in found["setup"].items())
-        parts.append(f"{markdown(header, rows)}\n\n*{setup}*")
+        parts.append(f"{markdown(header, rows)}\n\n{setup_line(found)}")
     return "\n\n".join(parts)
 
 
@@ -160,7 +164,7 @@ def generation(document):
             rows.append([*row, "yes" if values["same_tokens_on_all_ranks"] else "NO"])
     header = ["case", "way", "s/token", 'times faster than "hooks per module", per token', "s, whole rollout"]
     header += ["gathered MiB/token", "whole at once, MiB", "same tokens"]
-    return markdown(header, rows, texts=2)
+    return f"{markdown(header, rows, texts=2)}\n\n{setup_line(document['cases'][0])}"
 
 
 def ladder(document):

@@ -217,7 +217,7 @@ def show(found):
 
 
 def main():
-    options = parse(__doc__, tokens=8, sequences=8, dtype="bf16")
+    options = parse(__doc__, tokens=12, sequences=8, dtype="bf16")
     rank, _, ranks, device = grpo_zero3.start_distributed(Arguments())
     repeats = options.repeats or (2 if options.quick else 3)
     scratch = tempfile.TemporaryDirectory()

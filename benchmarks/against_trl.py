@@ -17,7 +17,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from harness import alternate, case, ratio, synchronize
+from harness import alternate, case, count_warm_ups, ratio, synchronize
 from transformers import logging
 from transformers.utils import is_flash_attn_2_available
 
@@ -247,11 +247,6 @@ def step_sizes(sizes, given, options):
     """
     counts_another = options.device == "cpu" and not options.quick and not given
     return given or sizes[options.device], sizes["bytes"] if counts_another else None
-
-
-def count_warm_ups(options):
-    """On a GPU one, in which its allocator asks for memory. On a CPU counting a step's bytes is enough."""
-    return int(options.device == "cuda")
 
 
 def count_repeats(options):

@@ -7,6 +7,7 @@ Policy and reference are the same weights, so every loss is ln 2; gradients and 
 two ways agree. A pair's tokens count as 2 P + C + R in every way, whatever the way computes.
 """
 
+import argparse
 import tempfile
 from dataclasses import replace
 from functools import partial
@@ -47,11 +48,12 @@ from dpo_padding_free import (
     tokenize,
 )
 
-# --pairs of a step, on a CPU few; "bytes": of the one whose bytes are counted there, if not a timed one
+# --pairs of a step, on a CPU few; "bytes": of the one whose bytes are counted there, if not a timed one;
+# "cpu_max_length": of the pairs taken there
 CASES = {
     "gsm8k_preferences": {"cpu": 2, "cuda": 8, "bytes": 4},
     "gsm8k_preferences_4shot": {"cpu": 1, "cuda": 8, "bytes": None},
-    "chat_preferences": {"cpu": 1, "cuda": 8, "bytes": None},
+    "chat_preferences": {"cpu": 1, "cuda": 8, "bytes": None, "cpu_max_length": 512},
 }
 SIDES = (  # flags of dpo_padding_free.py; the ways of a side share one model
     {"padded": {"padding_free": False}, "padding-free": {"share_prompt": False}, "shared": {}},
@@ -162,18 +164,21 @@ def compare_on(name, size, for_bytes, model, args, device, options, scratch):
 
 
 def main():
-    options = parse(__doc__, dtype="bf16", max_length=1024, pairs=0, only="")
+    options = parse(__doc__, dtype="bf16", max_length=0, pairs=0, only="")
     quiet()
     found = []
     with tempfile.TemporaryDirectory() as scratch:
         model = model_folder(options, scratch)
-        shared = {"max_length": options.max_length, "bf16": options.dtype == "bf16", "learning_rate": 0.0}
+        shared = {"bf16": options.dtype == "bf16", "learning_rate": 0.0}
         args = Arguments(model_name_or_path=str(model), output_dir=scratch, **shared)
         device = start_distributed(args)[3]
         assert device.type == options.device, "hide the GPU to measure on the CPU: CUDA_VISIBLE_DEVICES="
         for name, sizes in chosen_cases(CASES, options).items():
             counts = step_sizes(sizes, options.pairs, options)
-            found.append(compare_on(name, *counts, model, args, device, options, scratch))
+            max_length = options.max_length or sizes.get(f"{options.device}_max_length", 1024)
+            limited = argparse.Namespace(**vars(options) | {"max_length": max_length})
+            args = replace(args, max_length=max_length)
+            found.append(compare_on(name, *counts, model, args, device, limited, scratch))
             show(found[-1])
     write("dpo", options, model, found)
     if dist.is_initialized():

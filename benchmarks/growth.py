@@ -15,7 +15,7 @@ import time
 
 import torch
 import torch.distributed as dist
-from harness import ROOT, alternate, case, parse, ratio, synchronize, write
+from harness import ROOT, alternate, case, count_warm_ups, parse, ratio, synchronize, write
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from common.collators import flatten
@@ -35,7 +35,7 @@ LAYERS = {"cpu": 4, "cuda": 30}
 TOKENS = {"cpu": (512, 2048, 8192), "cuda": (512, 1024, 2048, 4096, 8192, 16384, 32768)}
 DOCUMENT = 256  # tokens of each document where the row grows
 ROW = {"cpu": 2048, "cuda": 8192}  # tokens of the row where its documents grow in number
-DOCUMENTS = (1, 4, 16, 32)
+DOCUMENTS = (1, 4, 16)
 
 
 def small_model(folder, layers):
@@ -84,7 +84,7 @@ class Trainer:
         return {"loss": loss, "seconds_per_token": seconds / batch["input_ids"].numel()}
 
     def count_bytes(self, batch, attention):
-        """Of one more step, when the optimizer has its states: the peak, and what a token takes of it."""
+        """Of a step, when the optimizer has its states: the peak, and what a token takes of it."""
         meter = MemoryMeter(self.model, self.optimizer, self.device, track=True, track_step=1)
         with meter.step([batch]):
             self.step(batch, attention)
@@ -94,12 +94,12 @@ class Trainer:
         return {"peak_bytes": peak, **each}
 
 
-def measure(axis, setup, trainer, attentions, batch, repeats):
-    """One case: a step on this row with each attention, timed in turn, then its bytes."""
+def measure(axis, setup, trainer, attentions, batch, options, repeats):
+    """One case: the bytes of a step on this row with each attention, then its time, in turn."""
     tokens = batch["input_ids"].numel()
-    ways = {name: lambda name=name: trainer.step(batch, name) for name in attentions}
-    runs = alternate(ways, repeats, trainer.device.type)
     once = {name: trainer.count_bytes(batch, name) for name in attentions}
+    ways = {name: lambda name=name: trainer.step(batch, name) for name in attentions}
+    runs = alternate(ways, repeats, options.device, count_warm_ups(options))
     found = case(f"{axis}: {setup[axis.split()[0]]:,}", {"axis": axis, **setup}, runs, once)
     if "sdpa" in attentions:
         found["ratios"] = {"sdpa": ratio(found, "varlen", "sdpa")}
@@ -128,7 +128,10 @@ def worker(options):
 
 
 def measure_ranks(folder, tokens, options, setup, repeats):
-    """Cases of 1 and 2 ranks, launched in turn, one thread each: a row of so many tokens for every rank."""
+    """Cases of 1 and 2 ranks, launched in turn, one thread each: a row of so many tokens for every rank.
+
+    Each launch times so many `repeats`.
+    """
     launches = 1 if options.quick else 2
     runs = {1: [], 2: []}
     for ranks in [*runs] * launches:
@@ -162,16 +165,19 @@ def main():
         vocabulary = small_model(folder, layers)
         device = start_distributed(Arguments(bf16=options.device == "cuda"))[3]
         trainer = Trainer(folder, device)
+        trainer.step(row(DOCUMENT, 1, vocabulary, device))  # makes the optimizer's states
         for n in lengths:
             batch = row(n, n // DOCUMENT, vocabulary, device)
             sizes = {"tokens": n, "tokens_per_document": DOCUMENT, **setup}
-            cases.append(measure("tokens per row", sizes, trainer, ["varlen"], batch, repeats))
+            cases.append(measure("tokens per row", sizes, trainer, ["varlen"], batch, options, repeats))
         for documents in numbers:
             batch = row(length, documents, vocabulary, device)
             sizes = {"documents": documents, "tokens": length, **setup}
-            cases.append(measure("documents per row", sizes, trainer, ["varlen", "sdpa"], batch, repeats))
+            cases.append(
+                measure("documents per row", sizes, trainer, ["varlen", "sdpa"], batch, options, repeats)
+            )
         if options.device == "cpu" or torch.cuda.device_count() > 1:
-            cases += measure_ranks(folder, length, options, setup, repeats)
+            cases += measure_ranks(folder, length, options, setup, options.repeats or 2)
     if dist.is_initialized():
         dist.destroy_process_group()
     write("growth", options, f"random Llama of {layers} layers, width 576", cases)

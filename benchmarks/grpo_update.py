@@ -22,7 +22,6 @@ from against_trl import (
     chosen_cases,
     compare,
     count_repeats,
-    count_warm_ups,
     disagreement,
     free,
     prepare,
@@ -33,7 +32,7 @@ from against_trl import (
     trl_way,
 )
 from datasets import Dataset
-from harness import data_file, model_folder, parse, write
+from harness import count_warm_ups, data_file, model_folder, parse, write
 from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import pad, shuffle_sequence_dict, split_tensor_dict

@@ -2,7 +2,7 @@
 
 Two things are compared in one process, A B A B .., after a run of each that is not timed. What is
 quoted is the median of the ratios pair by pair: they hold where the machine's speed drifts. Bytes are counted
-in a run of their own, for counting slows it down.
+in a run of their own, for counting slows it down; it comes first, and on a CPU is the one that is not timed.
 """
 
 import argparse
@@ -82,6 +82,11 @@ def data_file(name, options, demo):
 def synchronize(device):
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def count_warm_ups(options):
+    """On a GPU one, in which its allocator asks for memory. On a CPU counting a step's bytes is enough."""
+    return int(options.device == "cuda")
 
 
 def alternate(ways, repeats, device="cpu", warm_up=1):

@@ -11,7 +11,7 @@ python benchmarks/loss_head.py [--device cuda] [--quick]
 import itertools
 
 import torch
-from harness import alternate, case, parse, ratio, write
+from harness import alternate, case, count_warm_ups, parse, ratio, write
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from common.liger import liger_nll_sum
@@ -126,7 +126,7 @@ def measure(shape, dtype, options, repeats):
     setup = {"N": n, "V": vocabulary, "H": size, "dtype": name, "chunk_size": 256}
     # without a GPU, TRL's head folds its tiles in PyTorch
     setup["TRL fused head"] = "Triton kernels" if options.device == "cuda" else "its PyTorch version"
-    runs = alternate(timed, repeats, options.device)
+    runs = alternate(timed, repeats, options.device, count_warm_ups(options))
     found = case(f"{name}, N {n:,}, V {vocabulary:,}, H {size:,}", setup, runs, once)
     found["ratios"] = {way: ratio(found, "nll_sum", way) for way in timed if way != "nll_sum"}
     return found

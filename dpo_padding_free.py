@@ -785,10 +785,8 @@ def load_model(args, device, attn_implementation):
         model.to_empty(device=device)
         spread = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(model, whole.state_dict() if first else {}, options=spread)
-        for (
-            name,
-            buffer,
-        ) in model.named_buffers():  # rotary frequencies and the like, which no state dict holds
+        # rotary frequencies and the like, which no state dict holds
+        for name, buffer in model.named_buffers():
             if first:
                 buffer.copy_(whole.get_buffer(name))
             dist.broadcast(buffer, src=0)
@@ -883,9 +881,8 @@ def count_steps(args, pairs, world, progress):
         return args.max_steps
     total, done = progress["step"], progress["pairs_done"]
     for epoch in range(progress["epoch"], math.ceil(args.num_train_epochs)):
-        last = math.ceil(
-            min(1, args.num_train_epochs - epoch) * len(pairs) - 1e-9
-        )  # 1.6 - 1 is 0.6000000000000001
+        # 1e-9: 1.6 - 1 is 0.6000000000000001
+        last = math.ceil(min(1, args.num_train_epochs - epoch) * len(pairs) - 1e-9)
         for step in pairs.steps(epoch, done, world):
             total += done < last
             done += sum(map(len, step))

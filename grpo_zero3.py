@@ -229,9 +229,8 @@ class Prompts:
             raise ValueError(
                 f"{name} holds conversations, but {args.model_name_or_path} has no chat template."
             )
-        limit = (
-            args.max_prompt_length
-        )  # datasets caches a map under a hash of all that its function refers to
+        # by itself: datasets caches a map under a hash of all that its function refers to
+        limit = args.max_prompt_length
 
         def encode(example, index, code):  # code: only a part of the cache's key
             try:
@@ -1197,10 +1196,8 @@ def train(args, rank, local_rank, world, device, sigterm, watch):
     torch.manual_seed(args.seed + rank)  # for dropout; order and sampling have generators of their own
     longest = args.max_prompt_length + args.max_completion_length
     watch("tokenising the prompts")
-    for first_rank in (
-        True,
-        False,
-    ):  # the first rank of each machine tokenises; the others then read its cache
+    # the first rank of each machine tokenises; the others then read its cache
+    for first_rank in (True, False):
         with together(device):
             if (local_rank == 0) == first_rank:
                 flags = "--max_prompt_length + --max_completion_length"

@@ -205,11 +205,8 @@ def check_arguments(args):
 # --- 2. Data ---
 
 
-TYPES = (
-    ("messages",),
-    ("text",),
-    ("prompt", "completion"),
-)  # columns, in the order in which they are looked for
+# columns, in the order in which they are looked for
+TYPES = (("messages",), ("text",), ("prompt", "completion"))
 
 
 def tokenize(example, tokenizer, assistant_only_loss):
@@ -638,10 +635,8 @@ def load_model(args, device, attn_implementation):
         model.to_empty(device=device)
         spread = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(model, whole.state_dict() if first else {}, options=spread)
-        for (
-            name,
-            buffer,
-        ) in model.named_buffers():  # rotary frequencies and the like, which no state dict holds
+        # rotary frequencies and the like, which no state dict holds
+        for name, buffer in model.named_buffers():
             if first:
                 buffer.copy_(whole.get_buffer(name))
             dist.broadcast(buffer, src=0)
@@ -736,9 +731,8 @@ def count_steps(args, num_rows, rows_per_step, progress):
         return args.max_steps
     per_epoch = math.ceil(num_rows / rows_per_step)
     part, whole = math.modf(args.num_train_epochs)
-    in_part = math.ceil(
-        part * per_epoch - 1e-9
-    )  # of a last, incomplete epoch; modf(1.6) is 0.6000000000000001
+    # of a last, incomplete epoch; 1e-9: modf(1.6) is 0.6000000000000001
+    in_part = math.ceil(part * per_epoch - 1e-9)
     if progress["epoch"] < whole:
         this_epoch = math.ceil((num_rows - progress["rows_done"]) / rows_per_step)
         return progress["step"] + this_epoch + (int(whole) - progress["epoch"] - 1) * per_epoch + in_part

@@ -249,7 +249,6 @@ class _NllSum(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         for gradient in gradients:
             if gradient is not None:
-                gradient.mul_(
-                    grad_total
-                )  # in place: a second V * H buffer would cost as much as the head itself
+                # in place: a second V * H buffer would cost as much as the head itself
+                gradient.mul_(grad_total)
         return *gradients, None, None, None

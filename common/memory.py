@@ -9,9 +9,9 @@ import time
 from contextlib import contextmanager, nullcontext
 
 import torch
-from torch.distributed._tools.mem_tracker import (
-    MemTracker,
-)  # private API: the only exact byte counter on a CPU
+
+# private API: the only exact byte counter on a CPU
+from torch.distributed._tools.mem_tracker import MemTracker
 
 GIB = 2**30
 
@@ -210,9 +210,8 @@ def predict_ledger(
     attention = c * (2 * q + joined)  # q, output
     keys = c * 2 * kv * (num_keys or num_tokens)  # k, v
     mlp = c * 4 * inner  # gate, silu(gate), up, their product
-    one_layer = (
-        num_tokens * (norms + attention + mlp) + keys + c * (mask + num_masked)
-    )  # a mask added as numbers
+    masks = c * (mask + num_masked)  # added as numbers
+    one_layer = num_tokens * (norms + attention + mlp) + keys + masks
     # the last norm, the rotary cosines and sines, the mask as booleans
     outside = num_tokens * norms // 2 + 2 * c * head_dim * num_tokens // rows + mask
     if gradient_checkpointing:

@@ -83,9 +83,8 @@ def write_pretrained_streamed(folder, name, shapes, tensors, tokenizer, max_shar
     copies = ((key, tensor.detach().to("cpu", dtype, copy=True)) for key, tensor in tensors)
     for key, tensor in as_in_files(shell, copies):
         file = file_of[key]
-        held[file][key] = tensor.clone(
-            memory_format=torch.contiguous_format
-        )  # experts are views of one tensor
+        # a copy: experts are views of one tensor
+        held[file][key] = tensor.clone(memory_format=torch.contiguous_format)
         if len(held[file]) == len(plan.filename_to_tensors[file]):
             save_file(held.pop(file), folder / file, metadata={"format": "pt"})
     assert not held, f"tensors are missing of {', '.join(held)}"

@@ -137,12 +137,8 @@ def _call(function, prompts, completions, columns):
 def _is_finite(value):
     try:
         return math.isfinite(value)
-    except (
-        TypeError,
-        ValueError,
-        OverflowError,
-        RuntimeError,
-    ):  # a list, a tensor of several numbers, 10**400
+    # a list, a tensor of several numbers, 10**400
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         return False
 
 

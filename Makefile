@@ -40,9 +40,9 @@ bench: benchmarks/.venv/.installed
 # leaves README, results and figures alone
 bench-quick: benchmarks/.venv/.installed
 	for name in $(COMPARED); do \
-		$(BENCH)/python benchmarks/$$name.py --quick --results outputs/bench-quick || exit 1; done
+		$(BENCH)/python benchmarks/$$name.py --quick || exit 1; done
 	PATH="$(CURDIR)/$(BENCH):$$PATH" OMP_NUM_THREADS=1 $(BENCH)/torchrun --standalone --nproc_per_node 2 \
-		benchmarks/zero3_generation.py --quick --results outputs/bench-quick
+		benchmarks/zero3_generation.py --quick
 	cp README.md outputs/bench-quick/README.md
 	$(BENCH)/python benchmarks/tables.py --results outputs/bench-quick --readme outputs/bench-quick/README.md
 	$(BENCH)/python benchmarks/figures.py --results outputs/bench-quick --figures outputs/bench-quick

@@ -51,13 +51,17 @@ from dpo_padding_free import (
 # --pairs of a step, on a CPU few; "bytes": of the one whose bytes are counted there, if not a timed one;
 # "cpu_max_length": of the pairs taken there
 CASES = {
-    "gsm8k_preferences": {"cpu": 2, "cuda": 8, "bytes": 4},
-    "gsm8k_preferences_4shot": {"cpu": 1, "cuda": 8, "bytes": None},
-    "chat_preferences": {"cpu": 1, "cuda": 8, "bytes": None, "cpu_max_length": 512},
+    "gsm8k_preferences": {"cpu": 2, "cuda": 4, "bytes": 4},
+    "gsm8k_preferences_4shot": {"cpu": 1, "cuda": 4, "bytes": None},
+    "chat_preferences": {"cpu": 1, "cuda": 4, "bytes": None, "cpu_max_length": 512},
 }
-SIDES = (  # flags of dpo_padding_free.py; the ways of a side share one model
+# flags of dpo_padding_free.py; the ways of a side share one model, and a reference where it runs in each step
+SIDES = (
     {"padded": {"padding_free": False}, "padding-free": {"share_prompt": False}, "shared": {}},
-    {"shared, reference each step": {"precompute_ref_log_probs": False}},
+    {
+        "padded, reference each step": {"padding_free": False, "precompute_ref_log_probs": False},
+        "shared, reference each step": {"precompute_ref_log_probs": False},
+    },
 )
 TRL_WAYS = {  # settings of DPOConfig
     "TRL padded": {},  # its defaults: the reference model runs in each step
@@ -66,6 +70,7 @@ TRL_WAYS = {  # settings of DPOConfig
 COMPARED = [
     ("shared", "TRL padded, precomputed"),
     ("shared, reference each step", "TRL padded"),
+    ("shared, reference each step", "padded, reference each step"),
     ("shared", "TRL padded"),
     ("padding-free", "TRL padded, precomputed"),
     ("shared", "padded"),
@@ -90,25 +95,30 @@ def our_ways(flags, args, file, steps, tokenizer, device):
     """dpo_padding_free.train's loop body as a function, and the batches it would be given, for each way."""
     model = load_model(args, device, "varlen")
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
+    asks = any(not some.get("precompute_ref_log_probs", True) for some in flags.values())
+    reference_model = load_model(args, device, "varlen").eval() if asks else None
     return {
-        way: our_way(replace(args, **some), file, steps, tokenizer, device, model, optimizer)
+        way: our_way(replace(args, **some), file, steps, tokenizer, device, model, reference_model, optimizer)
         for way, some in flags.items()
     }
 
 
-def our_way(args, file, steps, tokenizer, device, model, optimizer):
+def our_way(args, file, steps, tokenizer, device, model, reference_model, optimizer):
     pairs = Pairs(load_examples(file, "train", tokenizer, args)[0], args, file)
-    reference_model, pad_token_id = None, tokenizer.pad_token_id or 0
-    attention = "varlen" if args.padding_free else "sdpa"
-    model.set_attn_implementation(attention)
+    pad_token_id = tokenizer.pad_token_id or 0
+    models = [model] if reference_model is None else [model, reference_model]
+
+    def attend():
+        for each in models:
+            each.set_attn_implementation("varlen" if args.padding_free else "sdpa")
+
+    attend()
     if args.precompute_ref_log_probs:
         pairs.reference = compute_reference(model, pairs, args, 0, 1, device, pad_token_id)
-    else:
-        reference_model = load_model(args, device, attention).eval()
     batches = [[pairs.batch(np.array(numbers), pad_token_id)] for numbers in steps]
 
     def step(micro_batches):
-        model.set_attn_implementation(attention)
+        attend()
         num_pairs = sum(len(batch["completion_lengths"]) // 2 for batch in micro_batches)
         sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
         for batch in micro_batches:
@@ -121,7 +131,7 @@ def our_way(args, file, steps, tokenizer, device, model, optimizer):
         optimizer.zero_grad()
         return {"loss": means["loss"], "grad_norm": grad_norm, **{name: means[name] for name in LOGPS}}
 
-    return Way(model, optimizer, step, batches, others=[reference_model] if reference_model else [])
+    return Way(model, optimizer, step, batches, others=models[1:])
 
 
 def their_way(way, model, file, steps, options, scratch):

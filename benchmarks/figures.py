@@ -105,6 +105,16 @@ def generation(document):
     ]
 
 
+def ladder(document):
+    """The longest document of each rung, for each model."""
+    panels = []
+    for found in document["cases"]:
+        reached = {way: values["longest"] for way, values in found["ways"].items()}
+        title = f"{found['case']}, {number(found['setup']['memory_gib'])} GiB"
+        panels.append({"title": title, "y": "tokens of the longest document", "bars": reached})
+    return panels
+
+
 # name of the figure -> (measurement, its panels)
 PANELS = {
     "packing": ("packing", packing),
@@ -115,6 +125,7 @@ PANELS = {
     "dpo": ("dpo", ways),
     "grpo": ("grpo_update", ways),
     "generation": ("generation", generation),
+    "ladder": ("ladder", ladder),
 }
 
 

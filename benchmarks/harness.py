@@ -22,7 +22,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from cases import RESULTS, case, ratio  # noqa: E402, F401
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    Qwen3Config,
+)
 
 PACKAGES = ("torch", "transformers", "trl", "deepspeed", "liger-kernel", "flash-attn", "accelerate", "numpy")
 
@@ -33,24 +39,34 @@ def parse(description, **defaults):
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--quick", action="store_true", help="the demo's model and data, few repetitions")
     parser.add_argument("--repeats", type=int, help="counted repetitions of each way")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the JSON")
+    parser.add_argument("--results", type=Path, help="folder for the JSON; with --quick, outputs/bench-quick")
     for name, value in defaults.items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.results is None:  # README's numbers are not those of a quick run
+        options.results = ROOT / "outputs/bench-quick" if options.quick else RESULTS
+    return options
 
 
-def model_folder(options, scratch):
-    """Folder of the model to measure with.
+def qwen3_config(size):
+    """The configuration of Qwen3-0.6B or Qwen3-1.7B, which differ in their widths alone."""
+    hidden, intermediate = {"0.6B": (1024, 3072), "1.7B": (2048, 6144)}[size]
+    return Qwen3Config(
+        vocab_size=151936,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40960,
+        tie_word_embeddings=True,
+    )
 
-    --quick: the demo's. $BENCH_MODEL: a local folder. Otherwise random weights in SmolLM2-135M's shape,
-    written into `scratch`, with the demo's tokenizer: the same work for each token, other token counts.
-    """
-    if options.quick:
-        return ROOT / "demo/model"
-    if os.environ.get("BENCH_MODEL"):
-        return Path(os.environ["BENCH_MODEL"])
-    folder = Path(scratch) / "random-SmolLM2-135M"
-    shape = LlamaConfig(
+
+def smollm2_config():
+    """The configuration of SmolLM2-135M."""
+    return LlamaConfig(
         vocab_size=49152,
         hidden_size=576,
         intermediate_size=1536,
@@ -59,12 +75,37 @@ def model_folder(options, scratch):
         num_key_value_heads=3,
         max_position_embeddings=8192,
         tie_word_embeddings=True,
-        dtype="bfloat16",
     )
+
+
+def save_random(config, folder, device, tokenizer=ROOT / "demo/model"):
+    """Write a model with random weights in bf16, and the tokenizer of another folder, into `folder`."""
     torch.manual_seed(0)
-    LlamaForCausalLM(shape).to(torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(ROOT / "demo/model").save_pretrained(folder)
+    config.dtype = "bfloat16"
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
     return folder
+
+
+def model_folder(options, scratch):
+    """Folder of the model to measure with.
+
+    --quick: the demo's. $BENCH_MODEL: a local folder; of one without weights, the configuration and the
+    tokenizer, with random weights written into `scratch`. Otherwise random weights in SmolLM2-135M's shape,
+    on CUDA in Qwen3-0.6B's, with the demo's tokenizer: the same work for each token, other token counts.
+    """
+    if options.quick:
+        return ROOT / "demo/model"
+    if named := os.environ.get("BENCH_MODEL"):
+        if any(Path(named).glob("*.safetensors")):
+            return Path(named)
+        config = AutoConfig.from_pretrained(named)
+        return save_random(config, Path(scratch) / f"random-{Path(named).name}", options.device, named)
+    if options.device == "cuda":
+        return save_random(qwen3_config("0.6B"), Path(scratch) / "random-Qwen3-0.6B", "cuda")
+    return save_random(smollm2_config(), Path(scratch) / "random-SmolLM2-135M", "cpu")
 
 
 def tokenizer_folder(options):
@@ -128,7 +169,10 @@ def installed():
 
 
 def commit():
-    """The commit that was measured, with "+changes" where files differ from it (results aside)."""
+    """The commit that was measured, with "+changes" where files differ from it (results aside).
+
+    $BENCH_COMMIT says it where the files came without their repository.
+    """
     git = ["git", "-C", str(ROOT)]
     try:
         head = subprocess.run(
@@ -139,13 +183,13 @@ def commit():
             [*git, "status", "--porcelain", *paths], capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("BENCH_COMMIT", "unknown")
     return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
 
 
 def write(what, options, model, cases):
-    """Write results/<what>-<device>.json (with --quick, <what>-quick.json): everything a reader would need to
-    repeat or doubt it.
+    """Write results/<what>-<device>.json (with --quick, <what>-quick.json; with --only, -<only> added):
+    everything a reader would need to repeat or doubt it.
 
     Args: model: its name; cases: list of `case`s, each of which may hold further keys, like "ratios".
     """

@@ -1,10 +1,12 @@
 """The ladder: how long a document may be before the GPU's memory ends, with one switch more on each rung.
 
 A step holds two documents, one of N tokens and one of N / 2; padded they are 2 N tokens, joined 1.5 N. Models
-are random, in the shapes of Qwen3-0.6B and Qwen3-1.7B. N is found by doubling, then halving the gap; each try
-is two optimizer steps, for the first makes the optimizer's states. Needs a CUDA device.
+are random, in the shapes of Qwen3-0.6B and Qwen3-1.7B. N is found from the bytes of shorter steps, and by
+trying: the longest was run, and something at most 3 % longer ran out of memory. Needs a CUDA device.
 
-python benchmarks/ladder.py --device cuda [--models 0.6B] [--limit 65536]
+python benchmarks/ladder.py --device cuda [--models 0.6B] [--memory_gib 16] [--limit 65536]
+
+--memory_gib: what PyTorch may take, one number for all models or one for each, to stand for a smaller GPU.
 """
 
 import gc
@@ -16,8 +18,7 @@ from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
-from harness import case, parse, write
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from harness import case, parse, qwen3_config, save_random, write
 
 from common.collators import flatten, pad
 from common.liger import apply_liger_kernels
@@ -35,47 +36,43 @@ from sft_packing import (
 )
 
 DEVICE = torch.device("cuda")
-SHAPES = {"0.6B": (1024, 3072), "1.7B": (2048, 6144)}  # hidden and intermediate size; the rest is the same
+START = 256  # tokens, the shortest document that is tried
 # rung r has the first r on: on the first one, nothing
 SWITCHES = ("bf16", "no padding", "chunked loss", "checkpointing", "offloading", "Liger's kernels")
 
 
-def longest(fits, start, limit, precision=0.03):
+def longest(peak_bytes, start, limit, available, precision=0.03):
     """The largest length that fits, as long as any shorter one fits too.
 
-    Args:    fits: function of a length; start: the first to try; limit: nothing beyond it is tried.
+    Args:    peak_bytes: function of a length: the bytes it takes, or None if it does not fit; start: the
+             first to try; limit: nothing beyond it is tried; available: the bytes there are.
     Returns: a length that was tried and fits, at most `precision` of it below one that does not (or that is
              beyond the limit); 0 if start does not fit.
     """
-    if start > limit or not fits(start):
-        return 0
-    low, high = start, 2 * start
-    while high <= limit and fits(high):
-        low, high = high, 2 * high
-    high = min(high, limit + 1)
-    while high - low > max(1, precision * low):
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
-def random_model(folder, name):
-    hidden, intermediate = SHAPES[name]
-    config = Qwen3Config(
-        vocab_size=151936,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=28,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=2**20,
-        tie_word_embeddings=True,
-        dtype="bfloat16",
-    )
-    with DEVICE:
-        model = Qwen3ForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(folder)
+    fitting, high = [], limit + 1  # [(length, bytes), ..] and the shortest that does not fit
+    length = start
+    while length < high:
+        count = peak_bytes(length)
+        if count is None:
+            high = length
+        else:
+            fitting.append((length, count))
+        if not fitting:
+            return 0
+        low, bytes_low = fitting[-1]
+        gap = max(1, int(precision * low))
+        if high - low <= gap:
+            return low
+        guess = 2 * low
+        if len(fitting) > 1:
+            before, bytes_before = fitting[-2]
+            growth = (bytes_low - bytes_before) / (low - before)
+            if growth > 0:  # where a straight line through the two meets the end, and a little less
+                guess = min(guess, int((1 - precision / 3) * (low + (available - bytes_low) / growth)))
+        if high <= limit and guess > high - gap:
+            guess = (low + high) // 2
+        length = min(max(guess, low + gap), high - 1)
+    return 0
 
 
 def full_nll_sum(model, batch):
@@ -89,10 +86,10 @@ def full_nll_sum(model, batch):
 
 
 class Rung:
-    """Training with the first so many switches on; `fits` tries a length and remembers what it measured."""
+    """Training with the first so many switches on: what a step on documents of a length takes."""
 
     def __init__(self, folder, number):
-        self.folder, self.on, self.ready, self.tries = folder, SWITCHES[:number], None, {}
+        self.on, self.ready = SWITCHES[:number], None
         self.args = Arguments(
             model_name_or_path=folder,
             bf16="bf16" in self.on,
@@ -128,27 +125,33 @@ class Rung:
         optimizer.step()
         optimizer.zero_grad()
 
-    def fits(self, length):
-        torch.cuda.reset_peak_memory_stats()
+    def peak_bytes(self, length):
+        """Highest allocation of a step on documents of this length, or None if it does not fit."""
         try:
             batch = self.batch(length)
-            self.ready = self.ready or self.build(batch)
+            if self.ready is None:
+                self.ready = self.build(batch)
+                self.step(batch)  # makes the optimizer's states
+            torch.cuda.reset_peak_memory_stats()
             self.step(batch)
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-            self.step(batch)
-            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated()
         except torch.cuda.OutOfMemoryError:
-            fitted = False
-        else:
-            fitted = True
-            seconds = time.perf_counter() - started
-            self.tries[length] = {"seconds": seconds, "peak_bytes": torch.cuda.max_memory_allocated()}
+            peak = None
         # outside of `except`: there the exception would hold the frames, and with them the tensors
-        if not fitted:
+        if peak is None:
             self.release()  # what an interrupted step leaves of hooks and gathered weights serves nobody
-        print(f"    {length:9,} tokens {'fit' if fitted else 'do not fit'}", file=sys.stderr, flush=True)
-        return fitted
+        print(f"    {length:9,} tokens {'fit' if peak else 'do not fit'}", file=sys.stderr, flush=True)
+        return peak
+
+    def seconds(self, length):
+        """Of a step on documents of a length that fits, when the allocator has what it needs."""
+        self.peak_bytes(length)
+        batch = self.batch(length)
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        self.step(batch)
+        torch.cuda.synchronize()
+        return time.perf_counter() - started
 
     def release(self):
         self.ready = None
@@ -161,37 +164,59 @@ class Rung:
             dist.destroy_process_group()
 
 
-def climb(folder, number, limit):
-    """One rung's longest document, with seconds and peak bytes of a step; None if 512 tokens do not fit."""
-    rung = Rung(folder, number)
-    length = longest(rung.fits, 512, limit)
+def climb(folder, number, limit, available):
+    """One rung's longest document, with seconds and peak bytes of a step; None if START tokens do not fit."""
+    rung, peaks = Rung(folder, number), {}
+
+    def peak_bytes(length):
+        peaks[length] = rung.peak_bytes(length)
+        return peaks[length]
+
+    length = longest(peak_bytes, START, limit, available)
+    seconds = rung.seconds(length) if length else None
     rung.leave()
-    return {"longest": length, **rung.tries[length]} if length else None
+    return {"longest": length, "peak_bytes": peaks[length], "seconds": seconds} if length else None
+
+
+def allow(gib):
+    """Let PyTorch take so much of the GPU's memory, 0 = all. Returns: the bytes."""
+    total = torch.cuda.get_device_properties(DEVICE).total_memory
+    available = int(gib * 2**30) or total
+    torch.cuda.set_per_process_memory_fraction(min(1.0, available / total))
+    return min(available, total)
 
 
 def main():
-    options = parse(__doc__, models=",".join(SHAPES), limit=131072)
+    options = parse(__doc__, models="0.6B,1.7B", memory_gib="0", limit=131072)
     if options.device != "cuda" or not torch.cuda.is_available():
         sys.exit("ladder.py looks for the end of a GPU's memory: it needs --device cuda, and such a device.")
     limit = 2048 if options.quick else options.limit
-    names = options.models.split(",")
-    runs, once = {name: {} for name in names}, {name: {} for name in names}
+    names, gib = options.models.split(","), [float(x) for x in options.memory_gib.split(",")]
+    gib = dict(zip(names, gib * len(names) if len(gib) == 1 else gib, strict=True))
+    runs, once, setups = {name: {} for name in names}, {name: {} for name in names}, {}
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
-            random_model(f"{folder}/{name}", name)
+            save_random(qwen3_config(name), f"{folder}/{name}", "cuda")
         # rung by rung, not model by model: Liger's kernels come last, for they change all models built later
         for number, name in itertools.product(range(len(SWITCHES) + 1), names):
+            available = allow(gib[name])
+            setups[name] = {
+                "documents": "N and N / 2 tokens",
+                "memory_gib": round(available / 2**30, 1),
+                "start": START,
+                "limit": limit,
+                "precision": 0.03,
+            }
             way = f"+ {SWITCHES[number - 1]}" if number else "plain"
-            found = climb(f"{folder}/{name}", number, limit)
+            found = climb(f"{folder}/{name}", number, limit, available)
             if found is None:
-                print(f"{name} {way:<20} 512 tokens do not fit", flush=True)
+                print(f"{name} {way:<20} {START} tokens do not fit", flush=True)
                 continue
-            length, seconds, peak = found["longest"], found["seconds"], found["peak_bytes"] / 2**30
-            print(f"{name} {way:<20}{length:9,} tokens {seconds:8.2f} s/step {peak:8.2f} GiB", flush=True)
+            seconds, peak = found.pop("seconds"), found["peak_bytes"] / 2**30
+            print(f"{name} {way:<20}{found['longest']:9,} tokens {seconds:8.2f} s/step {peak:8.2f} GiB")
             runs[name][way] = [{"seconds": seconds}]
-            once[name][way] = {"longest": length, "peak_bytes": found["peak_bytes"]}
-            setup = {"documents": "N and N / 2 tokens", "start": 512, "limit": limit, "precision": 0.03}
-            cases = [case(f"Qwen3-{n}", setup, runs[n], once[n]) for n in names]
+            once[name][way] = found
+            cases = [case(f"Qwen3-{n}", setups[n], runs[n], once[n]) for n in setups]
             write("ladder", options, "random weights, Qwen3's shapes", cases)  # so far: a crash keeps it
 
 

@@ -32,7 +32,7 @@ HEADLINE = [
         "dpo_padding_free.py",
         "the prompt once for both completions (reference in each step)",
         "sum(P + C + R) tokens",
-        ("dpo", "padded", "shared, reference each step", "TRL padded"),
+        ("dpo", "padded, reference each step", "shared, reference each step", "TRL padded"),
     ),
     (
         "grpo_zero3.py",
@@ -176,6 +176,19 @@ def ladder(document):
     return markdown(["model", "switch", "tokens", "s/step", "peak GiB"], rows, texts=2)
 
 
+def dry_runs(document):
+    rows = []
+    for found in document["cases"]:
+        for way, values in found["ways"].items():
+            predicted, measured = values["predicted_bytes"], values["peak_bytes"]
+            difference = f"{predicted / measured - 1:+.1%}"
+            row = [f"`{found['case']}`", way, predicted / 2**30, measured / 2**30, difference]
+            rows.append([*row, values["median"]["seconds"]])
+    header = ["script", "mode", "dry run, peak GiB", "measured", "difference", "dry run, s"]
+    setups = "\n\n".join(f"{found['case']}: {setup_line(found)}" for found in document["cases"])
+    return f"{markdown(header, rows, texts=2)}\n\n{setups}"
+
+
 def flags(script, _):
     """Every flag of a script with its default and its help, from the fields of its Arguments."""
     sys.path.insert(0, str(ROOT))
@@ -198,6 +211,7 @@ TABLES = {
     "grpo": partial(measured, "grpo_update", partial(against_trl, ["TRL", "TRL, tuned"])),
     "generation": partial(measured, "generation", generation),
     "ladder": partial(measured, "ladder", ladder),
+    "dry_runs": partial(measured, "dry_runs", dry_runs),
     "flags-sft": partial(flags, "sft_packing"),
     "flags-dpo": partial(flags, "dpo_padding_free"),
     "flags-grpo": partial(flags, "grpo_zero3"),

@@ -155,21 +155,39 @@ def test_lost_tokens_are_counted_and_long_rows_refused():
 # --- 3. The longest length that fits ---
 
 
-@given(st.integers(0, 5000), st.integers(1, 600), st.integers(1, 4000))
-def test_the_longest_length_that_fits_is_found(end, start, limit):
+@given(
+    end=st.integers(0, 5000),
+    start=st.integers(1, 600),
+    limit=st.integers(1, 4000),
+    flat=st.integers(0, 4000),
+    bend=st.floats(0.5, 2),
+)
+def test_the_longest_length_that_fits_is_found(end, start, limit, flat, bend):
     tried = []
 
-    def fits(length):
+    def peak_bytes(length):
         tried.append(length)
-        return length <= end
+        # weights and optimizer hide the activations of short documents; those need not grow in a line
+        return max(flat, length**bend) if length <= end else None
 
-    found = ladder.longest(fits, start, limit, precision=0.03)
+    found = ladder.longest(peak_bytes, start, limit, available=max(flat, end**bend), precision=0.03)
     best = min(end, limit)
     if start > best:
         assert found == 0
     else:
         assert best - max(1, 0.03 * found) <= found <= best and found in tried
-    assert max(tried, default=0) <= limit and len(tried) < 25
+    assert max(tried, default=0) <= limit and len(tried) < 40
+
+
+def test_a_straight_line_is_followed_to_its_end():
+    tried = []
+
+    def peak_bytes(length):
+        tried.append(length)
+        return 1000 + 3 * length if length <= 100_000 else None
+
+    assert 97_000 <= ladder.longest(peak_bytes, 256, 10**6, available=301_000) <= 100_000
+    assert len([length for length in tried if length > 10_000]) <= 6  # the costly ones
 
 
 def test_the_ladder_refuses_a_cpu(monkeypatch):
@@ -240,8 +258,10 @@ def measurements():
     ]
     rungs = {"plain": runs([4]), "+ bf16": runs([5])}
     reached = {way: {"longest": 512, "peak_bytes": 2**30} for way in rungs}
+    told_of = {"predicted_bytes": 2**30, "peak_bytes": 2**31}
     found = {
-        "ladder": [cases.case("0.6B", {}, rungs, reached)],
+        "ladder": [cases.case("0.6B", {"memory_gib": 16.0}, rungs, reached)],
+        "dry_runs": [cases.case("a.py", {"max_length": 256}, {"packed": runs([5])}, {"packed": told_of})],
         "packing": lengths,
         "loss_head": [cases.case("fp32", {}, heads, {"nll_sum": {"peak_bytes": 2**20}})],
         "growth": growth,
@@ -272,6 +292,7 @@ def test_tables_show_the_measurements():
     assert "| fp32 | nll_sum | 1.5 | 3 | 1 | 1.500000 |" in block(text, "loss_head")
     assert "| none | 0.25 | not measured | 4 | 1 | 2 | yes |" in block(text, "generation")
     assert "| 0.6B | + bf16 | 512 | 5 | 1 |" in block(text, "ladder")
+    assert "| `a.py` | packed | 1 | 2 | -50.0% | 5 |" in block(text, "dry_runs")
     assert "| 2 | 1 | 3 | 500 | 1,000 | 333 |" in block(text, "headline")
     assert "| not measured | 1 | 2 | not measured | 1,000 | 500 |" in block(text, "headline")
     for name in MEASURED:
@@ -342,6 +363,8 @@ def assert_complete(found):
 
 def test_the_harness_writes_what_a_reader_needs(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["benchmarks/demo.py", "--quick"])
+    for name in ("BENCH_MODEL", "BENCH_DATA"):
+        monkeypatch.delenv(name, raising=False)
     options = SimpleNamespace(device="cpu", quick=True, results=tmp_path)
     harness.write("demo", options, "folder/name", [two_ways()])
     found = json.loads((tmp_path / "demo-quick.json").read_text())

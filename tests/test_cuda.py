@@ -1,0 +1,80 @@
+"""Whole runs of the scripts on a GPU: in fp32 the numbers of a CPU, in bf16 numbers near them."""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STEPS = 4
+
+
+def train(script, folder, flags, cuda=True):
+    """Train a few steps in a process of its own. Returns: metrics of each step, and the summary."""
+    command = [sys.executable]
+    if script == "grpo_zero3.py":
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    environment = dict(os.environ)
+    if not cuda:
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    flags = ["--max_steps", str(STEPS), "--output_dir", str(folder), *flags]
+    done = subprocess.run(
+        [*command, script, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "loss" in row], json.loads((folder / "summary.json").read_text())
+
+
+def assert_same(found, expected, rel, names=("loss", "grad_norm")):
+    assert len(found) == len(expected) >= STEPS
+    for one, other in zip(found, expected):
+        assert {name: one[name] for name in names} == pytest.approx(
+            {name: other[name] for name in names}, rel=rel, abs=rel / 100
+        )
+
+
+SFT_WAYS = {
+    "packed": [],
+    "padded": ["--no_packing", "--no_padding_free"],
+    "offloaded": ["--activation_offloading", "--no_gradient_checkpointing"],
+}
+DPO_WAYS = {"shared": [], "padded": ["--no_padding_free"], "reference": ["--no_precompute_ref_log_probs"]}
+RUNS = [("sft_packing.py", way, flags) for way, flags in SFT_WAYS.items()]
+RUNS += [("dpo_padding_free.py", way, flags) for way, flags in DPO_WAYS.items()]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("script, way, flags", RUNS, ids=[f"{script[:3]} {way}" for script, way, _ in RUNS])
+def test_training_on_cuda(script, way, flags, tmp_path):
+    expected, _ = train(script, tmp_path / "cpu", flags, cuda=False)
+    exact, summary = train(script, tmp_path / "fp32", flags)
+    assert_same(exact, expected, rel=1e-3)
+    half, _ = train(script, tmp_path / "bf16", [*flags, "--bf16"])
+    assert_same(half, expected, rel=0.05)
+    peak = next(row for row in summary["ledger"] if row["name"] == "peak")
+    assert 0 < peak["measured"] < 2**30
+
+
+@pytest.mark.gpu
+def test_grpo_on_cuda_samples_the_same_tokens_however_it_gathers(tmp_path):
+    ways = {
+        "all": [],
+        "none": ["--no_ds3_gather_for_generation"],
+        "from the host": ["--no_ds3_gather_for_generation", "--offload_param", "--offload_optimizer"],
+        "some from the host": ["--gather_budget_gib", "0.002", "--offload_param", "--offload_optimizer"],
+    }
+    sizes = ["--per_device_train_batch_size", "16", "--max_completion_length", "24"]
+    ways["bf16"] = [*ways["none"], "--bf16"]
+    with ThreadPoolExecutor() as pool:  # starting takes longest
+        jobs = [(way, tmp_path / way, [*sizes, *flags]) for way, flags in ways.items()]
+        runs = dict(pool.map(lambda job: (job[0], train("grpo_zero3.py", *job[1:])[0]), jobs))
+    del runs["bf16"]  # other tokens: that it runs is enough
+    names = ("loss", "grad_norm", "reward", "completions/mean_length")
+    for found in runs.values():
+        assert_same(found, runs["all"], 1e-3, [name for name in names if name in runs["all"][0]])
+    assert any(row["grad_norm"] > 0 for row in runs["all"])

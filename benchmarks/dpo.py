@@ -51,9 +51,9 @@ from dpo_padding_free import (
 # --pairs of a step, on a CPU few; "bytes": of the one whose bytes are counted there, if not a timed one;
 # "cpu_max_length": of the pairs taken there
 CASES = {
-    "gsm8k_preferences": {"cpu": 2, "cuda": 4, "bytes": 4},
-    "gsm8k_preferences_4shot": {"cpu": 1, "cuda": 4, "bytes": None},
-    "chat_preferences": {"cpu": 1, "cuda": 4, "bytes": None, "cpu_max_length": 512},
+    "gsm8k_preferences": {"cpu": 2, "cuda": 16, "bytes": 4},
+    "gsm8k_preferences_4shot": {"cpu": 1, "cuda": 16, "bytes": None},
+    "chat_preferences": {"cpu": 1, "cuda": 16, "bytes": None, "cpu_max_length": 512},
 }
 # flags of dpo_padding_free.py; the ways of a side share one model, and a reference where it runs in each step
 SIDES = (

@@ -7,21 +7,19 @@ run takes prompts and completions as long as the flags allow, and so does the ro
 allocator on CUDA, by MemTracker on a CPU. One rank.
 """
 
-import gc
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from against_trl import quiet
+from against_trl import quiet, release
 from harness import case, data_file, model_folder, parse, write
 
 import dpo_padding_free
 import grpo_zero3
 import sft_packing
 from common.dry_run import load_config
-from common.memory import MemoryMeter
 
 EXAMPLES = 16  # of the data
 WAYS = {  # flags of each script
@@ -44,11 +42,7 @@ WAYS = {  # flags of each script
     "dpo_padding_free.py": {
         "shared": {"bf16": True},
         "shared, reference each step": {"bf16": True, "precompute_ref_log_probs": False},
-        "padding-free, no checkpointing": {
-            "bf16": True,
-            "share_prompt": False,
-            "gradient_checkpointing": False,
-        },
+        "shared, no checkpointing": {"bf16": True, "gradient_checkpointing": False},
         "padded": {"bf16": True, "padding_free": False},
     },
     "grpo_zero3.py": {
@@ -60,17 +54,17 @@ WAYS = {  # flags of each script
 
 def measure_training(script, args, config, options):
     """A step's bytes, predicted and measured, and the dry run's seconds, of a script that trains on data."""
-    meters = []
+    meters, meter_class = [], script.MemoryMeter
 
-    class Kept(MemoryMeter):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            meters.append(self)
+    def kept(*given, **named):
+        meters.append(meter_class(*given, **named))
+        return meters[0]
 
-    script.MemoryMeter = Kept
     args.measure_memory = options.device == "cpu"  # on CUDA every step is measured
+    script.MemoryMeter = kept
     script.main(args)
-    [meter] = meters
+    script.MemoryMeter = meter_class
+    meter = meters.pop()
     batch = {name: v.cpu() if torch.is_tensor(v) else v for name, v in meter.largest_batch.items()}
     return *timed(script.pretend_step, args, config, 1, batch), meter.measured["peak"]
 
@@ -142,9 +136,7 @@ def main():
                     predicted, seconds, measured = measure_training(script, args, config, options)
                 else:
                     predicted, seconds, measured = measure_grpo(args, config, options)
-                gc.collect()
-                if options.device == "cuda":
-                    torch.cuda.empty_cache()
+                release()  # what is left of one run would count in the next one's peak
                 counted[way] = {"predicted_bytes": predicted, "peak_bytes": measured}
                 runs[way] = [{"seconds": seconds}]
                 print(

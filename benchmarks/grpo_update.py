@@ -48,7 +48,7 @@ from grpo_zero3 import (
 )
 
 G = 8
-CASES = {"gsm8k_prompts": {"cpu": 1, "cuda": 4}}  # --groups of a step
+CASES = {"gsm8k_prompts": {"cpu": 1, "cuda": 8}}  # --groups of a step
 WAYS = {  # (flags of grpo_zero3.py, whether a prompt is computed once)
     "shared": ({}, True),
     "shared, no checkpointing": ({"gradient_checkpointing": False}, True),

@@ -89,7 +89,7 @@ class Rung:
     """Training with the first so many switches on: what a step on documents of a length takes."""
 
     def __init__(self, folder, number):
-        self.on, self.ready = SWITCHES[:number], None
+        self.on, self.ready, self.seconds = SWITCHES[:number], None, None
         self.args = Arguments(
             model_name_or_path=folder,
             bf16="bf16" in self.on,
@@ -129,12 +129,14 @@ class Rung:
         """Highest allocation of a step on documents of this length, or None if it does not fit."""
         try:
             batch = self.batch(length)
-            if self.ready is None:
-                self.ready = self.build(batch)
-                self.step(batch)  # makes the optimizer's states
+            self.ready = self.ready or self.build(batch)
+            self.step(batch)  # makes the optimizer's states, and the allocator ask for what it needs
             torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
+            started = time.perf_counter()
             self.step(batch)
-            peak = torch.cuda.max_memory_allocated()
+            torch.cuda.synchronize()
+            self.seconds, peak = time.perf_counter() - started, torch.cuda.max_memory_allocated()
         except torch.cuda.OutOfMemoryError:
             peak = None
         # outside of `except`: there the exception would hold the frames, and with them the tensors
@@ -142,16 +144,6 @@ class Rung:
             self.release()  # what an interrupted step leaves of hooks and gathered weights serves nobody
         print(f"    {length:9,} tokens {'fit' if peak else 'do not fit'}", file=sys.stderr, flush=True)
         return peak
-
-    def seconds(self, length):
-        """Of a step on documents of a length that fits, when the allocator has what it needs."""
-        self.peak_bytes(length)
-        batch = self.batch(length)
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        self.step(batch)
-        torch.cuda.synchronize()
-        return time.perf_counter() - started
 
     def release(self):
         self.ready = None
@@ -166,16 +158,16 @@ class Rung:
 
 def climb(folder, number, limit, available):
     """One rung's longest document, with seconds and peak bytes of a step; None if START tokens do not fit."""
-    rung, peaks = Rung(folder, number), {}
+    rung, tries = Rung(folder, number), {}
 
     def peak_bytes(length):
-        peaks[length] = rung.peak_bytes(length)
-        return peaks[length]
+        peak = rung.peak_bytes(length)
+        tries[length] = {"longest": length, "peak_bytes": peak, "seconds": rung.seconds}
+        return peak
 
     length = longest(peak_bytes, START, limit, available)
-    seconds = rung.seconds(length) if length else None
     rung.leave()
-    return {"longest": length, "peak_bytes": peaks[length], "seconds": seconds} if length else None
+    return tries.get(length)
 
 
 def allow(gib):

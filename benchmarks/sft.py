@@ -50,8 +50,8 @@ from sft_packing import (
 
 # --documents of a step, on a CPU few; "bytes": of the one whose bytes are counted there, if not a timed one
 CASES = {
-    "chat_messages": {"cpu": 2, "cuda": 8, "bytes": 4},
-    "gsm8k_prompt_completion": {"cpu": 3, "cuda": 8, "bytes": None},
+    "chat_messages": {"cpu": 2, "cuda": 16, "bytes": 4},
+    "gsm8k_prompt_completion": {"cpu": 3, "cuda": 16, "bytes": None},
 }
 WAYS = {  # flags of sft_packing.py
     "padded": {"packing": False, "padding_free": False, "gradient_checkpointing": False},

@@ -15,7 +15,9 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import _disable_current_modes
 from tqdm import tqdm
 from transformers import AutoConfig
 
@@ -27,6 +29,22 @@ def load_config(name):
     except (OSError, ValueError) as error:
         wanted = "wanted: a folder with a config.json, or a Hub name in the local cache"
         raise ValueError(f"--model_name_or_path {name} has no configuration; {wanted}: {error}") from error
+
+
+@contextmanager
+def plans_uncounted():
+    """Hide from counters what DTensor plans an operation with: pretended tensors of whole size."""
+    plan = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def plan_uncounted(*args):
+        with _disable_current_modes():
+            return plan(*args)
+
+    ShardingPropagator._propagate_tensor_meta_non_cached = plan_uncounted
+    try:
+        yield
+    finally:
+        ShardingPropagator._propagate_tensor_meta_non_cached = plan
 
 
 @contextmanager
@@ -47,7 +65,7 @@ def pretend(world=None, sets_storages=False):
         mesh = None if world is None else init_device_mesh("cpu", (world,))
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         mode.cache_enabled = not sets_storages
-        with mode:
+        with plans_uncounted(), mode:
             yield mesh
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueError(

@@ -37,7 +37,18 @@ class ByteCounter(MemTracker):
     """MemTracker without its statistics of each module: the same bytes, in a tenth of the time.
 
     Those also refuse a second forward in one step, and leave callbacks behind where no backward follows.
+    Autograd adds up gradients in place, but not while anything looks on: where it does not, the peak leaves
+    out the old sum, which goes at once.
     """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        in_backward = torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
+        self.adds_up = in_backward and func is torch.ops.aten.add.Tensor
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _update_peak_stats(self, peak_state):
+        if not self.adds_up:
+            super()._update_peak_stats(peak_state)
 
     def _pre_fw_hook(self, *_):
         pass
@@ -251,8 +262,8 @@ def predict_ledger(
     in_first = before + others + outside + (recomputed or kept) + flowing
     # the second layer's: the first one's activations are back from the host, its gradient is not there
     in_second = in_first - others // layers + prefetched
-    # the embedding's backward: a gradient of V * h of its own, added to the head's where the two are tied
-    extra = (2 if config.tie_word_embeddings else 0) + (1 if accumulates else 0)
+    # the embedding's backward: a gradient of V * h of its own, and the head's, to which it is added if tied
+    extra = (1 if config.tie_word_embeddings else 0) + (1 if accumulates else 0)
     at_end = states + gathered + gradients + c * head_weight * extra
     moments = {
         "at the loss head": at_head,

@@ -12,6 +12,7 @@ from common.collators import IGNORE, flatten, pad
 from common.logps import head_computes, nll_sum
 from common.memory import (
     GIB,
+    ByteCounter,
     MemoryMeter,
     format_gib,
     format_ledger,
@@ -181,6 +182,32 @@ def test_steps_that_are_not_tracked_leave_nothing_measured(options):
     train_step(model, optimizer, meter, [small])
     assert meter.measured == {} and meter.largest_batch is large
     assert meter.peak_bytes() > 2**20  # of the process
+
+
+class KeepsBothSummands(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        kept = [grad * 2, grad * 3]
+        total = kept[0] + kept[1]
+        return total.mul_(kept[0].sum() * kept[1].sum())
+
+
+@pytest.mark.parametrize("function, grown", [(lambda x: x * 1.0 + x * 2.0, 2), (KeepsBothSummands.apply, 3)])
+def test_a_sum_of_gradients_is_made_in_place(function, grown):
+    """Autograd's own sums take no third buffer; one whose summands stay alive does."""
+    x = torch.ones(1000, 1000, requires_grad=True)
+    output = function(x)
+    gradient = torch.ones_like(output)
+    counter = ByteCounter()
+    counter.track_external(x, output, gradient)
+    with counter:
+        before = counter.get_tracker_snapshot()[CPU]["Total"]
+        output.backward(gradient)
+    assert counter.peak_bytes(CPU) - before == pytest.approx(grown * x.nbytes, rel=1e-3)
 
 
 def test_an_error_within_the_step_comes_through_and_removes_the_hooks():

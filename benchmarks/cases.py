@@ -1,6 +1,6 @@
 """Comparisons as the JSON holds them, written by harness.py and read by tables.py and figures.py.
 
-The standard library is all it needs: README can be checked where nothing can be measured.
+The standard library is all it needs: tables and figures can be drawn where nothing can be measured.
 """
 
 import json

@@ -3,8 +3,9 @@
 BENCH_MODEL=<folder> BENCH_DATA=<folder> python benchmarks/dpo.py [--device cuda] [--quick]
 
 Both sides take the same pairs in the same steps, with gradient checkpointing, which is the default of both.
-Policy and reference are the same weights, so every loss is ln 2; gradients and log-probabilities tell whether
-two ways agree. A pair's tokens count as 2 P + C + R in every way, whatever the way computes.
+Policy and reference are the same weights, so every loss is ln 2, but for rounding in bf16; gradients and
+log-probabilities tell whether two ways agree. A pair's tokens count as 2 P + C + R in every way, whatever the
+way computes.
 """
 
 import argparse
@@ -49,15 +50,15 @@ from dpo_padding_free import (
 )
 
 # --pairs of a step, on a CPU few; "bytes": of the one whose bytes are counted there, if not a timed one;
-# "cpu_max_length": of the pairs taken there
+# "cpu_max_length": there, the longest pairs that are taken have so many tokens, unless --max_length says more
 CASES = {
     "gsm8k_preferences": {"cpu": 2, "cuda": 16, "bytes": 4},
     "gsm8k_preferences_4shot": {"cpu": 1, "cuda": 16, "bytes": None},
-    "chat_preferences": {"cpu": 1, "cuda": 16, "bytes": None, "cpu_max_length": 512},
+    "chat_preferences": {"cpu": 2, "cuda": 16, "bytes": None, "cpu_max_length": 512},
 }
 # flags of dpo_padding_free.py; the ways of a side share one model, and a reference where it runs in each step
 SIDES = (
-    {"padded": {"padding_free": False}, "padding-free": {"share_prompt": False}, "shared": {}},
+    {"padding-free": {"share_prompt": False}, "shared": {}},
     {
         "padded, reference each step": {"padding_free": False, "precompute_ref_log_probs": False},
         "shared, reference each step": {"precompute_ref_log_probs": False},
@@ -73,7 +74,6 @@ COMPARED = [
     ("shared, reference each step", "padded, reference each step"),
     ("shared", "TRL padded"),
     ("padding-free", "TRL padded, precomputed"),
-    ("shared", "padded"),
 ]
 LOGPS = ("logps/chosen", "logps/rejected")
 
@@ -174,7 +174,7 @@ def compare_on(name, size, for_bytes, model, args, device, options, scratch):
 
 
 def main():
-    options = parse(__doc__, dtype="bf16", max_length=0, pairs=0, only="")
+    options = parse(__doc__, dtype="bf16", max_length=0, pairs=0, only="")  # 0: what the case says
     quiet()
     found = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -190,7 +190,7 @@ def main():
             args = replace(args, max_length=max_length)
             found.append(compare_on(name, *counts, model, args, device, limited, scratch))
             show(found[-1])
-    write("dpo", options, model, found)
+            write("dpo", options, model, found)  # so far: what was measured is kept
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -128,7 +128,8 @@ def main():
                 limits = {"max_prompt_length": length // 4, "max_completion_length": length // 4}
                 limits |= {"per_device_train_batch_size": 16, "num_generations": 8}
                 if name in data:
-                    limits = {"max_length": length, "max_steps": 2, "dataset_name": data[name]}
+                    # of two epochs: in the second, the largest batch finds the optimizer's states there
+                    limits = {"max_length": length, "num_train_epochs": 2, "dataset_name": data[name]}
                 output = {"output_dir": f"{scratch}/{script.__name__}", "overwrite_output_dir": True}
                 run = {"model_name_or_path": model, **output}
                 args = script.Arguments(**run | limits | flags)
@@ -146,7 +147,7 @@ def main():
                 )
             setup = {k: v for k, v in limits.items() if k != "dataset_name"}
             cases.append(case(name, setup, runs, counted))
-    write("dry_runs", options, Path(model), cases)
+            write("dry_runs", options, Path(model), cases)  # so far: what was measured is kept
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -130,7 +130,7 @@ def worker(options):
 def measure_ranks(folder, tokens, options, setup, repeats):
     """Cases of 1 and 2 ranks, launched in turn, one thread each: a row of so many tokens for every rank.
 
-    Each launch times so many `repeats`.
+    Args: repeats: timed steps of each launch.
     """
     launches = 1 if options.quick else 2
     runs = {1: [], 2: []}
@@ -160,7 +160,7 @@ def main():
     lengths = (256, 512) if options.quick else TOKENS[options.device]
     numbers, length = ((1, 4), 256) if options.quick else (DOCUMENTS, ROW[options.device])
     setup = {"layers": layers, "width": 576, "dtype": "bf16" if options.device == "cuda" else "fp32"}
-    cases = []
+    cases, model = [], f"random Llama of {layers} layers, width 576"
     with tempfile.TemporaryDirectory() as folder:
         vocabulary = small_model(folder, layers)
         device = start_distributed(Arguments(bf16=options.device == "cuda"))[3]
@@ -176,11 +176,12 @@ def main():
             cases.append(
                 measure("documents per row", sizes, trainer, ["varlen", "sdpa"], batch, options, repeats)
             )
+        write("growth", options, model, cases, reads=())  # so far: what was measured is kept
         if options.device == "cpu" or torch.cuda.device_count() > 1:
             cases += measure_ranks(folder, length, options, setup, options.repeats or 2)
     if dist.is_initialized():
         dist.destroy_process_group()
-    write("growth", options, f"random Llama of {layers} layers, width 576", cases)
+    write("growth", options, model, cases, reads=())
 
 
 if __name__ == "__main__":

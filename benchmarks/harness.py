@@ -1,7 +1,7 @@
 """What all benchmarks share: a model and data by name, alternating repetitions, and one form of JSON.
 
-Two things are compared in one process, A B A B .., after a run of each that is not timed. What is
-quoted is the median of the ratios pair by pair: they hold where the machine's speed drifts. Bytes are counted
+Two things are compared in one process, A B A B .., after a run of each that is not timed. What is quoted is the
+median of the ratios pair by pair: they hold where the machine's speed drifts. Bytes are counted, where they are,
 in a run of their own, for counting slows it down; it comes first, and on a CPU is the one that is not timed.
 """
 
@@ -38,7 +38,7 @@ def parse(description, **defaults):
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--quick", action="store_true", help="the demo's model and data, few repetitions")
-    parser.add_argument("--repeats", type=int, help="counted repetitions of each way")
+    parser.add_argument("--repeats", type=int, help="timed repetitions of each way")
     parser.add_argument("--results", type=Path, help="folder for the JSON; with --quick, outputs/bench-quick")
     for name, value in defaults.items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
@@ -173,6 +173,8 @@ def commit():
 
     $BENCH_COMMIT says it where the files came without their repository.
     """
+    if given := os.environ.get("BENCH_COMMIT"):
+        return given
     git = ["git", "-C", str(ROOT)]
     try:
         head = subprocess.run(
@@ -183,19 +185,24 @@ def commit():
             [*git, "status", "--porcelain", *paths], capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("BENCH_COMMIT", "unknown")
+        return "unknown"
     return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
 
 
-def write(what, options, model, cases):
+def write(what, options, model, cases, reads=("BENCH_MODEL", "BENCH_DATA")):
     """Write results/<what>-<device>.json (with --quick, <what>-quick.json; with --only, -<only> added):
     everything a reader would need to repeat or doubt it.
 
-    Args: model: its name; cases: list of `case`s, each of which may hold further keys, like "ratios".
+    Args: model: its name; cases: list of `case`s, each of which may hold further keys, like "ratios"; reads:
+          variables of the environment that choose model and data.
     """
     ranks = os.environ.get("WORLD_SIZE")
     launcher = f"OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node {ranks}" if ranks else "python"
-    given = [f"{name}=<folder>" for name in ("BENCH_MODEL", "BENCH_DATA") if os.environ.get(name)]
+    flags = list(sys.argv[1:])
+    if "--results" in flags:  # where the file went is no part of the measurement
+        at = flags.index("--results")
+        del flags[at : at + 2]
+    given = [f"{name}=<folder>" for name in reads if os.environ.get(name)]
     document = {
         "what": what,
         "device": options.device,
@@ -203,7 +210,7 @@ def write(what, options, model, cases):
         "threads": torch.get_num_threads(),
         "versions": installed(),
         "commit": commit(),
-        "command": " ".join([*given, launcher, f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": " ".join([*given, launcher, f"benchmarks/{Path(sys.argv[0]).name}", *flags]),
         "date": datetime.date.today().isoformat(),
         "model": (Path(model).name if model != ROOT / "demo/model" else "demo model") if model else None,
         "cases": cases,

@@ -198,7 +198,7 @@ def main():
             counts = step_sizes(sizes, options.documents, options)
             found.append(compare_on(name, *counts, model, args, device, options, scratch))
             show(found[-1])
-    write("sft", options, model, found)
+            write("sft", options, model, found)  # so far: what was measured is kept
     if dist.is_initialized():
         dist.destroy_process_group()
 

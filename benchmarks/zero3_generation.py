@@ -27,7 +27,7 @@ import grpo_zero3
 from grpo_zero3 import Arguments, all_sum, generate, generation_weights, load_engine, whole_bytes
 
 GATHER = "_PartitionedParameterCoordinator__all_gather_params_"
-SHARES = {"all": 1, "90 %": 0.9, "75 %": 0.75, "half": 0.5, "25 %": 0.25, "none": 0}  # held whole throughout
+SHARES = {"all": 1, "75 %": 0.75, "half": 0.5, "25 %": 0.25, "none": 0}  # held whole throughout
 BATCHES, BATCH_WAYS = (1, 4), ("all", "half", "none")  # sequences on each rank, and what is held for them
 # DeepSpeed's defaults, in elements: what it may hold, for how long, and gather in advance
 HELD = {

@@ -23,6 +23,7 @@ import signal
 import sys
 import time
 import warnings
+from bisect import bisect_right
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -216,10 +217,24 @@ def check_arguments(args):
     twice = args.measure_memory and torch.cuda.is_available()
     refuse(twice, "--measure_memory is for CPUs: on CUDA every step is measured, drop it.")
     check_dry_run(args)
+    cost, budget = largest_pair(args)[2], args.max_tokens_per_batch
+    small = args.dry_run and budget is not None and cost > budget
+    refuse(
+        small,
+        f"--dry_run: a pair may take {cost} tokens, over --max_tokens_per_batch {budget}: "
+        "raise it, or lower --max_length.",
+    )
 
 
 def shares_prompts(args):
     return args.padding_free and args.share_prompt
+
+
+def largest_pair(args):
+    """Tokens of the largest pair that the flags allow: its prompt, each completion, and what they cost."""
+    completion = min(args.max_completion_length or args.max_length, args.max_length - 1)
+    prompt = min(args.max_prompt_length or args.max_length, args.max_length - completion)
+    return prompt, completion, (1 if shares_prompts(args) else 2) * prompt + 2 * completion
 
 
 # --- 2. Data ---
@@ -1138,8 +1153,7 @@ def pretend_batch(args):
 
     That is: completions as long as they may be, and the prompt what --max_length leaves of them.
     """
-    completion = min(args.max_completion_length or args.max_length, args.max_length - 1)
-    prompt = min(args.max_prompt_length or args.max_length, args.max_length - completion)
+    prompt, completion, cost = largest_pair(args)
 
     def pair(length):
         ids = {"chosen_ids": [0] * length, "rejected_ids": [0] * length, "prefix_length": 0}
@@ -1148,7 +1162,6 @@ def pretend_batch(args):
     size, budget = args.per_device_train_batch_size or 4, args.max_tokens_per_batch
     pairs = [pair(completion)] * size
     if budget is not None:
-        cost = collate([pair(completion)], args, 0)["input_ids"].numel()
         pairs = [pair(completion)] * (budget // cost)
         rest = (budget % cost - (1 if shares_prompts(args) else 2) * prompt) // 2
         if rest >= 1 and args.padding_free:
@@ -1228,6 +1241,13 @@ def dry_run(args):
         f"--max_tokens_per_batch {tokens // 2}": {"max_tokens_per_batch": tokens // 2},
         f"{2 * world} ranks": {"dry_run_world_size": 2 * world},
     }
+    most = getattr(config, "max_position_embeddings", args.max_length)
+    if tokens:  # which have to hold a pair
+
+        def cost(length):
+            return largest_pair(replace(args, max_length=length))[2]
+
+        most = bisect_right(range(most + 1), tokens, lo=2, key=cost) - 1
     rows = pretend_step(args, config, world)
     ledger = memory_ledger(rows, {})
     print(format_ledger(f"{Path(args.model_name_or_path).name}  dry run  world {world}", ledger))
@@ -1238,7 +1258,7 @@ def dry_run(args):
         lambda changed: pretend_step(changed, config, changed.dry_run_world_size),
         changes,
         "max_length",
-        getattr(config, "max_position_embeddings", args.max_length),
+        most,
     )
     print(describe_dry_run(found, args.gpu_memory_gib))
     return {"args": asdict(args), "ledger": ledger, **found}

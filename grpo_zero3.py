@@ -3,8 +3,8 @@
 ZeRO-3 keeps 1/W of all P weights on each of W ranks. Training gathers a layer once for thousands of tokens;
 generation gathers it for every token. This script holds `--gather_budget_gib` of the weights whole during a
 rollout (all: c P bytes; none: 0) and streams the rest, one gather per layer and token: the peak is the budget
-plus one layer, and the tokens are the same. The update computes each prompt once for its G completions:
-P + sum(C_i) tokens for a group instead of G P + sum(C_i).
+plus the largest layer or embedding that streams, and the tokens are the same. The update computes each prompt
+once for its G completions: P + sum(C_i) tokens for a group instead of G P + sum(C_i).
 Left out to stay readable: vLLM, LoRA, vision inputs, tools, several updates from parts of one rollout.
 
 laptop   python grpo_zero3.py
@@ -174,6 +174,7 @@ def check_arguments(args):
     ignored = args.warmup_steps and args.lr_scheduler_type == "constant"
     refuse(ignored, f"--warmup_steps {args.warmup_steps} needs --lr_scheduler_type constant_with_warmup.")
     refuse(not 0 < epochs < math.inf, f"--num_train_epochs {epochs}: it must be a finite number above 0.")
+    refuse(args.seed < 0, f"--seed {args.seed}: give a number >= 0.")
     refuse(group < 2, f"--num_generations {group}: a completion needs another one to be compared with.")
     size = args.per_device_train_batch_size
     whole = f"--per_device_train_batch_size {size} is not a multiple of --num_generations {group}: groups are"
@@ -1008,6 +1009,8 @@ class Rollouts:
             "gather_seconds": gathered - started,
             "texts": list(zip(map(prompt_text, columns[0]), texts)),
             "num_prompts": count * self.world,
+            # of the data: a prompt counts once for each completion
+            "num_tokens": int(lengths.sum()) + args.num_generations * sum(map(len, prompt_ids)),
         }
 
 
@@ -1264,7 +1267,9 @@ def train(args, rank, local_rank, world, device, sigterm, watch):
             sums = update(engine, batches, args, world, watch)
             grad_norm = float(engine.get_global_grad_norm())
         num_tokens = sum(batch["input_ids"].numel() for batch in batches) if num_scored else 0
-        loss, kl, clipped, num_tokens, stop = all_sum([*sums, num_tokens, len(sigterm)], device)
+        real_tokens = rollout["num_tokens"] if num_scored else 0
+        of_ranks = [*sums, num_tokens, real_tokens, len(sigterm)]
+        loss, kl, clipped, num_tokens, real_tokens, stop = all_sum(of_ranks, device)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             # DeepSpeed skips an update whose gradients are not finite
             raise FloatingPointError(
@@ -1292,7 +1297,7 @@ def train(args, rank, local_rank, world, device, sigterm, watch):
             "update_seconds": rollouts.update_seconds,
             "peak_memory_bytes": peak_memory_bytes(device),
         }
-        for name, value in (("seconds", seconds), ("tokens", num_tokens), ("real_tokens", num_tokens)):
+        for name, value in (("seconds", seconds), ("tokens", num_tokens), ("real_tokens", real_tokens)):
             totals[name] += value
         if rank == 0:
             write_metrics(metrics, args.output_dir, bar, args.logging_steps)

@@ -1,8 +1,8 @@
 """What all benchmarks share: a model and data by name, alternating repetitions, and one form of JSON.
 
-Two things are compared in one process, A B A B .., after a run of each that is not timed. What is quoted is the
-median of the ratios pair by pair: they hold where the machine's speed drifts. Bytes are counted, where they are,
-in a run of their own, for counting slows it down; it comes first, and on a CPU is the one that is not timed.
+Two things are compared in one process, A B A B .., after a run of each that is not timed. What is quoted is
+the median of the ratios pair by pair: they hold where the machine's speed drifts. Where bytes are counted, it
+is in a run of its own, for counting slows down; it comes first, and on a CPU is the one that is not timed.
 """
 
 import argparse

@@ -123,12 +123,14 @@ def _chunk_logits(hidden, weight, bias, temperature):
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
-def _softmax_(logits):
-    """Turn logits (chunk, V) into their softmax, in their own storage; returns log Z (chunk, 1)."""
+def _exp_(logits):
+    """Turn logits (chunk, V) into exp(logits - largest), in their own storage: over their sum, the softmax.
+
+    Returns: that sum; log sum exp(logits). Both (chunk, 1).
+    """
     largest = logits.amax(1, keepdim=True)
     total = logits.sub_(largest).exp_().sum(1, keepdim=True)
-    logits.div_(total)
-    return largest + total.log()
+    return total, largest + total.log()
 
 
 class _Gradients:
@@ -197,7 +199,7 @@ class _TokenLogps(torch.autograd.Function):
         for chunk in _chunks(len(hidden), chunk_size):
             logits = _chunk_logits(hidden[chunk], weight, bias, temperature)
             logps[chunk] = logits.gather(1, target_ids[chunk, None])[:, 0]
-            logps[chunk] -= _softmax_(logits)[:, 0]
+            logps[chunk] -= _exp_(logits)[1][:, 0]
             del logits  # or it would live on while the next chunk's logits are made
         return logps
 
@@ -207,10 +209,10 @@ class _TokenLogps(torch.autograd.Function):
         gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
         for chunk in _chunks(len(hidden), ctx.chunk_size):
             logits = _chunk_logits(hidden[chunk], weight, bias, ctx.temperature)
-            _softmax_(logits)
+            sum_exp, _ = _exp_(logits)
             # d logp / d logits = onehot(target) - softmax
             factor = grad_logps[chunk, None] / ctx.temperature
-            grad_logits = logits.mul_(-factor)
+            grad_logits = logits.mul_(-factor / sum_exp)
             grad_logits.scatter_add_(1, target_ids[chunk, None], factor)
             gradients.add(chunk, hidden[chunk], grad_logits)
             del logits, grad_logits
@@ -228,11 +230,11 @@ class _NllSum(torch.autograd.Function):
             logits = _chunk_logits(hidden[chunk], weight, bias, 1.0)
             target = target_ids[chunk, None]
             target_logits = logits.gather(1, target)
-            log_z = _softmax_(logits)
+            sum_exp, log_z = _exp_(logits)
             total += (log_z - target_logits).sum()
             if any(needs_grad):
                 # d nll / d logits = softmax - onehot(target)
-                grad_logits = logits.scatter_add_(1, target, torch.full_like(log_z, -1.0))
+                grad_logits = logits.div_(sum_exp).scatter_add_(1, target, torch.full_like(log_z, -1.0))
                 gradients.add(chunk, hidden[chunk], grad_logits)
                 del grad_logits
             del logits  # or it would live on while the next chunk's logits are made

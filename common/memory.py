@@ -37,8 +37,8 @@ class ByteCounter(MemTracker):
     """MemTracker without its statistics of each module: the same bytes, in a tenth of the time.
 
     Those also refuse a second forward in one step, and leave callbacks behind where no backward follows.
-    Autograd adds up gradients in place, but not while anything looks on: where it does not, the peak leaves
-    out the old sum, which goes at once.
+    Autograd adds up gradients in place, except where a dispatch mode like this one looks on: the peak leaves
+    out the old sum, which is freed at once.
     """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -264,6 +264,18 @@ def test_a_budget_of_tokens_is_counted_in_full(share_prompt):
         assert budget - least < counted <= budget
 
 
+@pytest.mark.parametrize("way", [{}, {"share_prompt": False}])
+def test_a_budget_below_a_pair_is_refused_and_bounds_the_lengths_that_are_tried(way, monkeypatch):
+    flags = {"dry_run": True, "gpu_memory_gib": 1.0, "max_tokens_per_batch": 100} | way
+    pair = 127 if not way else 128
+    with pytest.raises(ValueError, match=f"a pair may take {pair} tokens, over --max_tokens_per_batch 100"):
+        dpo_padding_free.main(dpo_padding_free.Arguments(max_length=64, **flags))
+    monkeypatch.setattr(dpo_padding_free, "pretend_step", lambda *_: {"peak": ("", 1)})
+    found = dpo_padding_free.dry_run(dpo_padding_free.Arguments(max_length=32, **flags))
+    # a prompt of one token and two completions of 49, 99 tokens; or two sequences of 50
+    assert found["longest"] == 50
+
+
 def test_grpo_counts_its_flags():
     config, sizes = load_config(DEMO), {"max_prompt_length": 16, "max_completion_length": 8}
 

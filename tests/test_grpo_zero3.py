@@ -888,6 +888,7 @@ def test_long_prompts_keep_their_end(base, tmp_path):
 BAD_FLAGS = [
     ({"max_completion_length": 0}, "--max_completion_length is 0"),
     ({"num_generations": 1}, "--num_generations 1"),
+    ({"seed": -1}, "--seed -1"),
     ({"per_device_train_batch_size": 10}, "not a multiple of --num_generations 3.*Choose 9"),
     ({"loss_type": "ppo"}, "--loss_type ppo: choose one of dapo"),
     ({"epsilon": 1.0}, "--epsilon 1.0"),
@@ -1082,6 +1083,12 @@ def test_what_a_run_leaves_behind(base, earlier_run):
     summary = json.loads((earlier_run / "summary.json").read_text())
     assert list(summary) == SUMMARY.split()
     assert summary["final_metrics"] == done.metrics[-1]
+    args, throughput = summary["args"], summary["throughput"]
+    size = args["per_device_train_batch_size"] * summary["world_size"]
+    of_completions = sum(step["completions/mean_length"] * size for step in done.metrics)
+    of_prompts = throughput["num_tokens"] - of_completions  # computed once for a group
+    of_data = of_completions + of_prompts * args["num_generations"]
+    assert throughput["real_tokens_per_second"] * throughput["seconds"] == pytest.approx(of_data)
     ledger = {row["name"]: row for row in summary["ledger"]}
     for name in ("parameters", "gradients", "optimizer", "rollout_weights"):
         assert ledger[name]["measured"] == pytest.approx(ledger[name]["predicted"], rel=0.02)

@@ -1208,7 +1208,7 @@ def pretend_step(args, config, world, batch=None):
 
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        update()  # makes AdamW's moments, and DTensor's plans, whose own pretended tensors are not the step's
+        update()  # makes AdamW's moments
         meter = MemoryMeter(model, optimizer, device, True, 1, offload, others)
         batches = [batch] * min(accumulation, 2)  # later ones hold what the second does
         with meter.step(batches):

@@ -3,8 +3,8 @@
 ZeRO-3 keeps 1/W of all P weights on each of W ranks. Training gathers a layer once for thousands of tokens;
 generation gathers it for every token. This script holds `--gather_budget_gib` of the weights whole during a
 rollout (all: c P bytes; none: 0) and streams the rest, one gather per layer and token: the peak is the budget
-plus the largest layer or embedding that streams, and the tokens are the same. The update computes each prompt
-once for its G completions: P + sum(C_i) tokens for a group instead of G P + sum(C_i).
+plus one layer (and an embedding that is the head as well, if it does not fit), and the tokens are the same.
+The update computes each prompt once for its G completions: P + sum(C_i) tokens instead of G P + sum(C_i).
 Left out to stay readable: vLLM, LoRA, vision inputs, tools, several updates from parts of one rollout.
 
 laptop   python grpo_zero3.py

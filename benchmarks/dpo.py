@@ -190,7 +190,8 @@ def main():
             args = replace(args, max_length=max_length)
             found.append(compare_on(name, *counts, model, args, device, limited, scratch))
             show(found[-1])
-            write("dpo", options, model, found)  # so far: what was measured is kept
+            write("dpo", options, model, found, complete=False)
+    write("dpo", options, model, found)
     if dist.is_initialized():
         dist.destroy_process_group()
 

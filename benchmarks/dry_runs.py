@@ -2,9 +2,9 @@
 
 BENCH_MODEL=<folder> BENCH_DATA=<folder> python benchmarks/dry_runs.py [--device cuda] [--quick]
 
-SFT and DPO train on a few real examples; the dry run is given the largest batch that they came to. GRPO's dry
-run takes prompts and completions as long as the flags allow, and so does the rollout here. Measured by the
-allocator on CUDA, by MemTracker on a CPU. One rank.
+SFT and DPO train on a few real examples; the dry run is given the batch of the step that was counted, on CUDA
+the largest. GRPO's dry run takes prompts and completions as long as the flags allow, and so does the rollout
+here. Measured by the allocator on CUDA, by MemTracker on a CPU. One rank.
 """
 
 import tempfile
@@ -62,8 +62,10 @@ def measure_training(script, args, config, options):
 
     args.measure_memory = options.device == "cpu"  # on CUDA every step is measured
     script.MemoryMeter = kept
-    script.main(args)
-    script.MemoryMeter = meter_class
+    try:
+        script.main(args)
+    finally:
+        script.MemoryMeter = meter_class
     meter = meters.pop()
     batch = {name: v.cpu() if torch.is_tensor(v) else v for name, v in meter.largest_batch.items()}
     return *timed(script.pretend_step, args, config, 1, batch), meter.measured["peak"]
@@ -147,7 +149,8 @@ def main():
                 )
             setup = {k: v for k, v in limits.items() if k != "dataset_name"}
             cases.append(case(name, setup, runs, counted))
-            write("dry_runs", options, Path(model), cases)  # so far: what was measured is kept
+            write("dry_runs", options, Path(model), cases, complete=False)
+    write("dry_runs", options, Path(model), cases)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -176,7 +176,7 @@ def main():
             cases.append(
                 measure("documents per row", sizes, trainer, ["varlen", "sdpa"], batch, options, repeats)
             )
-        write("growth", options, model, cases, reads=())  # so far: what was measured is kept
+        write("growth", options, model, cases, reads=(), complete=False)
         if options.device == "cpu" or torch.cuda.device_count() > 1:
             cases += measure_ranks(folder, length, options, setup, options.repeats or 2)
     if dist.is_initialized():

@@ -10,6 +10,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -45,6 +46,7 @@ def parse(description, **defaults):
     options = parser.parse_args()
     if options.results is None:  # README's numbers are not those of a quick run
         options.results = ROOT / "outputs/bench-quick" if options.quick else RESULTS
+    options.commit = commit()  # of the code that is loaded by now
     return options
 
 
@@ -99,8 +101,11 @@ def model_folder(options, scratch):
     if options.quick:
         return ROOT / "demo/model"
     if named := os.environ.get("BENCH_MODEL"):
-        if any(Path(named).glob("*.safetensors")):
+        files = {path.suffix for path in Path(named).iterdir()}  # an error where there is no such folder
+        if ".safetensors" in files:
             return Path(named)
+        if files & {".bin", ".pt", ".pth"}:
+            raise ValueError(f"BENCH_MODEL {named} has weights, but no *.safetensors.")
         config = AutoConfig.from_pretrained(named)
         return save_random(config, Path(scratch) / f"random-{Path(named).name}", options.device, named)
     if options.device == "cuda":
@@ -189,19 +194,18 @@ def commit():
     return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
 
 
-def write(what, options, model, cases, reads=("BENCH_MODEL", "BENCH_DATA")):
+def write(what, options, model, cases, reads=("BENCH_MODEL", "BENCH_DATA"), complete=True):
     """Write results/<what>-<device>.json (with --quick, <what>-quick.json; with --only, -<only> added):
     everything a reader would need to repeat or doubt it.
 
     Args: model: its name; cases: list of `case`s, each of which may hold further keys, like "ratios"; reads:
-          variables of the environment that choose model and data.
+          variables of the environment that choose model and data; complete: whether these are all cases;
+          fewer go to a file that ends in .partial, until the whole is there.
     """
     ranks = os.environ.get("WORLD_SIZE")
     launcher = f"OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node {ranks}" if ranks else "python"
-    flags = list(sys.argv[1:])
-    if "--results" in flags:  # where the file went is no part of the measurement
-        at = flags.index("--results")
-        del flags[at : at + 2]
+    given = " ".join(sys.argv[1:])
+    flags = re.sub(r" ?--results[ =]\S+", "", given)  # where the file went is no part of the measurement
     given = [f"{name}=<folder>" for name in reads if os.environ.get(name)]
     document = {
         "what": what,
@@ -209,8 +213,8 @@ def write(what, options, model, cases, reads=("BENCH_MODEL", "BENCH_DATA")):
         "hardware": hardware(options.device),
         "threads": torch.get_num_threads(),
         "versions": installed(),
-        "commit": commit(),
-        "command": " ".join([*given, launcher, f"benchmarks/{Path(sys.argv[0]).name}", *flags]),
+        "commit": getattr(options, "commit", None) or commit(),
+        "command": " ".join([*given, launcher, f"benchmarks/{Path(sys.argv[0]).name}", *flags.split()]),
         "date": datetime.date.today().isoformat(),
         "model": (Path(model).name if model != ROOT / "demo/model" else "demo model") if model else None,
         "cases": cases,
@@ -218,6 +222,10 @@ def write(what, options, model, cases, reads=("BENCH_MODEL", "BENCH_DATA")):
     options.results.mkdir(parents=True, exist_ok=True)
     only = f"-{options.only}" if getattr(options, "only", "") else ""  # beside the whole, not over it
     path = options.results / f"{what}-{'quick' if options.quick else options.device}{only}.json"
+    partial = path.with_suffix(".partial")
+    path = path if complete else partial
     path.write_text(json.dumps(document, indent=1) + "\n")
+    if complete:
+        partial.unlink(missing_ok=True)
     print(f"wrote {path}", file=sys.stderr)
     return document

@@ -36,6 +36,7 @@ from sft_packing import (
 )
 
 DEVICE = torch.device("cuda")
+MODEL = "random weights, Qwen3's shapes"
 START = 256  # tokens, the shortest document that is tried
 # rung r has the first r on: on the first one, nothing
 SWITCHES = ("bf16", "no padding", "chunked loss", "checkpointing", "offloading", "Liger's kernels")
@@ -185,7 +186,7 @@ def main():
     limit = 2048 if options.quick else options.limit
     names, gib = options.models.split(","), [float(x) for x in options.memory_gib.split(",")]
     gib = dict(zip(names, gib * len(names) if len(gib) == 1 else gib, strict=True))
-    runs, once, setups = {name: {} for name in names}, {name: {} for name in names}, {}
+    runs, once, setups, cases = {name: {} for name in names}, {name: {} for name in names}, {}, []
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             save_random(qwen3_config(name), f"{folder}/{name}", "cuda")
@@ -209,9 +210,8 @@ def main():
             runs[name][way] = [{"seconds": seconds}]
             once[name][way] = found
             cases = [case(f"Qwen3-{n}", setups[n], runs[n], once[n]) for n in setups]
-            write(
-                "ladder", options, "random weights, Qwen3's shapes", cases, reads=()
-            )  # so far: a crash keeps it
+            write("ladder", options, MODEL, cases, reads=(), complete=False)
+    write("ladder", options, MODEL, cases, reads=())
 
 
 if __name__ == "__main__":

@@ -198,7 +198,8 @@ def main():
             counts = step_sizes(sizes, options.documents, options)
             found.append(compare_on(name, *counts, model, args, device, options, scratch))
             show(found[-1])
-            write("sft", options, model, found)  # so far: what was measured is kept
+            write("sft", options, model, found, complete=False)
+    write("sft", options, model, found)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -20,7 +20,7 @@ README = ROOT / "README.md"
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 MISSING = "not measured"
 
-# script, technique, what a step pays for, measurement, and its ways: naive, ours, TRL (all at their defaults)
+# script, technique, what a step pays for, measurement, and its ways: naive, ours, TRL
 HEADLINE = [
     (
         "sft_packing.py",
@@ -75,13 +75,15 @@ def headline(documents):
         rows, notes, sources = [], [], []
         for script, technique, formula, (what, *ways) in HEADLINE:
             document = documents.get((what, device))
+            if documents and not document:
+                continue
             first = document["cases"][0] if document else {"ways": {}}
             values = [first["ways"].get(way) for way in ways]
             peaks = [v["peak_bytes"] / 2**30 if v else MISSING for v in values]
             speeds = [v["median"]["real_tokens_per_second"] if v else MISSING for v in values]
             rows.append([f"`{script}`", technique, formula, *peaks, *speeds])
             if document:
-                named = ", ".join(f'"{way}"' for way in ways if way)
+                named = ", ".join(f'"{way}"' for way in ways if way in first["ways"])
                 sizes = ", ".join(
                     f"{key.replace('_', ' ')} {value}"
                     for key, value in first["setup"].items()

@@ -240,7 +240,9 @@ def predict_ledger(
     logits = 4 * num_scored * vocabulary
     hidden = num_scored * h * c  # of the scored tokens; as much again for their gradient
     chunk = min(chunk_size, num_scored) * vocabulary * (6 if bf16 else 4)
-    head_backward = 2 * hidden + 4 * head_weight + chunk + min(chunk_size, num_scored) * h * c
+    # the weight's gradient is summed up in fp32, and then cast
+    in_chunks = chunk + min(chunk_size, num_scored) * h * c
+    head_backward = 2 * hidden + 4 * head_weight + max(in_chunks, c * head_weight if bf16 else 0)
     loss_head = hidden + chunk if head_recomputes else head_backward
 
     states = (12 * num_parameters + 4 * num_frozen) // world
@@ -264,7 +266,12 @@ def predict_ledger(
     in_second = in_first - others // layers + prefetched
     # the embedding's backward: a gradient of V * h of its own, and the head's, to which it is added if tied
     extra = (1 if config.tie_word_embeddings else 0) + (1 if accumulates else 0)
-    at_end = states + gathered + gradients + c * head_weight * extra
+    at_end = states + gradients + c * head_weight * extra
+    if sharded:  # both are whole until all are there; then fp32 copies of them become this rank's part
+        outer = num_parameters - in_layers
+        reduced = 4 * outer + max(c * outer, 4 * outer // world)
+        at_end = states + 4 * in_layers // world + max(gathered + 2 * c * head_weight, reduced)
+        at_end += 4 * outer // world if accumulates else 0
     moments = {
         "at the loss head": at_head,
         "in the last layer's backward": in_last,

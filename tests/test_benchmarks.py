@@ -371,6 +371,11 @@ def test_the_harness_writes_what_a_reader_needs(tmp_path, monkeypatch):
     assert_complete(found)
     assert found["command"] == "python benchmarks/demo.py --quick" and found["model"] == "name"
     assert cases.load(tmp_path) == {("demo", "cpu"): found}
+    # an interrupted measurement neither replaces a whole one nor is taken for it
+    harness.write("demo", options, "folder/name", [], complete=False)
+    assert cases.load(tmp_path) == {("demo", "cpu"): found}
+    harness.write("demo", options, "folder/name", [two_ways()])
+    assert [path.name for path in tmp_path.iterdir()] == ["demo-quick.json"]
 
 
 def test_every_result_is_complete():

@@ -159,6 +159,24 @@ def test_grpo(world, tmp_path):
         assert rows["peak"][1] == pytest.approx(largest, **tolerance), name
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("world", [1, 2, 8])
+def test_the_formula_counts_what_ranks_hold_of_a_large_vocabulary(world, bf16, accumulation, tied):
+    """Short rows: the peak is at the loss head, or where the embedding's gradient meets the head's."""
+    config = load_config(DEMO)
+    config.vocab_size, config.tie_word_embeddings = 8192, tied
+    flags = {"max_length": 32, "bf16": bf16, "gradient_accumulation_steps": accumulation}
+    args = sft_packing.Arguments(per_device_train_batch_size=1, **flags)
+    row = sft_packing.flatten([{"input_ids": [0] * 32, "labels": [0] * 32}])
+    with torch.device("meta"):
+        model = sft_packing.AutoModelForCausalLM.from_config(config)
+    predicted = sft_packing.predict(args, model, sft_packing.add_scored(row), world)["peak"][1]
+    counted = sft_packing.pretend_step(args, config, world)["peak"][1]
+    assert predicted == pytest.approx(counted, rel=0.12)
+
+
 @given(
     slope=st.integers(1, 100),
     start=st.integers(0, 10_000),

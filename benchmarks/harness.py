@@ -101,11 +101,13 @@ def model_folder(options, scratch):
     if options.quick:
         return ROOT / "demo/model"
     if named := os.environ.get("BENCH_MODEL"):
-        files = {path.suffix for path in Path(named).iterdir()}  # an error where there is no such folder
+        if not Path(named).is_dir():
+            sys.exit(f"BENCH_MODEL {named} is no folder: wanted is one with a model, or a config.json.")
+        files = {path.suffix for path in Path(named).iterdir()}
         if ".safetensors" in files:
             return Path(named)
         if files & {".bin", ".pt", ".pth"}:
-            raise ValueError(f"BENCH_MODEL {named} has weights, but no *.safetensors.")
+            sys.exit(f"BENCH_MODEL {named} has weights, but no *.safetensors.")
         config = AutoConfig.from_pretrained(named)
         return save_random(config, Path(scratch) / f"random-{Path(named).name}", options.device, named)
     if options.device == "cuda":
@@ -206,7 +208,7 @@ def write(what, options, model, cases, reads=("BENCH_MODEL", "BENCH_DATA"), comp
     launcher = f"OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node {ranks}" if ranks else "python"
     given = " ".join(sys.argv[1:])
     flags = re.sub(r" ?--results[ =]\S+", "", given)  # where the file went is no part of the measurement
-    given = [f"{name}=<folder>" for name in reads if os.environ.get(name)]
+    given = [f"{name}=<folder>" for name in reads if os.environ.get(name) and not options.quick]
     document = {
         "what": what,
         "device": options.device,

@@ -84,9 +84,8 @@ def measure_grpo(args, config, options):
         torch.cuda.reset_peak_memory_stats()
         with grpo_zero3.generation_weights(engine, grpo_zero3.budget_bytes(args)) as model:
             uniform = torch.rand(size, args.max_completion_length, device=device)
-            grpo_zero3.generate(
-                model, prompts, group, args.max_completion_length, end_ids=[], uniform=uniform
-            )
+            most = args.max_completion_length
+            grpo_zero3.generate(model, prompts, group, most, end_ids=[], device=device, uniform=uniform)
         ones = torch.ones(size)
         batches = grpo_zero3.make_batches(groups, ones, ones, longest, device, int)
         grpo_zero3.update(engine, batches, args, 1, lambda phase: None)

@@ -206,8 +206,8 @@ def write(what, options, model, cases, reads=("BENCH_MODEL", "BENCH_DATA"), comp
     """
     ranks = os.environ.get("WORLD_SIZE")
     launcher = f"OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node {ranks}" if ranks else "python"
-    given = " ".join(sys.argv[1:])
-    flags = re.sub(r" ?--results[ =]\S+", "", given)  # where the file went is no part of the measurement
+    # where the file goes is no part of the measurement
+    flags = re.sub(r"--results[ =]\S+", "", " ".join(sys.argv[1:])).split()
     given = [f"{name}=<folder>" for name in reads if os.environ.get(name) and not options.quick]
     document = {
         "what": what,
@@ -216,7 +216,7 @@ def write(what, options, model, cases, reads=("BENCH_MODEL", "BENCH_DATA"), comp
         "threads": torch.get_num_threads(),
         "versions": installed(),
         "commit": getattr(options, "commit", None) or commit(),
-        "command": " ".join([*given, launcher, f"benchmarks/{Path(sys.argv[0]).name}", *flags.split()]),
+        "command": " ".join([*given, launcher, f"benchmarks/{Path(sys.argv[0]).name}", *flags]),
         "date": datetime.date.today().isoformat(),
         "model": (Path(model).name if model != ROOT / "demo/model" else "demo model") if model else None,
         "cases": cases,

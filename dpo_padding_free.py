@@ -43,7 +43,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.functional import logsigmoid
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, get_scheduler
+from transformers import AutoConfig, AutoModelForCausalLM, get_scheduler
 from transformers.utils import is_flash_attn_2_available
 
 from common.attention import register_varlen_attention
@@ -69,7 +69,7 @@ from common.data import (
     source_hash,
 )
 from common.dry_run import explore, load_config, pretend
-from common.flags import check_dry_run, flag, refuse
+from common.flags import Refusal, check_dry_run, flag, refuse, run_script
 from common.liger import apply_liger_kernels, check_liger
 from common.logps import check_head, head_computes, token_logps, two_chunks_only
 from common.memory import (
@@ -187,7 +187,7 @@ def check_arguments(args):
         check_limit(f"--{name}", getattr(args, name))
     for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
         if not 0 <= getattr(args, name) < math.inf:
-            raise ValueError(f"--{name} is {getattr(args, name)}; it must be a finite number >= 0.")
+            raise Refusal(f"--{name} is {getattr(args, name)}; it must be a finite number >= 0.")
     steps, epochs, attention = args.max_steps, args.num_train_epochs, args.attn_implementation
     refuse(steps < 1 and steps != -1, f"--max_steps {steps}: give a number >= 1, or -1 for num_train_epochs.")
     ignored = args.warmup_steps and args.lr_scheduler_type == "constant"
@@ -257,9 +257,9 @@ def tokenize(example, tokenizer):
         answers = chosen[0]["role"] == rejected[0]["role"] == "assistant"
         for name, messages in (("chosen", chosen), ("rejected", rejected)):
             if messages[-1]["role"] != "assistant":
-                raise ValueError(f"{name} ends with a message of role {messages[-1]['role']}: no answer.")
+                raise Refusal(f"{name} ends with a message of role {messages[-1]['role']}: no answer.")
         if example.get("prompt") and prompt[-1]["role"] == "assistant" and answers:
-            raise ValueError("prompt ends with an answer, and chosen and rejected begin with another one.")
+            raise Refusal("prompt ends with an answer, and chosen and rejected begin with another one.")
         prompt_ids = render_chat(prompt, tokenizer, add_generation_prompt=answers)[0] if prompt else []
         whole = [render_chat([*prompt, *completion], tokenizer)[0] for completion in (chosen, rejected)]
         whole = [end_turn(input_ids, tokenizer) for input_ids in whole]
@@ -290,10 +290,10 @@ def check_columns(rows, name, tokenizer, args):
     columns, first = rows.column_names, rows[0]
     if not {"chosen", "rejected"} <= set(columns):
         wanted = "chosen and rejected, and prompt unless they begin with it"
-        raise ValueError(f"{name} has the columns {', '.join(columns)}; wanted: {wanted}.")
+        raise Refusal(f"{name} has the columns {', '.join(columns)}; wanted: {wanted}.")
     refuse("tools" in columns, f"{name} has a column tools: tools in chats are not supported.")
     if isinstance(first["chosen"], list) and tokenizer.chat_template is None:
-        raise ValueError(f"{name} holds conversations, but {args.model_name_or_path} has no chat template.")
+        raise Refusal(f"{name} holds conversations, but {args.model_name_or_path} has no chat template.")
 
 
 def load_examples(name, split, tokenizer, args):
@@ -317,8 +317,8 @@ def load_examples(name, split, tokenizer, args):
     def encode(example, index, code):  # code: only a part of the cache's key
         try:
             prompt_ids, chosen_ids, rejected_ids, moved = tokenize(example, tokenizer)
-        except Exception as error:  # a null, a number, a role that the template refuses: say in which example
-            raise ValueError(f"{name}, example {index}: {error}") from error
+        except Refusal as error:  # a null, a number, a role that the template refuses: say in which example
+            raise Refusal(f"{name}, example {index}: {error}") from error
         cut = cut_pair(prompt_ids, chosen_ids, rejected_ids, limits)
         return {"example": index, "boundaries_moved": moved, **cut}
 
@@ -349,7 +349,7 @@ def load_examples(name, split, tokenizer, args):
         "tokens_kept": int((counts["chosen_length"] + counts["rejected_length"])[used].sum()),
     }
     if not used.any():
-        raise ValueError(
+        raise Refusal(
             f"{name} has no pair whose completions differ and have a scored token within max_length "
             f"{args.max_length}: {data}."
         )
@@ -463,7 +463,7 @@ class Pairs:
         self.reference = None  # (E, 2) float32: the reference's log-probabilities of chosen and rejected
         largest, budget = int(self.costs.argmax()), args.max_tokens_per_batch
         if budget is not None and self.costs[largest] > budget:
-            raise ValueError(
+            raise Refusal(
                 f"{name}, example {examples[largest]['example']} takes {self.costs[largest]} tokens, over "
                 f"--max_tokens_per_batch {budget}: raise it, or lower --max_length."
             )
@@ -562,7 +562,7 @@ def check_batching(model, pairs, args, device, max_tokens=64):
         way, remedy = "a flat row", "--no_padding_free"
         if shares_prompts(args):
             way, remedy = "a row of shared prompts", "--no_share_prompt or --no_padding_free"
-        raise ValueError(
+        raise Refusal(
             f"{type(model).__name__} mixes the sequences of {way}: log-probabilities differ by {worst:.3g} "
             f"between batched and alone, tolerance {tolerance:.3g}. Use {remedy} for this model."
         )
@@ -622,13 +622,15 @@ def dpo_loss(
         losses = -(1 - label_smoothing) * logsigmoid(logits) - label_smoothing * logsigmoid(-logits)
     elif loss_type == "hinge":
         losses = torch.relu(1 - logits)  # max(0, 1 - h)
-    else:
+    elif loss_type == "ipo":
         if chosen_lengths is None or rejected_lengths is None:
             raise ValueError("loss_type ipo divides by lengths: give chosen_lengths and rejected_lengths.")
         # (h - 1 / (2 tau))^2, h of means per token: of sums, the long answers alone would decide. Each
         # sequence divides by its own scored tokens, never by the batch's.
         h = chosen_logratios / chosen_lengths - rejected_logratios / rejected_lengths
         losses = (h - 1 / (2 * beta)) ** 2
+    else:
+        raise ValueError(f"loss_type {loss_type} has no formula here: write one.")
     return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
 
 
@@ -784,7 +786,7 @@ def load_model(args, device, attn_implementation):
     register_varlen_attention()
     options = {"dtype": torch.float32, "attn_implementation": attn_implementation}
     if attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
-        raise ValueError(
+        raise Refusal(
             "--attn_implementation flash_attention_2: flash-attn is not installed, or there is no GPU."
         )
     if not dist.is_initialized():
@@ -868,7 +870,7 @@ def read_progress(path, fingerprint):
     """Where a checkpoint stands: step, epoch, rows done in it."""
     progress = json.loads((path / "progress.json").read_text())
     if progress["fingerprint"] != fingerprint:
-        raise ValueError(
+        raise Refusal(
             f"{path} belongs to other data, limits or losses: use its dataset, max_length, loss and seed."
         )
     return progress
@@ -1011,13 +1013,13 @@ def train(args, rank, local_rank, world, device, sigterm):
         progress = read_progress(checkpoint, progress["fingerprint"])
     total_steps = count_steps(args, pairs, world, progress)
     if progress["step"] > total_steps:
-        raise ValueError(f"{checkpoint} is past --max_steps {total_steps}: raise it.")
+        raise Refusal(f"{checkpoint} is past --max_steps {total_steps}: raise it.")
 
     attention = args.attn_implementation or ("varlen" if args.padding_free else "sdpa")
     model = load_model(args, device, attention)
     reference_model_name = model_fingerprint(model)  # the weights that a run begins with are its reference
     if progress.setdefault("reference_model", reference_model_name) != reference_model_name:
-        raise ValueError(f"{checkpoint} began with another model, its reference: use that one.")
+        raise Refusal(f"{checkpoint} began with another model, its reference: use that one.")
     first_batch = to_device(pairs.batch(np.array([0]), pad_token_id), device)
     if args.use_liger_kernel:
         apply_liger_kernels(model, first_batch["input_ids"][:1, :64])
@@ -1041,9 +1043,7 @@ def train(args, rank, local_rank, world, device, sigterm):
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, total_steps)
 
     if progress["step"] == total_steps and (Path(args.output_dir) / "summary.json").exists():
-        raise ValueError(
-            f"{args.output_dir} has finished its {total_steps} steps: raise --max_steps to go on."
-        )
+        raise Refusal(f"{args.output_dir} has finished its {total_steps} steps: raise --max_steps to go on.")
     if args.resume_from_checkpoint:
         load_checkpoint(checkpoint, model, optimizer, scheduler, progress["step"], rank)
     if rank == 0:
@@ -1265,8 +1265,4 @@ def dry_run(args):
 
 
 if __name__ == "__main__":
-    try:
-        main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])
-    except (ValueError, FloatingPointError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main, Arguments)

@@ -44,7 +44,6 @@ from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
     GenerationConfig,
-    HfArgumentParser,
     get_scheduler,
 )
 from transformers.generation import StopStringCriteria
@@ -63,7 +62,7 @@ from common.checkpoints import (
 from common.collators import flatten, flatten_shared_prompt
 from common.data import check_text, check_token_ids, load_rows, render_chat, source_hash
 from common.dry_run import explore, load_config, pretend
-from common.flags import check_dry_run, flag, refuse
+from common.flags import Refusal, check_dry_run, flag, refuse, run_script
 from common.logps import check_head, head_computes, token_logps, two_chunks_only
 from common.memory import ByteCounter, MemoryMeter, format_ledger, memory_ledger, peak_memory_bytes
 from common.pretrained import load_tokenizer_and_config, write_pretrained_streamed
@@ -168,7 +167,7 @@ def check_arguments(args):
         check_limit(f"--{name}", getattr(args, name))
     for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "beta", "epsilon"):
         if not 0 <= getattr(args, name) < math.inf:
-            raise ValueError(f"--{name} is {getattr(args, name)}; it must be a finite number >= 0.")
+            raise Refusal(f"--{name} is {getattr(args, name)}; it must be a finite number >= 0.")
     steps, epochs, group = args.max_steps, args.num_train_epochs, args.num_generations
     refuse(steps < 1 and steps != -1, f"--max_steps {steps}: give a number >= 1, or -1 for num_train_epochs.")
     ignored = args.warmup_steps and args.lr_scheduler_type == "constant"
@@ -224,12 +223,10 @@ class Prompts:
         name = args.dataset_name
         rows = load_rows(name, args.dataset_train_split)
         if "prompt" not in rows.column_names:
-            raise ValueError(f"{name} has the columns {', '.join(rows.column_names)}; wanted: prompt.")
+            raise Refusal(f"{name} has the columns {', '.join(rows.column_names)}; wanted: prompt.")
         self.conversational = isinstance(rows[0]["prompt"], list)
         if self.conversational and tokenizer.chat_template is None:
-            raise ValueError(
-                f"{name} holds conversations, but {args.model_name_or_path} has no chat template."
-            )
+            raise Refusal(f"{name} holds conversations, but {args.model_name_or_path} has no chat template.")
         # by itself: datasets caches a map under a hash of all that its function refers to
         limit = args.max_prompt_length
 
@@ -240,10 +237,10 @@ class Prompts:
                     prompt_ids, _ = render_chat(example["prompt"], tokenizer, add_generation_prompt=True)
                 else:
                     prompt_ids = tokenizer(example["prompt"])["input_ids"]
-            except Exception as error:  # a null, a number, a role that the template refuses
-                raise ValueError(f"{name}, example {index}: {error}") from error
+            except Refusal as error:  # a null, a number, a role that the template refuses
+                raise Refusal(f"{name}, example {index}: {error}") from error
             if not prompt_ids:
-                raise ValueError(f"{name}, example {index}: the prompt is empty.")
+                raise Refusal(f"{name}, example {index}: the prompt is empty.")
             kept, _ = truncate_pair(prompt_ids, [], max_prompt_length=limit)
             return {"input_ids": kept, "tokens_cut": len(prompt_ids) - len(kept)}
 
@@ -756,7 +753,7 @@ def deepspeed_config(args, trainable=True):
         try:
             settings = json.loads(Path(args.deepspeed).read_text())
         except (OSError, ValueError) as error:
-            raise ValueError(f"--deepspeed {args.deepspeed} is no JSON file: {error}") from error
+            raise Refusal(f"--deepspeed {args.deepspeed} is no JSON file: {error}") from error
         ours = copy.deepcopy(config)
         merge(config, settings, f"--deepspeed {args.deepspeed}")
         for section, names in SET_BY_FLAGS.items():
@@ -832,7 +829,7 @@ def together(device):
     except Exception as raised:
         error = raised
     if all_sum([error is not None], device)[0]:
-        raise error or ValueError("another rank cannot go on; its own message says why.")
+        raise error or Refusal("another rank cannot go on; its own message says why.")
 
 
 def all_max(value, device):
@@ -1095,9 +1092,9 @@ def read_progress(path, fingerprint, world):
     """Where a checkpoint stands: step, rollouts, prompts done."""
     progress = json.loads((path / "progress.json").read_text())
     if progress["fingerprint"] != fingerprint:
-        raise ValueError(f"{path} belongs to other data: use its dataset, max_prompt_length and seed.")
+        raise Refusal(f"{path} belongs to other data: use its dataset, max_prompt_length and seed.")
     if progress["world_size"] != world:
-        raise ValueError(
+        raise Refusal(
             f"{path} was written by {progress['world_size']} ranks, and this run has {world}: DeepSpeed's "
             f"shards are bound to their number. Resume with {progress['world_size']} ranks."
         )
@@ -1218,13 +1215,11 @@ def train(args, rank, local_rank, world, device, sigterm, watch):
     total_steps = progress["step"] + math.ceil(left / prompts_per_rollout) * args.num_iterations
     total_steps = args.max_steps if args.max_steps > 0 else total_steps
     if progress["step"] > total_steps:
-        raise ValueError(f"{checkpoint} is past --max_steps {total_steps}: raise it.")
+        raise Refusal(f"{checkpoint} is past --max_steps {total_steps}: raise it.")
     if progress["step"] == total_steps and (Path(args.output_dir) / "summary.json").exists():
-        raise ValueError(
-            f"{args.output_dir} has finished its {total_steps} steps: raise --max_steps to go on."
-        )
+        raise Refusal(f"{args.output_dir} has finished its {total_steps} steps: raise --max_steps to go on.")
     if progress["step"] % args.num_iterations:
-        raise ValueError(
+        raise Refusal(
             f"{checkpoint} is in the middle of a rollout of --num_iterations {args.num_iterations}: use the "
             "number that it was trained with."
         )
@@ -1538,14 +1533,5 @@ def dry_run(args):
     return {"args": asdict(args), "ledger": ledger, **found}
 
 
-def without_local_rank(arguments):
-    """deepspeed's launcher adds --local_rank=N; the environment says the same."""
-    return [a for a in arguments if not a.startswith(("--local_rank", "--local-rank"))]
-
-
 if __name__ == "__main__":
-    try:
-        main(HfArgumentParser(Arguments).parse_args_into_dataclasses(without_local_rank(sys.argv[1:]))[0])
-    except (ValueError, FloatingPointError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main, Arguments)

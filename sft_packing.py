@@ -44,7 +44,6 @@ from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    HfArgumentParser,
     get_scheduler,
 )
 from transformers.utils import is_flash_attn_2_available
@@ -72,7 +71,7 @@ from common.data import (
     source_hash,
 )
 from common.dry_run import explore, load_config, pretend
-from common.flags import check_dry_run, flag, refuse
+from common.flags import Refusal, check_dry_run, flag, refuse, run_script
 from common.liger import apply_liger_kernels, check_liger, liger_nll_sum
 from common.logps import check_head, head_computes, nll_sum, two_chunks_only
 from common.memory import (
@@ -164,7 +163,7 @@ def check_arguments(args):
         check_limit(f"--{name}", getattr(args, name))
     for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
         if not 0 <= getattr(args, name) < math.inf:
-            raise ValueError(f"--{name} is {getattr(args, name)}; it must be a finite number >= 0.")
+            raise Refusal(f"--{name} is {getattr(args, name)}; it must be a finite number >= 0.")
     strategy, overflow, attention = args.packing_strategy, args.overflow, args.attn_implementation
     flat, splits = args.packing or args.padding_free, strategy != "bfd"
     steps, epochs = args.max_steps, args.num_train_epochs
@@ -239,15 +238,15 @@ def check_columns(rows, name, tokenizer, args):
     columns, first = rows.column_names, rows[0]
     wanted = "messages, or text, or prompt and completion"
     if not ("messages" in columns or "text" in columns or {"prompt", "completion"} <= set(columns)):
-        raise ValueError(f"{name} has the columns {', '.join(columns)}; wanted: {wanted}.")
+        raise Refusal(f"{name} has the columns {', '.join(columns)}; wanted: {wanted}.")
     refuse("tools" in columns, f"{name} has a column tools: tools in chats are not supported.")
     chat = "messages" in columns or "text" not in columns and isinstance(first["prompt"], list)
     if chat and tokenizer.chat_template is None:
-        raise ValueError(f"{name} holds conversations, but {args.model_name_or_path} has no chat template.")
+        raise Refusal(f"{name} holds conversations, but {args.model_name_or_path} has no chat template.")
     if args.assistant_only_loss and not chat:
-        raise ValueError(f"--assistant_only_loss needs conversations; {name} holds plain text.")
+        raise Refusal(f"--assistant_only_loss needs conversations; {name} holds plain text.")
     if args.assistant_only_loss and not re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.chat_template):
-        raise ValueError(
+        raise Refusal(
             f"--assistant_only_loss: the chat template of {args.model_name_or_path} marks no assistant "
             f"turns with {{% generation %}}; it begins {tokenizer.chat_template[:60]!r}."
         )
@@ -269,8 +268,8 @@ def load_examples(name, split, tokenizer, args, overflow):
     def encode(example, index, code):  # code: only a part of the cache's key
         try:
             input_ids, labels = tokenize(example, tokenizer, assistant_only_loss)
-        except Exception as error:  # a null, a number, a role that the template refuses: say in which example
-            raise ValueError(f"{name}, example {index}: {error}") from error
+        except Refusal as error:  # a null, a number, a role that the template refuses: say in which example
+            raise Refusal(f"{name}, example {index}: {error}") from error
         return {"input_ids": input_ids, "labels": labels, "num_tokens": len(input_ids), "example": index}
 
     def fit(batch, code):
@@ -278,8 +277,8 @@ def load_examples(name, split, tokenizer, args, overflow):
         for example, input_ids, labels in zip(batch["example"], batch["input_ids"], batch["labels"]):
             try:
                 pieces = fit_to_length(input_ids, labels, limit, overflow)
-            except ValueError as error:
-                raise ValueError(f"{name}, example {example}: {error}") from error
+            except Refusal as error:
+                raise Refusal(f"{name}, example {example}: {error}") from error
             for input_ids, labels in pieces:
                 fitted["example"].append(example)
                 fitted["input_ids"].append(input_ids)
@@ -302,7 +301,7 @@ def load_examples(name, split, tokenizer, args, overflow):
     used = np.unique(examples["example"]) if len(examples) else np.array([], dtype=np.int64)
     data = describe(lengths, used, args.max_length, overflow)
     if len(examples) == 0:
-        raise ValueError(
+        raise Refusal(
             f"{name} has no example with a scored token within max_length {args.max_length}: {data}."
         )
     data["tokens_kept"] = int(sum(examples["num_tokens"]))
@@ -619,7 +618,7 @@ def load_model(args, device, attn_implementation):
     register_varlen_attention()
     options = {"dtype": torch.float32, "attn_implementation": attn_implementation}
     if attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
-        raise ValueError(
+        raise Refusal(
             "--attn_implementation flash_attention_2: flash-attn is not installed, or there is no GPU."
         )
     if not dist.is_initialized():
@@ -703,9 +702,7 @@ def read_progress(path, fingerprint):
     """Where a checkpoint stands: step, epoch, rows done in it."""
     progress = json.loads((path / "progress.json").read_text())
     if progress["fingerprint"] != fingerprint:
-        raise ValueError(
-            f"{path} belongs to other data or another plan: use its dataset, max_length and seed."
-        )
+        raise Refusal(f"{path} belongs to other data or another plan: use its dataset, max_length and seed.")
     return progress
 
 
@@ -838,7 +835,7 @@ def train(args, rank, local_rank, world, device, sigterm):
         progress = read_progress(checkpoint, progress["fingerprint"])
     total_steps = count_steps(args, len(rows), rows_per_step, progress)
     if progress["step"] > total_steps:
-        raise ValueError(f"{checkpoint} is past --max_steps {total_steps}: raise it.")
+        raise Refusal(f"{checkpoint} is past --max_steps {total_steps}: raise it.")
 
     model = load_model(args, device, args.attn_implementation or ("varlen" if flat else "sdpa"))
     first_batch = to_device(rows.batch([0], pad_token_id), device)
@@ -855,9 +852,7 @@ def train(args, rank, local_rank, world, device, sigterm):
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, total_steps)
 
     if progress["step"] == total_steps and (Path(args.output_dir) / "summary.json").exists():
-        raise ValueError(
-            f"{args.output_dir} has finished its {total_steps} steps: raise --max_steps to go on."
-        )
+        raise Refusal(f"{args.output_dir} has finished its {total_steps} steps: raise --max_steps to go on.")
     if args.resume_from_checkpoint:
         load_checkpoint(checkpoint, model, optimizer, scheduler, progress["step"], rank)
     if rank == 0:
@@ -1037,8 +1032,4 @@ def dry_run(args):
 
 
 if __name__ == "__main__":
-    try:
-        main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])
-    except (ValueError, FloatingPointError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main, Arguments)

@@ -10,6 +10,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from common.flags import Refusal
+
 try:
     from flash_attn import flash_attn_varlen_func
 except ImportError:
@@ -25,7 +27,7 @@ def register_varlen_attention():
 def _no_mask(*args, attention_mask=None, **kwargs):
     """The boundaries say all that a mask would say, without its N x N bytes."""
     if attention_mask is not None:
-        raise ValueError("a flat row has boundaries, not an attention_mask: leave the mask out.")
+        raise Refusal("a flat row has boundaries, not an attention_mask: leave the mask out.")
 
 
 def varlen_attention_forward(
@@ -56,16 +58,16 @@ def varlen_attention_forward(
              SDPA segment by segment.
     """
     if cu_seq_lens_q is None or cu_seq_lens_k is None:
-        raise ValueError(
+        raise Refusal(
             'attn_implementation="varlen" needs cu_seq_lens_q and cu_seq_lens_k: pass a flat row '
             "(collators.flatten), or use sdpa for padded batches and generation. If a flat row was passed, "
             "this model does not hand keyword arguments on to its attention, and cannot keep documents apart."
         )
     if attention_mask is not None:
-        raise ValueError("a flat row has boundaries, not an attention_mask: leave the mask out.")
+        raise Refusal("a flat row has boundaries, not an attention_mask: leave the mask out.")
     for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:
-            raise ValueError(f"varlen attention does not support {name}, which {type(module).__name__} uses.")
+            raise Refusal(f"varlen attention does not support {name}, which {type(module).__name__} uses.")
     if kv_index is not None:
         # backward of index_select adds up a shared prompt's gradients from all its completions
         key, value = key.index_select(2, kv_index), value.index_select(2, kv_index)
@@ -128,7 +130,7 @@ def _varlen_kernel(query, key, value, offsets, longest, scaling, sliding_window,
     from torch.nn.attention.varlen import varlen_attn  # imported here: the module wants a CUDA build
 
     if dropout:
-        raise ValueError(
+        raise Refusal(
             "torch's varlen_attn has no dropout: install flash-attn, or set attention_dropout to 0."
         )
     options = {}
@@ -174,11 +176,11 @@ def check_isolation(model, row, max_tokens=64, remedy="Use --no_packing --no_pad
         model.set_attn_implementation(implementation)
         model.train(training)
     if not alone.isfinite().all():
-        raise ValueError(f"{type(model).__name__} gives logits that are not finite: its weights are broken.")
+        raise Refusal(f"{type(model).__name__} gives logits that are not finite: its weights are broken.")
     worst = (packed - alone).abs().max().item()
     tolerance = (1e-4 if packed.dtype == torch.float32 else 5e-2) * alone.abs().max().clamp(min=1.0).item()
     if not worst <= tolerance:  # written so that NaN fails too
-        raise ValueError(
+        raise Refusal(
             f"{type(model).__name__} mixes the documents of a flat row: logits differ by {worst:.3g} "
             f"between packed and alone, tolerance {tolerance:.3g}. {remedy}"
         )

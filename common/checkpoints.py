@@ -15,6 +15,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
+from common.flags import Refusal
+
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -22,17 +24,17 @@ def check_output_dir(output_dir, overwrite, resume):
     """Raise ValueError for a folder that holds another run, before anything in it is touched."""
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder} is a file.")
+        raise Refusal(f"--output_dir {folder} is a file.")
     taken = [name for name in ("metrics.jsonl", "summary.json", "config.json") if (folder / name).exists()]
     taken += [path.name for _, path in list_checkpoints(folder)]
     resumes_here = resume and (resume == "latest" or Path(resume).resolve().parent == folder.resolve())
     if taken and not overwrite and not resumes_here:
-        raise ValueError(
+        raise Refusal(
             f"--output_dir {folder} holds another run ({', '.join(taken[:4])}): choose another folder, "
             "continue it with --resume_from_checkpoint latest, or replace it with --overwrite_output_dir."
         )
     if overwrite and resume:
-        raise ValueError(
+        raise Refusal(
             "--overwrite_output_dir removes what --resume_from_checkpoint needs: drop one of the two."
         )
 
@@ -111,11 +113,11 @@ def find_checkpoint(output_dir, name):
     """
     if name != "latest":
         if not NAME.fullmatch(Path(name).name) or not Path(name).is_dir():
-            raise ValueError(f"--resume_from_checkpoint {name}: not a folder checkpoint-<step>.")
+            raise Refusal(f"--resume_from_checkpoint {name}: not a folder checkpoint-<step>.")
         return Path(name)
     checkpoints = list_checkpoints(output_dir)
     if not checkpoints:
-        raise ValueError(f"--resume_from_checkpoint latest: no checkpoint in {output_dir}.")
+        raise Refusal(f"--resume_from_checkpoint latest: no checkpoint in {output_dir}.")
     return checkpoints[-1][1]
 
 

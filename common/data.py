@@ -10,6 +10,8 @@ import numpy as np
 from datasets import DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
 
+from common.flags import Refusal
+
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -27,11 +29,11 @@ def load_rows(name, split="train"):
     elif path.is_file():
         rows = _load_file(path)
     elif path.suffix in BUILDERS or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ValueError(f"dataset {name} does not exist: no such file or folder.")
+        raise Refusal(f"dataset {name} does not exist: no such file or folder.")
     else:
         rows = _load_from_hub(name, split)
     if len(rows) == 0:
-        raise ValueError(f"dataset {name} is empty.")
+        raise Refusal(f"dataset {name} is empty.")
     return rows
 
 
@@ -39,10 +41,10 @@ def _load_folder(path, split):
     try:
         rows = load_from_disk(str(path))
     except (FileNotFoundError, IndexError) as error:  # IndexError: no rows
-        raise ValueError(f"folder {path} is empty, or was not written by save_to_disk: {error}") from error
+        raise Refusal(f"folder {path} is empty, or was not written by save_to_disk: {error}") from error
     if isinstance(rows, DatasetDict):
         if split not in rows:
-            raise ValueError(f"{path} has no split {split!r}, only {', '.join(rows)}.")
+            raise Refusal(f"{path} has no split {split!r}, only {', '.join(rows)}.")
         rows = rows[split]
     return rows
 
@@ -51,7 +53,7 @@ def _load_from_hub(name, split):
     try:
         return load_dataset(name, split=split)
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError) as error:
-        raise ValueError(
+        raise Refusal(
             f"dataset {name} is neither a local path nor to be had from the Hub: {error}"
         ) from error
 
@@ -59,17 +61,17 @@ def _load_from_hub(name, split):
 def _load_file(path):
     builder = BUILDERS.get(path.suffix)
     if builder is None:
-        raise ValueError(f"{path} has suffix {path.suffix!r}; known are {', '.join(BUILDERS)}.")
+        raise Refusal(f"{path} has suffix {path.suffix!r}; known are {', '.join(BUILDERS)}.")
     if path.stat().st_size == 0:
-        raise ValueError(f"dataset {path} is empty.")
+        raise Refusal(f"dataset {path} is empty.")
     if path.suffix == ".jsonl":
         _check_lines(path)
     try:
         rows = load_dataset(builder, data_files=str(path), split="train")
     except Exception as error:  # pyarrow, pandas and datasets raise a dozen types for a bad file
-        raise ValueError(f"{path} cannot be read as {builder}: {error.__cause__ or error}") from error
+        raise Refusal(f"{path} cannot be read as {builder}: {error.__cause__ or error}") from error
     if any(name.startswith("__index_level") for name in rows.column_names):
-        raise ValueError(f"{path}: a line has more fields than the header has names.")
+        raise Refusal(f"{path}: a line has more fields than the header has names.")
     return rows
 
 
@@ -85,9 +87,9 @@ def _check_lines(path):
             try:
                 row = json.loads(line.strip())
             except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-                raise ValueError(f"{path}, line {number}: not valid JSON: {error}") from error
+                raise Refusal(f"{path}, line {number}: not valid JSON: {error}") from error
             if not isinstance(row, dict):
-                raise ValueError(
+                raise Refusal(
                     f"{path}, line {number}: a {type(row).__name__}, but each line must be an object."
                 )
 
@@ -105,7 +107,7 @@ def check_token_ids(examples, vocab_size, name, columns=("input_ids",)):
         int(np.concatenate(list(batch[column])).max(initial=0)) for batch in batches for column in columns
     )
     if largest >= vocab_size:
-        raise ValueError(
+        raise Refusal(
             f"{name}: token id {largest} is outside the vocabulary of {vocab_size}. Tokenizer and model do "
             "not belong together, or the embedding was not resized for added tokens."
         )
@@ -121,29 +123,32 @@ def check_text(example, columns):
         value = example[column]
         conversations.append(isinstance(value, list))
         if not value and not isinstance(value, str) or not isinstance(value, (str, list)):
-            raise ValueError(f"{column} is {value!r}; wanted: a string, or a list of messages.")
+            raise Refusal(f"{column} is {value!r}; wanted: a string, or a list of messages.")
         for message in value if isinstance(value, list) else ():
             fields = [
                 message.get(name) if isinstance(message, dict) else None for name in ("role", "content")
             ]
             if not all(isinstance(field, str) for field in fields):
-                raise ValueError(
+                raise Refusal(
                     f"{column} holds {message!r}; a message has a role and a content, both strings."
                 )
             if message.get("tool_calls"):
-                raise ValueError(f"{column} holds tool calls, which are not supported.")
+                raise Refusal(f"{column} holds tool calls, which are not supported.")
     if len(set(conversations)) > 1:
-        raise ValueError(f"{' and '.join(columns)} are partly strings and partly lists of messages.")
+        raise Refusal(f"{' and '.join(columns)} are partly strings and partly lists of messages.")
 
 
 def render_chat(messages, tokenizer, assistant_only_loss=False, add_generation_prompt=False):
     """Conversation -> (input_ids, scored), lists of one length; scored marks all or the assistant's."""
-    encoded = tokenizer.apply_chat_template(
-        messages,
-        return_dict=True,
-        add_generation_prompt=add_generation_prompt,
-        return_assistant_tokens_mask=assistant_only_loss,
-    )
+    try:
+        encoded = tokenizer.apply_chat_template(
+            messages,
+            return_dict=True,
+            add_generation_prompt=add_generation_prompt,
+            return_assistant_tokens_mask=assistant_only_loss,
+        )
+    except Exception as error:  # a template is a program, and raises what it likes
+        raise Refusal(f"the chat template fails: {error}") from error
     input_ids = encoded["input_ids"]
     if not assistant_only_loss:
         return input_ids, [True] * len(input_ids)

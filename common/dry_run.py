@@ -5,6 +5,7 @@ memory.MemoryMeter; `explore` asks the same of other flags and lengths.
 """
 
 import itertools
+import traceback
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -21,6 +22,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from tqdm import tqdm
 from transformers import AutoConfig
 
+from common.flags import Refusal
+
 
 def load_config(name):
     """A model's configuration by Hub name (from the local cache) or folder; nothing else of it is needed."""
@@ -28,7 +31,7 @@ def load_config(name):
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         wanted = "wanted: a folder with a config.json, or a Hub name in the local cache"
-        raise ValueError(f"--model_name_or_path {name} has no configuration; {wanted}: {error}") from error
+        raise Refusal(f"--model_name_or_path {name} has no configuration; {wanted}: {error}") from error
 
 
 @contextmanager
@@ -68,8 +71,12 @@ def pretend(world=None, sets_storages=False):
         with plans_uncounted(), mode:
             yield mesh
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise ValueError(
-            f"--dry_run cannot follow this model: what it computes depends on its tensors' values ({error})."
+        # the innermost line that is not torch's own: the model's, or the script's
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if "/torch/" not in frame.filename]
+        line = f"{own[-1].filename}:{own[-1].lineno}: {own[-1].line}"
+        raise Refusal(
+            f"--dry_run has tensors without values, and this line reads one ({error}):\n{line}"
         ) from error
     finally:
         if world is not None:
@@ -123,7 +130,7 @@ def explore(args, peak, check, measure, changes, length_flag, most):
         changed = replace(args, **change)
         try:
             check(changed)
-        except ValueError:
+        except Refusal:
             continue
         if changed != args:
             saved = peak - peak_bytes(changed)

@@ -1,8 +1,19 @@
-"""Fields of a script's Arguments, and the refusal of values that contradict each other."""
+"""Fields of a script's Arguments, the refusal of what cannot be done, and a script's start from the shell."""
 
 import math
 import os
+import sys
 from dataclasses import field
+
+from transformers import HfArgumentParser
+
+
+class Refusal(ValueError):
+    """What the user asked for cannot be done; the message names the value, the limit and the remedy.
+
+    A class of its own, so that a script's end can tell it from a mistake in the script: a refusal is shown as
+    one line, everything else with its traceback.
+    """
 
 
 def flag(default, text):
@@ -11,7 +22,26 @@ def flag(default, text):
 
 def refuse(wrong, message):
     if wrong:
-        raise ValueError(message)
+        raise Refusal(message)
+
+
+def parse_arguments(arguments_class, arguments):
+    """Command-line words -> an instance of arguments_class.
+
+    --local_rank, which DeepSpeed's launcher adds, is ignored: the environment says the same.
+    """
+    ours = [word for word in arguments if not word.startswith(("--local_rank", "--local-rank"))]
+    return HfArgumentParser(arguments_class).parse_args_into_dataclasses(ours)[0]
+
+
+def run_script(main, arguments_class):
+    """main(args) with what the command line says; a refusal, or a loss that is not finite, ends in code 2."""
+    try:
+        main(parse_arguments(arguments_class, sys.argv[1:]))
+    except (Refusal, FloatingPointError) as error:
+        kind = "ValueError" if isinstance(error, Refusal) else "FloatingPointError"
+        print(f"{kind}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def check_dry_run(args):

@@ -10,6 +10,8 @@ import os
 import torch
 import torch.distributed.tensor  # Liger 0.8.0 uses this module without importing it
 
+from common.flags import Refusal
+
 
 def check_liger(model_type=None):
     """Raise ValueError, before anything is loaded, for a machine or a model type that Liger cannot serve."""
@@ -17,18 +19,18 @@ def check_liger(model_type=None):
         import triton  # noqa: F401
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
     except ImportError as error:
-        raise ValueError(
+        raise Refusal(
             f"Liger's kernels need liger-kernel and triton, and here: {error}. Install requirements.txt "
             "(Triton is made for Linux), or drop --use_liger_kernel and --liger_cross_entropy."
         ) from error
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(
+        raise Refusal(
             "Liger's kernels are written in Triton, which needs a GPU, and torch sees none: drop "
             "--use_liger_kernel and --liger_cross_entropy. (TRITON_INTERPRET=1 runs some kernels on the "
             "CPU, for tests: far slower, and Liger's norms and MLPs not at all.)"
         )
     if model_type is not None and model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        raise ValueError(
+        raise Refusal(
             f"--use_liger_kernel: Liger has no kernels for model type {model_type!r}: drop the flag, or see "
             "whether a newer liger-kernel has. Known here (liger_kernel/transformers/monkey_patch.py): "
             f"{', '.join(sorted(MODEL_TYPE_TO_APPLY_LIGER_FN))}."
@@ -59,17 +61,17 @@ def apply_liger_kernels(model, input_ids):
     plain = _logits(model, input_ids)
     _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
     if not any(_runs_liger(module) for module in model.modules()):
-        raise ValueError(f"--use_liger_kernel replaced nothing in {type(model).__name__}: drop the flag.")
+        raise Refusal(f"--use_liger_kernel replaced nothing in {type(model).__name__}: drop the flag.")
     try:
         difference = (_logits(model, input_ids) - plain).abs().max().item()
     except Exception as error:  # no compiler, an old GPU, an operation that the interpreter lacks: any type
-        raise ValueError(
+        raise Refusal(
             f"--use_liger_kernel: a kernel failed on {input_ids.device}, {type(error).__name__}: {error}. "
             "Mend Triton (on a GPU it needs a C compiler), or drop the flag."
         ) from error
     tolerance = (1e-4 if plain.dtype == torch.float32 else 5e-2) * plain.abs().max().clamp(min=1.0).item()
     if not difference <= tolerance:  # written so that NaN fails too
-        raise ValueError(
+        raise Refusal(
             f"--use_liger_kernel changes the logits of {type(model).__name__} by {difference:.3g}, tolerance "
             f"{tolerance:.3g}: Liger's kernels do not fit this configuration. Drop the flag."
         )
@@ -103,7 +105,7 @@ def liger_nll_sum(hidden, weight, target_ids, *, bias=None):
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     if torch.is_grad_enabled() and weight.requires_grad and not hidden.requires_grad:
-        raise ValueError(
+        raise Refusal(
             "Liger's cross entropy gives the head no gradient while nothing below it is trained: "
             "drop --liger_cross_entropy."
         )

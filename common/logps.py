@@ -1,5 +1,7 @@
 """Log-probabilities without the [N, V] logits: the head runs over chunks of tokens, and no chunk is kept.
 
+from common.flags import Refusal
+
 N = 16,384 tokens over V = 151,936 is 9.3 GiB of fp32 logits, and as much again for their gradient; a chunk
 of 256 tokens is 0.15 GiB. Results are exact: every chunk sees the whole vocabulary.
 """
@@ -7,6 +9,8 @@ of 256 tokens is 0.15 GiB. Results are exact: every chunk sees the whole vocabul
 from contextlib import contextmanager
 
 import torch
+
+from common.flags import Refusal
 
 VOCAB_BLOCK = 8192  # rows of the weight's gradient made at once where they need a cast: block * H elements
 
@@ -92,11 +96,11 @@ def check_head(model, batch, max_tokens=64):
     with head_computes(model, keep):
         logits = model(**inputs, use_cache=False).logits
     if not passed[0].isfinite().all():
-        raise ValueError(f"{type(model).__name__} gives logits that are not finite: its weights are broken.")
+        raise Refusal(f"{type(model).__name__} gives logits that are not finite: its weights are broken.")
     if not torch.equal(passed[0], logits):
         names = ("final_logit_softcapping", "logit_scale", "logits_scaling")
         settings = {name: getattr(model.config, name, None) for name in names}
-        raise ValueError(
+        raise Refusal(
             f"{type(model).__name__} changes its logits after the output head ({settings}), which the "
             "chunked loss does not follow. Choose another model, or write the change into common/logps.py."
         )

@@ -36,6 +36,8 @@ from torch.cuda._pin_memory_utils import pin_memory, unpin_memory
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
+from common.flags import Refusal
+
 MIN_BYTES = 2**16  # below, launching a copy costs more than it frees
 ALIGNMENT = 512  # of the pieces of the slab, as CUDA aligns its own blocks
 
@@ -102,7 +104,7 @@ class OffloadActivations:
 
     def __init__(self, model, layers, device, *, min_bytes=None, keep_layers=1):
         if layers is not None and len(layers) <= keep_layers:
-            raise ValueError(
+            raise Refusal(
                 f"activation offloading has nothing to move: of {len(layers)} decoder layers the last "
                 f"{keep_layers} keep what they save on the device. Do without it for this model."
             )

@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
 
+from common.flags import Refusal
+
 
 def load_tokenizer_and_config(name, max_length, flags="--max_length"):
     """Returns the tokenizer and the configuration of a Hub name or folder.
@@ -22,10 +24,10 @@ def load_tokenizer_and_config(name, max_length, flags="--max_length"):
         config = AutoConfig.from_pretrained(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--model_name_or_path {name} cannot be loaded: {error}") from error
+        raise Refusal(f"--model_name_or_path {name} cannot be loaded: {error}") from error
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and max_length > positions:
-        raise ValueError(f"{flags} {max_length} is over the model's {positions} positions: lower it.")
+        raise Refusal(f"{flags} {max_length} is over the model's {positions} positions: lower it.")
     return tokenizer, config
 
 

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from common.flags import Refusal
+
 REFERENCE = "reference_logps.safetensors"  # in output_dir
 
 
@@ -42,7 +44,7 @@ def read_reference(output_dir, fingerprint):
         found = file.metadata() or {}
         other = [what for what in fingerprint if found.get(what) != fingerprint[what]]
         if other:
-            raise ValueError(
+            raise Refusal(
                 f"{path} belongs to another run: its {' and its '.join(other)} is not this one's. Use that "
                 "run's model, data and limits, or remove the file to have the reference computed again."
             )

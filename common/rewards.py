@@ -11,6 +11,8 @@ import math
 import re
 import sys
 
+from common.flags import Refusal
+
 NUMBER = re.compile(r"(?:(?<![\d.])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")  # in 10-7 the second number is 7
 
 
@@ -59,14 +61,14 @@ def load_reward_funcs(names, columns):
     """
     functions, taken = {}, {"prompts", "completions"} & set(columns)
     if taken:
-        raise ValueError(
+        raise Refusal(
             f"the dataset's column {', '.join(taken)} has the name of what a reward is given: rename it."
         )
     for name in names.split(","):
         module, colon, function = name.partition(":")
         if not colon:
             if name not in BUILT_IN:
-                raise ValueError(
+                raise Refusal(
                     f"--reward_funcs {name}: choose {', '.join(BUILT_IN)}, or name a module:function."
                 )
             functions[name] = BUILT_IN[name]
@@ -76,9 +78,9 @@ def load_reward_funcs(names, columns):
             try:
                 functions[name] = getattr(importlib.import_module(module), function)
             except Exception as error:  # whatever the module's own code raises
-                raise ValueError(f"--reward_funcs {name} cannot be imported: {error}") from error
+                raise Refusal(f"--reward_funcs {name} cannot be imported: {error}") from error
         if not callable(functions[name]):
-            raise ValueError(
+            raise Refusal(
                 f"--reward_funcs {name} is {functions[name]!r}: wanted a function (prompts, completions, ..)."
             )
         wanted = [
@@ -89,7 +91,7 @@ def load_reward_funcs(names, columns):
         ]
         missing = set(wanted) - {"prompts", "completions"} - set(columns)
         if missing:
-            raise ValueError(
+            raise Refusal(
                 f"--reward_funcs {name} wants the column {', '.join(sorted(missing))}; beside prompts and "
                 f"completions it is given {', '.join(sorted(columns)) or 'nothing'}."
             )
@@ -108,17 +110,17 @@ def call_rewards(functions, prompts, completions, columns):
             values = _call(function, prompts, completions, columns)
         except Exception as error:
             i = _culprit(function, prompts, completions, columns)
-            raise ValueError(
+            raise Refusal(
                 f"reward {name} raised {type(error).__name__}: {error}; {_pair(prompts, completions, i)}"
             ) from error
         if len(values) != len(completions):
-            raise ValueError(
+            raise Refusal(
                 f"reward {name} returned {len(values)} numbers for {len(completions)} completions; first: "
                 f"{_pair(prompts, completions, 0)}"
             )
         for i, value in enumerate(values):
             if not _is_finite(value):
-                raise ValueError(
+                raise Refusal(
                     f"reward {name} returned {value!r}; wanted: a finite number; "
                     f"{_pair(prompts, completions, i)}"
                 )

@@ -2,6 +2,8 @@
 together.
 """
 
+from common.flags import Refusal
+
 OVERFLOW = ("truncate", "split", "drop", "error")
 TRUNCATION_MODES = ("keep_start", "keep_end")
 
@@ -9,7 +11,7 @@ TRUNCATION_MODES = ("keep_start", "keep_end")
 def check_limit(name, limit):
     """Raise ValueError unless `limit` is None (off) or a whole number >= 1."""
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise ValueError(f"{name} is {limit!r}; give a whole number >= 1, or leave it out.")
+        raise Refusal(f"{name} is {limit!r}; give a whole number >= 1, or leave it out.")
 
 
 def fit_to_length(input_ids, labels, max_length, overflow):
@@ -31,9 +33,9 @@ def fit_to_length(input_ids, labels, max_length, overflow):
     """
     check_limit("max_length", max_length)
     if overflow not in OVERFLOW:
-        raise ValueError(f"overflow is {overflow!r}; choose one of {', '.join(OVERFLOW)}.")
+        raise Refusal(f"overflow is {overflow!r}; choose one of {', '.join(OVERFLOW)}.")
     if len(input_ids) != len(labels):
-        raise ValueError(f"an example has {len(input_ids)} input_ids but {len(labels)} labels.")
+        raise Refusal(f"an example has {len(input_ids)} input_ids but {len(labels)} labels.")
     if max_length is None or len(input_ids) <= max_length:
         return [(input_ids, labels)]
     if overflow == "truncate":
@@ -43,7 +45,7 @@ def fit_to_length(input_ids, labels, max_length, overflow):
         return [(input_ids[i : i + max_length], labels[i : i + max_length]) for i in starts]
     if overflow == "drop":
         return []
-    raise ValueError(
+    raise Refusal(
         f"an example has {len(input_ids)} tokens, max_length is {max_length}. "
         "Raise max_length, or choose overflow truncate, split or drop."
     )
@@ -76,7 +78,7 @@ def truncate_pair(
     check_limit("max_completion_length", max_completion_length)
     check_limit("max_length", max_length)
     if truncation_mode not in TRUNCATION_MODES:
-        raise ValueError(f"truncation_mode is {truncation_mode!r}; choose keep_start or keep_end.")
+        raise Refusal(f"truncation_mode is {truncation_mode!r}; choose keep_start or keep_end.")
     # list[-0:] would be the whole list: safe only because no limit is 0
     prompt_ids = list(prompt_ids)[-max_prompt_length:] if max_prompt_length else list(prompt_ids)
     completion_ids = list(completion_ids)[:max_completion_length]

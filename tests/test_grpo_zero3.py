@@ -39,6 +39,7 @@ from transformers.generation import StopStringCriteria
 import grpo_zero3
 from common.checkpoints import list_checkpoints
 from common.collators import flatten
+from common.flags import parse_arguments
 from grpo_zero3 import (
     Arguments,
     Prompts,
@@ -53,7 +54,6 @@ from grpo_zero3 import (
     main,
     sample,
     start_distributed,
-    without_local_rank,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -1111,7 +1111,7 @@ def test_the_launchers_flag_is_swallowed(base):
         "a",
         "b",
     ]
-    [args] = HfArgumentParser(Arguments).parse_args_into_dataclasses(without_local_rank(flags))
+    args = parse_arguments(Arguments, flags)
     assert (args.max_steps, args.ds3_gather_for_generation, args.stop_strings) == (3, False, ["a", "b"])
 
 

@@ -51,6 +51,7 @@ from common.checkpoints import (
     check_output_dir,
     commit_files,
     commit_folder,
+    disk_errors_refused,
     find_checkpoint,
     fresh_folder,
     prepare_output_dir,
@@ -986,12 +987,15 @@ def main(args):
     check_arguments(args)
     if args.dry_run:
         return dry_run(args)
-    check_output_dir(args.output_dir, args.overwrite_output_dir, args.resume_from_checkpoint)
+    check_output_dir(
+        args.output_dir, args.overwrite_output_dir, args.resume_from_checkpoint, args.model_name_or_path
+    )
     rank, local_rank, world, device = start_distributed(args)
     sigterm = []
     previous_handler = signal.signal(signal.SIGTERM, lambda *_: sigterm.append(True))
     try:
-        return train(args, rank, local_rank, world, device, sigterm)
+        with disk_errors_refused(args.output_dir):
+            return train(args, rank, local_rank, world, device, sigterm)
     finally:
         signal.signal(signal.SIGTERM, previous_handler)
         if dist.is_initialized():

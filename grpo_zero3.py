@@ -54,6 +54,7 @@ from common.checkpoints import (
     check_output_dir,
     commit_files,
     commit_folder,
+    disk_errors_refused,
     find_checkpoint,
     fresh_folder,
     prepare_output_dir,
@@ -1174,7 +1175,9 @@ def main(args):
     check_arguments(args)
     if args.dry_run:
         return dry_run(args)
-    check_output_dir(args.output_dir, args.overwrite_output_dir, args.resume_from_checkpoint)
+    check_output_dir(
+        args.output_dir, args.overwrite_output_dir, args.resume_from_checkpoint, args.model_name_or_path
+    )
     # torch 2.11 knows only the older names of some functions, by which DeepSpeed calls them as well
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
     sigterm = []
@@ -1183,7 +1186,8 @@ def main(args):
     try:
         rank, local_rank, world, device = start_distributed(args)
         watch = Watchdog(args.collective_timeout_s, rank)
-        return train(args, rank, local_rank, world, device, sigterm, watch)
+        with disk_errors_refused(args.output_dir):
+            return train(args, rank, local_rank, world, device, sigterm, watch)
     finally:
         signal.signal(signal.SIGTERM, previous_handler)
         if ours and dist.is_initialized():

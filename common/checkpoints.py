@@ -2,65 +2,179 @@
 from.
 """
 
+import errno
 import json
 import os
 import re
 import shutil
+import tempfile
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from common.flags import Refusal
 
 NAME = re.compile(r"checkpoint-(\d+)")
+LEFTOVER = re.compile(NAME.pattern + r"\.(tmp|deleted)")
+PROGRESS = "progress.json"  # in each checkpoint, by which it is known as one of ours
 
 
-def check_output_dir(output_dir, overwrite, resume):
-    """Raise ValueError for a folder that holds another run, before anything in it is touched."""
+def check_output_dir(output_dir, overwrite, resume, model_name=None):
+    """Raise Refusal for a folder that holds another run, a user's files or the base model, or that cannot be
+    written, before anything in it is touched.
+
+    Args: overwrite, resume: the flags --overwrite_output_dir, --resume_from_checkpoint; model_name: the base.
+    """
     folder = Path(output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise Refusal(f"--output_dir {folder} is a file.")
-    taken = [name for name in ("metrics.jsonl", "summary.json", "config.json") if (folder / name).exists()]
-    taken += [path.name for _, path in list_checkpoints(folder)]
-    resumes_here = resume and (resume == "latest" or Path(resume).resolve().parent == folder.resolve())
-    if taken and not overwrite and not resumes_here:
-        raise Refusal(
-            f"--output_dir {folder} holds another run ({', '.join(taken[:4])}): choose another folder, "
-            "continue it with --resume_from_checkpoint latest, or replace it with --overwrite_output_dir."
-        )
     if overwrite and resume:
         raise Refusal(
             "--overwrite_output_dir removes what --resume_from_checkpoint needs: drop one of the two."
         )
+    if folder.exists() and not folder.is_dir():
+        raise Refusal(f"--output_dir {folder} is a file.")
+    if model_name and folder.is_dir() and Path(model_name).is_dir() and folder.samefile(model_name):
+        raise Refusal(
+            f"--output_dir {folder} is the folder of --model_name_or_path: the run would replace the model "
+            "that it starts from. Choose another folder."
+        )
+    if int(os.environ.get("RANK", 0)) == 0:
+        _try_to_write(folder)
+    resumes_here = resume and (resume == "latest" or Path(resume).resolve().parent == folder.resolve())
+    taken = _taken_names(folder)
+    foreign = [name for name in taken if not _is_ours(folder, name)]
+    if overwrite and foreign:
+        raise Refusal(
+            f"--output_dir {folder} holds files that no run of these scripts says it wrote "
+            f"({', '.join(foreign[:4])}): --overwrite_output_dir does not touch them. Choose another folder, "
+            "or move them away."
+        )
+    if taken and not overwrite and not resumes_here:
+        raise Refusal(
+            f"--output_dir {folder} holds another run, or files of a run's names ({', '.join(taken[:4])}): "
+            "choose another folder, continue it with --resume_from_checkpoint latest, or replace it with "
+            "--overwrite_output_dir."
+        )
 
 
+# Files that a run writes, besides its checkpoints; those of the model go by what transformers may write.
+RUN_FILES = ("metrics.jsonl", "summary.json")
 MODEL_FILES = ("*.safetensors*", "*config.json", "tokenizer*", "chat_template*", "vocab*", "merges.txt")
+RECORD = "run_files.json"  # in output_dir: the names of the files in it that runs wrote
+
+
+def _taken_names(folder):
+    """Names in the folder that a run may write, or would have to remove: its own, or a user's."""
+    files = {path.name for pattern in (*RUN_FILES, *MODEL_FILES) for path in folder.glob(pattern)}
+    folders = {path.name for path in folder.glob("checkpoint-*") if NAME.match(path.name)}
+    return sorted(files | folders, key=lambda name: (name not in RUN_FILES, name))
+
+
+def _is_ours(folder, name):
+    """Whether a run wrote this: a file that the record names, or a checkpoint of these scripts."""
+    if NAME.fullmatch(name):
+        return (folder / name / PROGRESS).is_file()
+    leftover = LEFTOVER.fullmatch(name) and (folder / RECORD).exists()
+    return bool(leftover) or name in _read_record(folder)
+
+
+def _read_record(folder):
+    try:
+        return set(json.loads((Path(folder) / RECORD).read_text()))
+    except FileNotFoundError:
+        return set()
+
+
+def _write_record(folder, names):
+    temporary = Path(folder) / f"{RECORD}.tmp"
+    temporary.write_text(json.dumps(sorted(names), indent=1))
+    os.replace(temporary, Path(folder) / RECORD)
+
+
+def _try_to_write(folder):
+    """Raise Refusal unless a file can be written in the folder; leaves nothing behind."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise Refusal(f"--output_dir {folder} cannot be written: {error}. Choose another folder.") from error
+    finally:
+        for path in missing:
+            if path.is_dir():
+                path.rmdir()
+
+
+# disk full, quota, read-only, too large, no permission, broken disk
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EIO)
+
+
+@contextmanager
+def disk_errors_refused(output_dir):
+    """What goes wrong with the disk while a run writes ends in one line that names the last good checkpoint.
+
+    Each library has an error of its own for a full disk: safetensors, torch.save and torch's distributed
+    checkpoints do not raise an OSError.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, CheckpointException, RuntimeError) as error:
+        of_disk = [cause for cause in _causes(error) if _is_of_the_disk(cause, output_dir)]
+        if not of_disk:
+            raise
+        whole = list_checkpoints(output_dir)
+        remedy = "it holds no checkpoint."
+        if whole:
+            remedy = f"{whole[-1][1].name} is whole: continue with --resume_from_checkpoint latest."
+        reason = " ".join(str(of_disk[-1]).split())
+        raise Refusal(f"--output_dir {output_dir} can no longer be written: {reason}; {remedy}") from error
+
+
+def _causes(error):
+    """The errors of all ranks, where torch's checkpoint has gathered them."""
+    failures = error.failures.values() if isinstance(error, CheckpointException) else ()
+    return [error, *(cause for cause, _ in failures)]
+
+
+def _is_of_the_disk(error, output_dir):
+    if isinstance(error, OSError):
+        inside = error.filename and Path(output_dir).resolve() in Path(str(error.filename)).resolve().parents
+        return error.errno in DISK_ERRORS or bool(inside)
+    # in words of safetensors, and of torch.save
+    return any(words in str(error) for words in ("os error", "inline_container", "iostream error"))
 
 
 def prepare_output_dir(output_dir, step, keep=()):
     """Remove what an abandoned run left after `step` (0 for a new run): checkpoints, metrics, summary,
-    model; files named in `keep` stay.
+    model; files named in `keep` stay, and so does every file that no run says it wrote.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     for number, path in list_checkpoints(folder):
         if number > step:  # or "latest" would go back to it
             _remove_checkpoint(path)
+    ours = _read_record(folder)
+    if ours:  # what a kill left of a checkpoint that was being written or deleted
+        for path in folder.glob("checkpoint-*"):
+            if LEFTOVER.fullmatch(path.name):
+                shutil.rmtree(path)
     metrics = folder / "metrics.jsonl"
     if metrics.exists():
         lines = metrics.read_text().splitlines(keepends=True)
         whole = [line for line in lines if line.endswith("\n")]  # a killed run may have left half a line
         metrics.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
     # a file that the new model does not write would be read as a part of it
-    for pattern in ("summary.json", *MODEL_FILES):
-        for file in folder.glob(pattern):
-            if file.name not in keep:
-                file.unlink()
+    for name in ours - {"metrics.jsonl", *keep}:
+        (folder / name).unlink(missing_ok=True)
+    _write_record(folder, {*RUN_FILES, *(ours & set(keep))})
 
 
 def fresh_folder(path):
@@ -92,7 +206,10 @@ def commit_files(temporary, folder):
     """
     umask = os.umask(0)
     os.umask(umask)
-    for file in sorted(Path(temporary).iterdir()):
+    files = sorted(Path(temporary).iterdir())
+    # before the files, so that no kill leaves one that the record does not name
+    _write_record(folder, _read_record(folder) | {file.name for file in files})
+    for file in files:
         file.chmod(0o666 & ~umask)  # safetensors writes files that only their owner may read
         _sync(file)
         os.replace(file, Path(folder) / file.name)
@@ -100,10 +217,12 @@ def commit_files(temporary, folder):
 
 
 def list_checkpoints(output_dir):
-    """Whole checkpoints of a run, oldest first: [(step, Path), ..]. Unfinished ones carry another name."""
+    """Whole checkpoints of these scripts, oldest first: [(step, Path), ..]. Unfinished ones carry another
+    name.
+    """
     folder = Path(output_dir)
     matches = [(NAME.fullmatch(path.name), path) for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted((int(match[1]), path) for match, path in matches if match and path.is_dir())
+    return sorted((int(match[1]), path) for match, path in matches if match and (path / PROGRESS).is_file())
 
 
 def find_checkpoint(output_dir, name):
@@ -112,8 +231,10 @@ def find_checkpoint(output_dir, name):
     Raises: ValueError if there is none.
     """
     if name != "latest":
-        if not NAME.fullmatch(Path(name).name) or not Path(name).is_dir():
-            raise Refusal(f"--resume_from_checkpoint {name}: not a folder checkpoint-<step>.")
+        if not NAME.fullmatch(Path(name).name) or not (Path(name) / PROGRESS).is_file():
+            raise Refusal(
+                f"--resume_from_checkpoint {name}: not a folder checkpoint-<step> of one of these scripts."
+            )
         return Path(name)
     checkpoints = list_checkpoints(output_dir)
     if not checkpoints:
@@ -143,7 +264,7 @@ def write_training_state(folder, tensors, progress, rank):
         random_state["cuda"] = torch.cuda.get_rng_state()
     save_file(random_state, folder / f"random_state_{rank}.rng")
     if rank == 0:
-        (folder / "progress.json").write_text(json.dumps(progress, indent=1))
+        (folder / PROGRESS).write_text(json.dumps(progress, indent=1))
 
 
 def read_training_state(folder, tensors, rank):

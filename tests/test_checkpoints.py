@@ -1,6 +1,8 @@
 """A checkpoint is whole or not there, however the process ends."""
 
+import importlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from common.checkpoints import (
     rotate_checkpoints,
     write_training_state,
 )
+from common.flags import Refusal
 
 
 def write(folder, **files):
@@ -32,7 +35,10 @@ def write(folder, **files):
 def save(output_dir, step):
     """A checkpoint of two files, as a run writes it."""
     path = Path(output_dir) / f"checkpoint-{step}"
-    commit_folder(write(fresh_folder(path.with_suffix(".tmp")), weights=f"w{step}", progress="{}"), path)
+    temporary = write(
+        fresh_folder(path.with_suffix(".tmp")), **{"weights": f"w{step}", "progress.json": "{}"}
+    )
+    commit_folder(temporary, path)
     return path
 
 
@@ -41,7 +47,7 @@ def steps(output_dir):
 
 
 def is_whole(path):
-    return sorted(file.name for file in path.iterdir()) == ["progress", "weights"]
+    return sorted(file.name for file in path.iterdir()) == ["progress.json", "weights"]
 
 
 # --- Folders ---
@@ -82,6 +88,7 @@ def test_files_replace_files_of_the_same_name_only(tmp_path):
         "config": "new",
         "metrics": "kept",
         "weights": "new",
+        "run_files.json": '[\n "config",\n "weights"\n]',
     }
     assert not temporary.exists()
 
@@ -97,7 +104,7 @@ def test_checkpoints_are_listed_by_number(tmp_path):
         "checkpoint-x",
         "my-checkpoint-5",
     ):
-        fresh_folder(tmp_path / name)
+        write(fresh_folder(tmp_path / name), **{"progress.json": "{}"})
     assert list_checkpoints(tmp_path) == [(n, tmp_path / f"checkpoint-{n}") for n in (9, 10, 100)]
     assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-100"
     assert find_checkpoint(tmp_path, f"{tmp_path}/checkpoint-9/") == tmp_path / "checkpoint-9"
@@ -190,24 +197,98 @@ def test_killed_while_overwriting_no_half_checkpoint_is_listed(tmp_path):
 # --- The output folder ---
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "config.json", "checkpoint-4"])
-def test_another_runs_folder_is_refused(name, tmp_path):
-    check_output_dir(tmp_path / "missing", overwrite=False, resume=None)
+def a_finished_run(folder, *files):
+    """As a run leaves it: the record, metrics, a checkpoint, and `files` of its model."""
+    prepare_output_dir(folder, step=0)
+    write(folder, **{"metrics.jsonl": '{"step": 1}\n', "summary.json": "{}"})
+    save(folder, 1)
+    commit_files(write(fresh_folder(folder / "model.tmp"), **{name: "ours" for name in files}), folder)
+    return folder
+
+
+def contents(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_finished_runs_folder_is_taken_and_may_be_replaced_or_continued(tmp_path):
+    check_output_dir(tmp_path / "missing" / "folder", overwrite=False, resume=None)
+    assert not (tmp_path / "missing").exists()  # tried, and gone again
     check_output_dir(write(tmp_path, notes="mine"), overwrite=False, resume=None)
-    if name == "checkpoint-4":
-        save(tmp_path, 4)
-    else:
-        (tmp_path / name).write_text("{}")
-    with pytest.raises(ValueError, match=f"holds another run \\({name}\\)"):
+    a_finished_run(tmp_path, "config.json", "model.safetensors")
+    with pytest.raises(Refusal, match="holds another run, .*\\(metrics.jsonl, summary.json, checkpoint-1"):
         check_output_dir(tmp_path, overwrite=False, resume=None)
     check_output_dir(tmp_path, overwrite=True, resume=None)
     check_output_dir(tmp_path, overwrite=False, resume="latest")
+
+
+FOREIGN = [
+    "ds_config.json",
+    "my_adapter.safetensors",
+    "tokenizer_notes.txt",
+    "vocab_sft.jsonl",
+    "config.json",
+]
+
+
+@pytest.mark.parametrize("name", [*FOREIGN, "config.json", "metrics.jsonl", "summary.json", "checkpoint-4"])
+def test_a_folder_with_a_users_files_is_taken_even_if_overwritten(name, tmp_path):
+    if name == "checkpoint-4":  # another trainer's
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, **{"trainer_state.json": "{}"})
+        assert list_checkpoints(tmp_path) == []
+    else:
+        write(tmp_path, **{name: "mine"})
+    for overwrite, message in ((False, "files of a run's names"), (True, "does not touch them")):
+        with pytest.raises(Refusal, match=f"{message}|{name}.*{message}"):
+            check_output_dir(tmp_path, overwrite=overwrite, resume=None)
+
+
+def test_what_a_user_put_beside_a_run_outlives_it(tmp_path):
+    a_finished_run(tmp_path, "config.json", "model-00001-of-00002.safetensors", "tokenizer.json")
+    write(tmp_path, **{"ds_config.json": "mine", "tokenizer_notes.txt": "mine"})
+    (tmp_path / "checkpoint-9").mkdir()
+    write(tmp_path / "checkpoint-9", **{"trainer_state.json": "{}"})
+    with pytest.raises(Refusal, match="checkpoint-9, ds_config.json, tokenizer_notes.txt"):
+        check_output_dir(tmp_path, overwrite=True, resume=None)
+    prepare_output_dir(tmp_path, step=0)
+    kept = {"metrics.jsonl", "run_files.json", "ds_config.json", "tokenizer_notes.txt"}
+    assert contents(tmp_path) == kept | {"checkpoint-9/trainer_state.json"}
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_a_file_that_a_kill_left_behind_is_in_the_record(tmp_path):
+    prepare_output_dir(tmp_path, step=0)
+    action = "import os; os.replace = lambda a, b: die() if 'b.json' in str(b) else os.rename(a, b)\n"
+    action += "files = {'a_config.json': '1', 'b.json': '2'}\n"
+    action += (
+        "checkpoints.commit_files(write(checkpoints.fresh_folder(folder / 'model.tmp'), **files), folder)"
+    )
+    run_until_killed(tmp_path, action)
+    assert (tmp_path / "a_config.json").exists()
+    prepare_output_dir(tmp_path, step=0)
+    assert not (tmp_path / "a_config.json").exists()
+
+
+def test_what_kills_left_of_checkpoints_is_cleared_at_the_next_start(tmp_path):
+    a_finished_run(tmp_path)
+    save(tmp_path, 2)
+    action = "checkpoints.shutil.rmtree = die_halfway; checkpoints.rotate_checkpoints(folder, 1)"
+    run_until_killed(tmp_path, action)
+    fresh_folder(tmp_path / "checkpoint-3.tmp")
+    assert (tmp_path / "checkpoint-1.deleted").is_dir()
+    prepare_output_dir(tmp_path, step=2)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2"]
 
 
 def test_a_file_as_folder_and_two_wishes_at_once_are_refused(tmp_path):
     write(tmp_path, file="x")
     with pytest.raises(ValueError, match="is a file"):
         check_output_dir(tmp_path / "file", overwrite=True, resume=None)
+    for folder in (tmp_path / "file" / "below", Path("/proc/nowhere/run")):
+        with pytest.raises(
+            Refusal, match=f"--output_dir {folder} cannot be written: .*Choose another folder"
+        ):
+            check_output_dir(folder, overwrite=False, resume=None)
     with pytest.raises(ValueError, match="drop one of the two"):
         check_output_dir(tmp_path, overwrite=True, resume="latest")
 
@@ -216,19 +297,71 @@ def test_resuming_drops_the_metrics_of_later_steps(tmp_path):
     lines = [json.dumps({"step": step}) + "\n" for step in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"step": 4, "lo')  # killed in mid-line
     (tmp_path / "summary.json").write_text("{}")
+    (tmp_path / "run_files.json").write_text('["metrics.jsonl", "summary.json"]')
     save(tmp_path, 2)
     prepare_output_dir(tmp_path, step=2)
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines[:2])
     assert not (tmp_path / "summary.json").exists() and steps(tmp_path) == [2]
 
 
-def test_overwriting_leaves_nothing_of_the_other_run(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    save(tmp_path, 1)
-    prepare_output_dir(tmp_path, step=0)
-    assert steps(tmp_path) == [] and (tmp_path / "metrics.jsonl").read_text() == ""
-    prepare_output_dir(tmp_path / "new" / "folder", step=0)
-    assert (tmp_path / "new" / "folder").is_dir()
+@pytest.mark.parametrize("script", ["sft_packing", "dpo_padding_free", "grpo_zero3"])
+@pytest.mark.parametrize("flags", [{"overwrite_output_dir": True}, {"resume_from_checkpoint": "latest"}, {}])
+def test_the_base_models_folder_is_no_output_folder(flags, script, tmp_path):
+    module = importlib.import_module(script)
+    model = tmp_path / "model"
+    shutil.copytree(Path(__file__).parents[1] / "demo" / "model", model)
+    save(model, 1)
+    before = contents(model)
+    (tmp_path / "link").symlink_to(model)
+    for name in (model, tmp_path / "link"):
+        args = module.Arguments(model_name_or_path=str(name), output_dir=f"{model}/", **flags)
+        with pytest.raises(Refusal, match="is the folder of --model_name_or_path"):
+            module.main(args)
+    assert contents(model) == before
+
+
+FULL = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+sys.path.insert(0, {root!r})
+import {script} as script
+from common.flags import run_script
+
+def main(args):
+    # as on a full disk, writing fails: here in files of more than a MiB, which only those of weights are
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, resource.RLIM_INFINITY))
+    script.main(args)
+
+if {full}:
+    sys.argv[1:] = {flags!r}
+    run_script(main, script.Arguments)
+else:
+    script.main(script.Arguments(**{settings!r}))
+"""
+
+
+@pytest.mark.parametrize("script", ["sft_packing", "grpo_zero3"])
+def test_a_full_disk_ends_in_one_line_that_names_the_last_checkpoint(script, tmp_path):
+    settings = {"output_dir": str(tmp_path), "save_steps": 1, "max_steps": 1}
+    if script == "sft_packing":
+        settings["max_length"] = 64
+    else:
+        settings |= {"max_completion_length": 2, "per_device_train_batch_size": 8}
+
+    def run(full):
+        flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+        root = str(Path(__file__).parents[1])
+        code = FULL.format(root=root, script=script, full=full, flags=flags, settings=settings)
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+
+    done = run(full=False)
+    assert done.returncode == 0, done.stderr
+    settings |= {"max_steps": 2, "resume_from_checkpoint": "latest"}
+    ended = run(full=True)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr, ended.stderr
+    assert f"ValueError: --output_dir {tmp_path} can no longer be written: " in ended.stderr
+    assert "checkpoint-1 is whole: continue with --resume_from_checkpoint latest." in ended.stderr
+    assert steps(tmp_path) == [1]
 
 
 # --- The training state ---

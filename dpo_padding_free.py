@@ -61,13 +61,20 @@ from common.checkpoints import (
 )
 from common.collators import IGNORE, flatten, flatten_shared_prompt, pad
 from common.data import (
-    check_text,
+    check_chat_template,
+    check_repeats,
+    check_row,
     check_token_ids,
-    end_with_eos,
+    encode_completion,
+    end_token_ids,
     load_rows,
-    render_chat,
+    map_rows,
+    repeats_prompt,
     shared_prefix_length,
     source_hash,
+    template_kwargs,
+    unused_columns,
+    without_nulls,
 )
 from common.dry_run import explore, load_config, pretend
 from common.flags import Refusal, check_dry_run, flag, refuse, run_script
@@ -83,12 +90,13 @@ from common.memory import (
     traffic,
 )
 from common.offload import MIN_BYTES, OffloadActivations, keep_on_device
-from common.pretrained import load_tokenizer_and_config, write_pretrained
+from common.pretrained import load_generation_config, load_tokenizer_and_config, write_pretrained
 from common.reference import REFERENCE, model_fingerprint, read_reference, write_reference
 from common.report import (
     describe_dry_run,
     describe_pairs,
     describe_speed,
+    describe_start,
     ledger_title,
     summarize,
     write_metrics,
@@ -241,49 +249,36 @@ def largest_pair(args):
 # --- 2. Data ---
 
 
-def tokenize(example, tokenizer):
+def tokenize(example, tokenizer, end_ids=()):
     """One pair of any supported form -> (prompt_ids, chosen_ids, rejected_ids, moved).
 
-    The prompt ends with the chat template's generation prompt. It is tokenised alone and together with each
-    completion; where that differs, it ends at the last token which all share, and moved is True.
+    The prompt ends with the chat template's generation prompt, or in the middle of a turn that the
+    completions continue. It is tokenised alone and together with each completion; where that differs, it ends
+    at the last token which all share, and moved is True.
     """
-    check_text(example, [name for name in ("prompt", "chosen", "rejected") if name in example])
-    prompt, chosen, rejected = example.get("prompt"), example["chosen"], example["rejected"]
-    conversation = isinstance(chosen, list)
-    if prompt is None and conversation:
-        # the messages that both begin with, but never the last one: the answers may be equal up to there
-        length = min(shared_prefix_length(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
-        prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
+    check_row(example, [name for name in ("prompt", "chosen", "rejected") if name in example])
+    prompt, *pair = (without_nulls(example.get(name)) for name in ("prompt", "chosen", "rejected"))
+    implicit, conversation = prompt is None, isinstance(pair[0], list)
     if conversation:
-        answers = chosen[0]["role"] == rejected[0]["role"] == "assistant"
-        for name, messages in (("chosen", chosen), ("rejected", rejected)):
+        for name, messages in zip(("chosen", "rejected"), pair):
             if messages[-1]["role"] != "assistant":
                 raise Refusal(f"{name} ends with a message of role {messages[-1]['role']}: no answer.")
-        if example.get("prompt") and prompt[-1]["role"] == "assistant" and answers:
-            raise Refusal("prompt ends with an answer, and chosen and rejected begin with another one.")
-        prompt_ids = render_chat(prompt, tokenizer, add_generation_prompt=answers)[0] if prompt else []
-        whole = [render_chat([*prompt, *completion], tokenizer)[0] for completion in (chosen, rejected)]
-        whole = [end_turn(input_ids, tokenizer) for input_ids in whole]
-    else:
-        texts = (chosen, rejected) if prompt is None else (prompt + chosen, prompt + rejected)
-        whole = [end_with_eos(tokenizer(text)["input_ids"], tokenizer) for text in texts]
-        if prompt is None:
-            # the tokens that both begin with, but never all: one may be the other's beginning
-            length = min(shared_prefix_length(*whole), len(whole[0]) - 1, len(whole[1]) - 1)
-            prompt_ids = whole[0][:length]
-        else:
-            prompt_ids = tokenizer(prompt)["input_ids"]
-    shared = min(shared_prefix_length(prompt_ids, input_ids) for input_ids in whole)
-    return prompt_ids[:shared], whole[0][shared:], whole[1][shared:], shared < len(prompt_ids)
-
-
-def end_turn(input_ids, tokenizer):
-    """End in EOS, as generation does: without the line break with which some templates follow it."""
-    if tokenizer.eos_token_id in input_ids:
-        end = len(input_ids) - input_ids[::-1].index(tokenizer.eos_token_id)
-        if not tokenizer.decode(input_ids[end:]).strip():
-            return input_ids[:end]
-    return end_with_eos(input_ids, tokenizer)
+    if implicit and conversation:
+        # the messages that both begin with, but never the last one: the answers may be equal up to there
+        length = min(shared_prefix_length(*pair), len(pair[0]) - 1, len(pair[1]) - 1)
+        prompt, pair = pair[0][:length], [messages[length:] for messages in pair]
+    kwargs = template_kwargs(example)
+    encoded = [
+        encode_completion(prompt or type(one)(), one, tokenizer, template_kwargs=kwargs, end_ids=end_ids)
+        for one in pair
+    ]
+    prompts, whole = [prompt_ids for prompt_ids, _, _ in encoded], [input_ids for _, input_ids, _ in encoded]
+    if implicit and not conversation:
+        # the tokens that both begin with, but never all: one may be the other's beginning
+        length = min(shared_prefix_length(*whole), len(whole[0]) - 1, len(whole[1]) - 1)
+        prompts = [whole[0][:length]] * 2
+    shared = min(shared_prefix_length(prompts[i], whole[j]) for i in (0, 1) for j in (0, 1))
+    return prompts[0][:shared], whole[0][shared:], whole[1][shared:], shared < max(map(len, prompts))
 
 
 def check_columns(rows, name, tokenizer, args):
@@ -292,12 +287,11 @@ def check_columns(rows, name, tokenizer, args):
     if not {"chosen", "rejected"} <= set(columns):
         wanted = "chosen and rejected, and prompt unless they begin with it"
         raise Refusal(f"{name} has the columns {', '.join(columns)}; wanted: {wanted}.")
-    refuse("tools" in columns, f"{name} has a column tools: tools in chats are not supported.")
-    if isinstance(first["chosen"], list) and tokenizer.chat_template is None:
-        raise Refusal(f"{name} holds conversations, but {args.model_name_or_path} has no chat template.")
+    if isinstance(first["chosen"], list):
+        check_chat_template(tokenizer, name, args.model_name_or_path)
 
 
-def load_examples(name, split, tokenizer, args):
+def load_examples(name, split, tokenizer, args, end_ids=()):
     """Tokenised pairs, cut to the limits; none without a difference, none with a completion of no scored
     token.
 
@@ -307,7 +301,7 @@ def load_examples(name, split, tokenizer, args):
     """
     rows = load_rows(name, split)
     check_columns(rows, name, tokenizer, args)
-    # datasets caches a map under a hash of all that its function refers to: not of args, then
+    # the cache's key is a hash of all that the function refers to: not of args, then
     limits = {
         "max_prompt_length": args.max_prompt_length,
         "max_completion_length": args.max_completion_length,
@@ -315,30 +309,41 @@ def load_examples(name, split, tokenizer, args):
         "truncation_mode": args.truncation_mode,
     }
 
-    def encode(example, index, code):  # code: only a part of the cache's key
+    def encode(example, index):
         try:
-            prompt_ids, chosen_ids, rejected_ids, moved = tokenize(example, tokenizer)
+            prompt_ids, chosen_ids, rejected_ids, moved = tokenize(example, tokenizer, end_ids)
         except Refusal as error:  # a null, a number, a role that the template refuses: say in which example
             raise Refusal(f"{name}, example {index}: {error}") from error
-        cut = cut_pair(prompt_ids, chosen_ids, rejected_ids, limits)
-        return {"example": index, "boundaries_moved": moved, **cut}
+        marks = {
+            "boundaries_moved": moved,
+            "promptless": set(prompt_ids) <= {tokenizer.bos_token_id},
+            "repeats": repeats_prompt(example.get("prompt"), example["chosen"], example["rejected"]),
+        }
+        return {"example": index, **marks, **cut_pair(prompt_ids, chosen_ids, rejected_ids, limits)}
 
-    # datasets knows the functions of imported modules by name only: their text has to join the key
-    code = source_hash(__file__)
-    # and it would guess types from the first 1,000 rows: of prompts that are all empty, none
+    # datasets would guess types from the first 1,000 rows: of prompts that are all empty, none
     ids, number, mark = List(Value("int64")), Value("int64"), Value("bool")
-    first = encode(rows[0], 0, code).items()
+    first = encode(rows[0], 0).items()
     kinds = {n: ids if n in TOKENS else mark if isinstance(value, bool) else number for n, value in first}
-    examples = rows.map(
+    examples = map_rows(
+        rows,
         encode,
+        source_hash(__file__),
         features=Features(kinds),
         with_indices=True,
         remove_columns=rows.column_names,
         num_proc=args.dataset_num_proc,
-        fn_kwargs={"code": code},
         desc=f"Tokenising {name}",
     )
     counts = {n: np.array(examples[n]) for n in examples.column_names if n not in TOKENS}
+    check_repeats(name, counts["repeats"].tolist())
+    unused = unused_columns(rows, ("prompt", "chosen", "rejected"))
+    if "prompt" not in rows.column_names and counts["promptless"].mean() > 0.5:
+        raise Refusal(
+            f"{name} has no column prompt, and chosen and rejected of {counts['promptless'].sum()} of its "
+            f"{len(examples)} pairs have no beginning in common that could be one. Rename the column that "
+            f"holds it to prompt; there are {', '.join(unused) or 'no others'}."
+        )
     used = ~(counts["equal"] | counts["unscored"])
     data = {
         "examples_read": len(examples),
@@ -348,6 +353,7 @@ def load_examples(name, split, tokenizer, args):
         "examples_truncated": int((counts["tokens_cut"] > 0)[used].sum()),
         **{name: int(counts[name][used].sum()) for name in COUNTED},
         "tokens_kept": int((counts["chosen_length"] + counts["rejected_length"])[used].sum()),
+        "columns_unused": unused,
     }
     if not used.any():
         raise Refusal(
@@ -921,16 +927,16 @@ def save_model(args, model, tokenizer, rank):
     barrier()
 
 
-def prepare_data(args, tokenizer, vocab_size, local_rank):
+def prepare_data(args, tokenizer, vocab_size, local_rank, end_ids=()):
     """Returns training pairs, evaluation pairs (None without --eval_dataset_name), and counts."""
     if local_rank != 0:
         barrier()  # the first rank of each machine tokenises; the others then read its cache
-    examples, data = load_examples(args.dataset_name, args.dataset_train_split, tokenizer, args)
+    examples, data = load_examples(args.dataset_name, args.dataset_train_split, tokenizer, args, end_ids)
     check_token_ids(examples, vocab_size, args.dataset_name, TOKENS)
     pairs, eval_pairs = Pairs(examples, args, args.dataset_name), None
     if args.eval_dataset_name:
         name, split = args.eval_dataset_name, args.dataset_test_split
-        examples, data["eval"] = load_examples(name, split, tokenizer, args)
+        examples, data["eval"] = load_examples(name, split, tokenizer, args, end_ids)
         check_token_ids(examples, vocab_size, name, TOKENS)
         eval_pairs = Pairs(examples, args, name)
     if local_rank == 0:
@@ -1007,7 +1013,8 @@ def train(args, rank, local_rank, world, device, sigterm):
     tokenizer, config = load_tokenizer_and_config(args.model_name_or_path, args.max_length)
     if args.use_liger_kernel:
         check_liger(config.model_type)
-    pairs, eval_pairs, data = prepare_data(args, tokenizer, config.vocab_size, local_rank)
+    end_ids = end_token_ids(tokenizer, load_generation_config(args.model_name_or_path, config))
+    pairs, eval_pairs, data = prepare_data(args, tokenizer, config.vocab_size, local_rank, end_ids)
     pad_token_id = tokenizer.pad_token_id or 0  # masked: any id will do
     objective = f"{args.loss_type} {args.beta} {args.label_smoothing}"
     fingerprint = f"{pairs.fingerprint()} {args.seed} {objective}"
@@ -1060,6 +1067,8 @@ def train(args, rank, local_rank, world, device, sigterm):
     others = [reference_model] if reference_model else []
     track_step = min(2, total_steps - progress["step"])
     meter = MemoryMeter(model, optimizer, device, args.measure_memory, track_step, offload, others)
+    if rank == 0:
+        print(describe_start(args, data, total_steps))
     bar = tqdm(total=total_steps, initial=progress["step"], desc="DPO", unit="step", disable=rank != 0)
     steps = pairs.steps(progress["epoch"], progress["pairs_done"], world)
 

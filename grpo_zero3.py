@@ -43,7 +43,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     DynamicCache,
-    GenerationConfig,
     get_scheduler,
 )
 from transformers.generation import StopStringCriteria
@@ -61,17 +60,28 @@ from common.checkpoints import (
     rotate_checkpoints,
 )
 from common.collators import flatten, flatten_shared_prompt
-from common.data import check_text, check_token_ids, load_rows, render_chat, source_hash
+from common.data import (
+    check_chat_template,
+    check_row,
+    check_token_ids,
+    encode_prompt,
+    end_token_ids,
+    load_rows,
+    map_rows,
+    source_hash,
+    template_kwargs,
+)
 from common.dry_run import explore, load_config, pretend
 from common.flags import Refusal, check_dry_run, flag, refuse, run_script
 from common.logps import check_head, head_computes, token_logps, two_chunks_only
 from common.memory import ByteCounter, MemoryMeter, format_ledger, memory_ledger, peak_memory_bytes
-from common.pretrained import load_tokenizer_and_config, write_pretrained_streamed
+from common.pretrained import load_generation_config, load_tokenizer_and_config, write_pretrained_streamed
 from common.report import (
     describe_dry_run,
     describe_prompts,
     describe_rewards,
     describe_speed,
+    describe_start,
     format_completions,
     ledger_title,
     summarize,
@@ -226,18 +236,15 @@ class Prompts:
         if "prompt" not in rows.column_names:
             raise Refusal(f"{name} has the columns {', '.join(rows.column_names)}; wanted: prompt.")
         self.conversational = isinstance(rows[0]["prompt"], list)
-        if self.conversational and tokenizer.chat_template is None:
-            raise Refusal(f"{name} holds conversations, but {args.model_name_or_path} has no chat template.")
-        # by itself: datasets caches a map under a hash of all that its function refers to
+        if self.conversational:
+            check_chat_template(tokenizer, name, args.model_name_or_path)
+        # by itself: the cache's key is a hash of all that the function refers to
         limit = args.max_prompt_length
 
-        def encode(example, index, code):  # code: only a part of the cache's key
+        def encode(example, index):
             try:
-                check_text(example, ["prompt"])
-                if isinstance(example["prompt"], list):
-                    prompt_ids, _ = render_chat(example["prompt"], tokenizer, add_generation_prompt=True)
-                else:
-                    prompt_ids = tokenizer(example["prompt"])["input_ids"]
+                check_row(example, ["prompt"])
+                prompt_ids = encode_prompt(example["prompt"], tokenizer, template_kwargs(example))
             except Refusal as error:  # a null, a number, a role that the template refuses
                 raise Refusal(f"{name}, example {index}: {error}") from error
             if not prompt_ids:
@@ -245,12 +252,13 @@ class Prompts:
             kept, _ = truncate_pair(prompt_ids, [], max_prompt_length=limit)
             return {"input_ids": kept, "tokens_cut": len(prompt_ids) - len(kept)}
 
-        self.examples = rows.map(
+        self.examples = map_rows(
+            rows,
             encode,
+            source_hash(__file__),
             with_indices=True,
             remove_columns=rows.column_names,
             num_proc=args.dataset_num_proc,
-            fn_kwargs={"code": source_hash(__file__)},
             desc=f"Tokenising {name}",
         )
         self.rows, self.seed = rows, args.seed
@@ -262,6 +270,7 @@ class Prompts:
             "examples_truncated": int((cut > 0).sum()),
             "tokens_kept": sum(map(len, self.examples["input_ids"])),
             "tokens_cut": int(cut.sum()),
+            "columns_unused": [],
         }
 
     def __len__(self):
@@ -914,15 +923,8 @@ class Rollouts:
     def __init__(self, args, engine, prompts, tokenizer, functions, rank, world, device, watch):
         self.args, self.engine, self.prompts, self.tokenizer = args, engine, prompts, tokenizer
         self.functions, self.rank, self.world, self.device, self.watch = functions, rank, world, device, watch
-        generation = GenerationConfig.from_model_config(engine.module.config)
-        try:
-            generation = GenerationConfig.from_pretrained(args.model_name_or_path)
-        except OSError:
-            pass  # the model came without one
-        ends = [generation.eos_token_id, tokenizer.eos_token_id]
-        self.end_ids = {
-            i for end in ends if end is not None for i in (end if isinstance(end, list) else [end])
-        }
+        generation = load_generation_config(args.model_name_or_path, engine.module.config)
+        self.end_ids = end_token_ids(tokenizer, generation)
         self.stopped = None
         if args.stop_strings:
             criteria = StopStringCriteria(tokenizer, args.stop_strings)
@@ -1247,6 +1249,8 @@ def train(args, rank, local_rank, world, device, sigterm, watch):
         prepare_output_dir(args.output_dir, progress["step"])
     dist.barrier()
     metrics, totals = {}, {"seconds": 0.0, "tokens": 0, "real_tokens": 0}
+    if rank == 0:
+        print(describe_start(args, prompts.data, total_steps))
     bar = tqdm(total=total_steps, initial=progress["step"], desc="GRPO", unit="step", disable=rank != 0)
 
     while progress["step"] < total_steps:

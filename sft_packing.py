@@ -18,7 +18,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
@@ -63,13 +62,22 @@ from common.checkpoints import (
 )
 from common.collators import IGNORE, flatten, pad
 from common.data import (
-    check_text,
+    check_chat_template,
+    check_repeats,
+    check_row,
     check_token_ids,
+    encode_completion,
+    end_token_ids,
     end_with_eos,
     load_rows,
+    map_rows,
     render_chat,
+    repeats_prompt,
     shared_prefix_length,
     source_hash,
+    template_kwargs,
+    text_ids,
+    unused_columns,
 )
 from common.dry_run import explore, load_config, pretend
 from common.flags import Refusal, check_dry_run, flag, refuse, run_script
@@ -85,11 +93,12 @@ from common.memory import (
     traffic,
 )
 from common.offload import MIN_BYTES, OffloadActivations, keep_on_device
-from common.pretrained import load_tokenizer_and_config, write_pretrained
+from common.pretrained import load_generation_config, load_tokenizer_and_config, write_pretrained
 from common.report import (
     describe_data,
     describe_dry_run,
     describe_speed,
+    describe_start,
     ledger_title,
     summarize,
     write_metrics,
@@ -209,26 +218,27 @@ def check_arguments(args):
 TYPES = (("messages",), ("text",), ("prompt", "completion"))
 
 
-def tokenize(example, tokenizer, assistant_only_loss):
+def tokenize(example, tokenizer, assistant_only_loss, end_ids=()):
     """One example of any supported type -> (input_ids, labels), of one length; labels -100 = not scored."""
-    check_text(example, next(columns for columns in TYPES if set(columns) <= set(example)))
-    if "messages" in example:
-        input_ids, scored = render_chat(example["messages"], tokenizer, assistant_only_loss)
-    elif "text" in example:
-        input_ids = tokenizer(example["text"])["input_ids"]
-        input_ids = end_with_eos(input_ids, tokenizer)
+    columns = next(columns for columns in TYPES if set(columns) <= set(example))
+    check_row(example, columns)
+    kwargs = template_kwargs(example)
+    if columns == ("messages",):
+        input_ids, scored = render_chat(
+            example["messages"], tokenizer, assistant_only_loss, kwargs, end_ids=end_ids
+        )
+    elif columns == ("text",):
+        input_ids = end_with_eos(text_ids(example["text"], tokenizer), tokenizer, end_ids)
         scored = [True] * len(input_ids)
     else:
-        prompt, completion = example["prompt"], example["completion"]
-        if isinstance(prompt, list):
-            prompt_ids, _ = render_chat(prompt, tokenizer, False, add_generation_prompt=True)
-            input_ids, scored = render_chat([*prompt, *completion], tokenizer, assistant_only_loss)
-        else:
-            prompt_ids = tokenizer(prompt)["input_ids"]
-            input_ids = end_with_eos(tokenizer(prompt + completion)["input_ids"], tokenizer)
-            scored = [True] * len(input_ids)
-        # A tokenizer may join the prompt's last characters to the completion's first: the prompt ends, for
-        # the loss, at the last token that both ways of tokenising share.
+        prompt_ids, input_ids, scored = encode_completion(
+            example["prompt"],
+            example["completion"],
+            tokenizer,
+            template_kwargs=kwargs,
+            end_ids=end_ids,
+            assistant_only_loss=assistant_only_loss,
+        )
         shared = shared_prefix_length(prompt_ids, input_ids)
         scored[:shared] = [False] * shared
     return input_ids, [token if keep else IGNORE for token, keep in zip(input_ids, scored)]
@@ -240,20 +250,14 @@ def check_columns(rows, name, tokenizer, args):
     wanted = "messages, or text, or prompt and completion"
     if not ("messages" in columns or "text" in columns or {"prompt", "completion"} <= set(columns)):
         raise Refusal(f"{name} has the columns {', '.join(columns)}; wanted: {wanted}.")
-    refuse("tools" in columns, f"{name} has a column tools: tools in chats are not supported.")
     chat = "messages" in columns or "text" not in columns and isinstance(first["prompt"], list)
-    if chat and tokenizer.chat_template is None:
-        raise Refusal(f"{name} holds conversations, but {args.model_name_or_path} has no chat template.")
     if args.assistant_only_loss and not chat:
         raise Refusal(f"--assistant_only_loss needs conversations; {name} holds plain text.")
-    if args.assistant_only_loss and not re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.chat_template):
-        raise Refusal(
-            f"--assistant_only_loss: the chat template of {args.model_name_or_path} marks no assistant "
-            f"turns with {{% generation %}}; it begins {tokenizer.chat_template[:60]!r}."
-        )
+    if chat:
+        check_chat_template(tokenizer, name, args.model_name_or_path, args.assistant_only_loss)
 
 
-def load_examples(name, split, tokenizer, args, overflow):
+def load_examples(name, split, tokenizer, args, overflow, end_ids=()):
     """Tokenised examples, none longer than max_length unless `wrapped` cuts them later, none without a
     scored token.
 
@@ -262,18 +266,20 @@ def load_examples(name, split, tokenizer, args, overflow):
     """
     rows = load_rows(name, split)
     check_columns(rows, name, tokenizer, args)
-    # datasets caches a map under a hash of all that its function refers to: not of args, then
+    # the cache's key is a hash of all that a function refers to: not of args, then
     assistant_only_loss = args.assistant_only_loss
     limit = None if args.packing_strategy == "wrapped" else args.max_length
 
-    def encode(example, index, code):  # code: only a part of the cache's key
+    def encode(example, index):
         try:
-            input_ids, labels = tokenize(example, tokenizer, assistant_only_loss)
+            input_ids, labels = tokenize(example, tokenizer, assistant_only_loss, end_ids)
         except Refusal as error:  # a null, a number, a role that the template refuses: say in which example
             raise Refusal(f"{name}, example {index}: {error}") from error
-        return {"input_ids": input_ids, "labels": labels, "num_tokens": len(input_ids), "example": index}
+        repeats = "completion" in example and repeats_prompt(example["prompt"], example["completion"])
+        lengths = {"num_tokens": len(input_ids), "example": index, "repeats": repeats}
+        return {"input_ids": input_ids, "labels": labels, **lengths}
 
-    def fit(batch, code):
+    def fit(batch):
         fitted = {name: [] for name in ("example", "input_ids", "labels", "num_tokens", "num_scored")}
         for example, input_ids, labels in zip(batch["example"], batch["input_ids"], batch["labels"]):
             try:
@@ -289,18 +295,20 @@ def load_examples(name, split, tokenizer, args, overflow):
                 fitted["num_scored"].append(sum(label != IGNORE for label in labels[1:]))
         return fitted
 
-    # datasets knows the functions of imported modules by name only: their text has to join the key
-    options = {"num_proc": args.dataset_num_proc, "fn_kwargs": {"code": source_hash(__file__)}}
-    encoded = rows.map(
-        encode, with_indices=True, remove_columns=rows.column_names, desc=f"Tokenising {name}", **options
-    )
-    examples = encoded.map(fit, batched=True, desc="Fitting to max_length", **options)
+    code, options = source_hash(__file__), {"num_proc": args.dataset_num_proc}
+    tokenising = {"with_indices": True, "desc": f"Tokenising {name}", **options}
+    encoded = map_rows(rows, encode, code, remove_columns=rows.column_names, **tokenising)
+    check_repeats(name, encoded["repeats"][:])
+    fitting = {"remove_columns": ["repeats"], "desc": "Fitting to max_length", **options}
+    examples = map_rows(encoded, fit, code, batched=True, **fitting)
     lengths = np.array(encoded["num_tokens"])
     # where no example is left, datasets leaves no columns either
     scored = np.array(examples["num_scored"] if len(examples) else [], dtype=np.int64)
     examples = examples.select(np.flatnonzero(scored > 0))
     used = np.unique(examples["example"]) if len(examples) else np.array([], dtype=np.int64)
     data = describe(lengths, used, args.max_length, overflow)
+    columns = next(columns for columns in TYPES if set(columns) <= set(rows.column_names))
+    data["columns_unused"] = unused_columns(rows, columns)
     if len(examples) == 0:
         raise Refusal(
             f"{name} has no example with a scored token within max_length {args.max_length}: {data}."
@@ -750,17 +758,19 @@ def save_model(args, model, tokenizer, rank):
     barrier()
 
 
-def prepare_data(args, tokenizer, vocab_size, local_rank):
+def prepare_data(args, tokenizer, vocab_size, local_rank, end_ids=()):
     """Returns training rows, evaluation rows (None without --eval_dataset_name), and counts."""
     overflow = args.overflow or ("truncate" if args.packing_strategy == "bfd" else "split")
     if local_rank != 0:
         barrier()  # the first rank of each machine tokenises; the others then read its cache
-    examples, data = load_examples(args.dataset_name, args.dataset_train_split, tokenizer, args, overflow)
+    examples, data = load_examples(
+        args.dataset_name, args.dataset_train_split, tokenizer, args, overflow, end_ids
+    )
     check_token_ids(examples, vocab_size, args.dataset_name)
     rows, eval_rows = Rows(examples, data, args, overflow), None
     if args.eval_dataset_name:
         name, split = args.eval_dataset_name, args.dataset_test_split
-        examples, eval_data = load_examples(name, split, tokenizer, args, overflow)
+        examples, eval_data = load_examples(name, split, tokenizer, args, overflow, end_ids)
         eval_rows = Rows(examples, eval_data, args, overflow)
         data["eval"] = eval_data
         check_token_ids(examples, vocab_size, name)
@@ -830,7 +840,8 @@ def train(args, rank, local_rank, world, device, sigterm):
     tokenizer, config = load_tokenizer_and_config(args.model_name_or_path, args.max_length)
     if args.use_liger_kernel or args.liger_cross_entropy:
         check_liger(config.model_type if args.use_liger_kernel else None)
-    rows, eval_rows, data = prepare_data(args, tokenizer, config.vocab_size, local_rank)
+    end_ids = end_token_ids(tokenizer, load_generation_config(args.model_name_or_path, config))
+    rows, eval_rows, data = prepare_data(args, tokenizer, config.vocab_size, local_rank, end_ids)
     pad_token_id = tokenizer.pad_token_id or 0  # masked: any id will do
     rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
     progress = {"step": 0, "epoch": 0, "rows_done": 0, "fingerprint": rows.fingerprint()}
@@ -864,6 +875,8 @@ def train(args, rank, local_rank, world, device, sigterm):
     metrics, totals = {}, {"seconds": 0.0, "tokens": 0, "padding": 0}
     track_step = min(2, total_steps - progress["step"])
     meter = MemoryMeter(model, optimizer, device, args.measure_memory, track_step, offload)
+    if rank == 0:
+        print(describe_start(args, data, total_steps))
     bar = tqdm(total=total_steps, initial=progress["step"], desc="SFT", unit="step", disable=rank != 0)
     order = rows.order(progress["epoch"])
 

@@ -31,6 +31,14 @@ def load_tokenizer_and_config(name, max_length, flags="--max_length"):
     return tokenizer, config
 
 
+def load_generation_config(name, config):
+    """How the model generates by default, or what its configuration says of it."""
+    try:
+        return GenerationConfig.from_pretrained(name)
+    except OSError:  # the model came without one
+        return GenerationConfig.from_model_config(config)
+
+
 def write_pretrained(folder, name, weights, tokenizer):
     """Write a trained model in Hugging Face format, in the dtype that it came in.
 

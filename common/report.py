@@ -4,6 +4,7 @@ screen.
 
 import json
 import platform
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -36,6 +37,40 @@ def device_name(device):
 def versions():
     modules = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
     return {"python": platform.python_version(), **modules}
+
+
+def bold(text):
+    return f"\033[1m{text}\033[0m" if sys.stdout.isatty() else text
+
+
+# counts of examples that are cut or left out, of all three scripts
+LOST = ("examples_truncated", "examples_dropped", "examples_unscored", "examples_equal")
+LOST += ("prompts_truncated", "completions_truncated")
+
+
+def describe_start(args, data, total_steps):
+    """Lines for the screen before the first step: what of the data is cut or left out, in bold where it is
+    more than a tenth; columns that nobody reads; a warm-up that the run does not outlast.
+    """
+    read, parts = data["examples_read"], [f"{data['examples_read']} read"]
+    for name in LOST:
+        if data.get(name):
+            share = data[name] / read / (2 if name.startswith("completions") else 1)  # of a pair, two
+            part = f"{name.replace('examples_', '').replace('_', ' ')} {data[name]} ({share:.1%})"
+            parts.append(bold(part) if share > 0.1 else part)
+    limits = [name for name in vars(args) if name.startswith("max_") and name.endswith("_length")]
+    limits = "  ".join(f"--{name} {getattr(args, name)}" for name in limits if getattr(args, name))
+    lines = [f"examples  {', '.join(parts)}; {limits}"]
+    if data["columns_unused"]:
+        lines.append(f"columns   not used: {', '.join(data['columns_unused'])}")
+    if args.warmup_steps and args.warmup_steps >= total_steps:
+        lines.append(
+            bold(
+                f"schedule  --warmup_steps {args.warmup_steps}, and {total_steps} steps in all: the learning "
+                f"rate never reaches {args.learning_rate:g}"
+            )
+        )
+    return "\n".join(lines)
 
 
 def describe_data(data, max_length):
@@ -126,7 +161,8 @@ def format_completions(step, rows, width=100):
 
 def describe_prompts(data):
     """One line about what became of the prompts."""
-    return "prompts   " + "  ".join(f"{name} {value}" for name, value in data.items())
+    counts = {name: value for name, value in data.items() if name != "columns_unused"}
+    return "prompts   " + "  ".join(f"{name} {value}" for name, value in counts.items())
 
 
 def describe_rewards(output_dir):

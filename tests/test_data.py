@@ -7,7 +7,21 @@ import datasets
 import pytest
 from transformers import AutoTokenizer
 
-from common.data import check_token_ids, end_with_eos, load_rows, render_chat, shared_prefix_length
+from common.data import (
+    check_chat_template,
+    check_row,
+    check_token_ids,
+    encode_completion,
+    encode_prompt,
+    end_token_ids,
+    end_with_eos,
+    load_rows,
+    map_rows,
+    render_chat,
+    shared_prefix_length,
+    text_ids,
+)
+from common.flags import Refusal
 
 ROWS = [{"text": "a", "n": 1}, {"text": "b, \u00e9\n", "n": 2}]
 DEMO_MODEL = Path(__file__).parents[1] / "demo/model"
@@ -56,6 +70,51 @@ def test_a_changed_file_is_read_again(tmp_path):
     path = tmp_path / "rows.jsonl"
     assert load_rows(written(path, '{"text": "a"}\n')).to_list() == [{"text": "a"}]
     assert load_rows(written(path, '{"text": "a"}\n{"text": "b"}\n'))["text"][:] == ["a", "b"]
+
+
+NAMES = ["rows [final]", "a?", "a*", "a::b", "{a,b}", "[d]/rows", "x::y/rows", "h#t%20", "hf:rows"]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_file_that_is_named_is_the_one_that_is_read(name, suffix, tmp_path):
+    """Files beside it that its name would match, if it were a pattern, are not."""
+    others = ("rows f", "rows [final]x", "ab", "a", "b", "d/rows", "rows")
+    for content in (*others, name):
+        path = tmp_path / f"{content}.{suffix}"
+        path.parent.mkdir(exist_ok=True)
+        rows = datasets.Dataset.from_list([{"text": content}])
+        to_file = {"csv": rows.to_csv, "parquet": rows.to_parquet}.get(suffix, rows.to_json)
+        with open(path, "wb") as file:
+            to_file(file)
+    assert load_rows(str(tmp_path / f"{name}.{suffix}"))["text"][:] == [name]
+
+
+def test_a_changed_file_of_an_odd_name_is_read_again(tmp_path):
+    for content in ("a", "b"):
+        path = written(tmp_path / "x::y.jsonl", json.dumps({"text": content}))
+        assert load_rows(path)["text"][:] == [content]
+
+
+def test_tokens_are_cached_in_the_cache_and_nowhere_else(tmp_path):
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "mine")
+    before = sorted(path.name for path in (tmp_path / "mine").iterdir())
+    for code, expected in (("one", 1), ("one", 1), ("other", 2)):
+        rows = map_rows(load_rows(str(tmp_path / "mine")), lambda row: {"m": 2 * row["n"]}, code)
+        assert rows["m"][:] == [2, 4]
+        assert len(list((tmp_path / "cache" / "tokenised").glob("*.arrow"))) == expected
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == before
+
+
+def test_a_cache_that_cannot_be_written_is_named_as_the_cache(tmp_path, monkeypatch):
+    path = written(tmp_path / "rows.jsonl", '{"text": "a"}\n')
+    rows = load_rows(path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", f"{path}/cache")  # below a file
+    message = f"the cache of datasets, {path}/cache, cannot be written: .* Set HF_DATASETS_CACHE"
+    with pytest.raises(Refusal, match=message):
+        load_rows(path)
+    with pytest.raises(Refusal, match=message):
+        map_rows(rows, lambda row: row, "code")
 
 
 # --- What does not ---
@@ -143,7 +202,7 @@ def test_the_assistant_is_marked():
     assert marked_ids == input_ids and len(scored) == len(input_ids)
     answers = tokenizer.decode([token for token, keep in zip(input_ids, scored) if keep])
     assert answers == "2<|end|>2<|end|>"
-    prompt_ids, _ = render_chat(messages[:3], tokenizer, add_generation_prompt=True)
+    prompt_ids = encode_prompt(messages[:3], tokenizer)
     assert prompt_ids == input_ids[: len(prompt_ids)]
 
 
@@ -161,3 +220,219 @@ def test_eos_is_there_once():
 def test_shared_prefixes():
     cases = [([], [1]), ([1, 2], [1, 2]), ([1, 2], [1, 2, 3]), ([1, 2, 9], [1, 2, 3]), ([4], [5])]
     assert [shared_prefix_length(*case) for case in cases] == [0, 2, 2, 2, 0]
+
+
+# --- Rows that would be read as something else ---
+
+ASKED = [{"role": "user", "content": "1+1"}]
+ANSWER = {"role": "assistant", "content": "2"}
+HELD = json.dumps([*ASKED, ANSWER])
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"prompt": "a", "tools": [{"type": "function"}]}, "tools is .* do not support"),
+        ({"prompt": "a", "images": ["a.png"]}, "images is .* do not support"),
+        ({"prompt": "a", "video": "a.mp4"}, "video is .* do not support"),
+        ({"prompt": [*ASKED, {**ANSWER, "weight": 0}]}, "prompt holds a message of weight 0"),
+        ({"messages": [*ASKED, {**ANSWER, "weight": 0.5}]}, "messages holds a message of weight 0.5"),
+        ({"messages": HELD}, "messages is .*; wanted: a list of messages"),
+        ({"text": [*ASKED, ANSWER]}, "text is .*; wanted: a string"),
+        ({"prompt": HELD}, "prompt is messages as a JSON string"),
+        ({"prompt": ASKED, "chat_template_kwargs": "x"}, "chat_template_kwargs is 'x'; wanted: a dict"),
+        ({"prompt": ASKED, "chat_template_kwargs": {"tokenize": True}}, "without tokenize"),
+        ({"prompt": None}, "prompt is None; wanted: a string or a list of messages"),
+    ],
+)
+def test_a_row_that_would_be_read_as_something_else_is_refused(row, message):
+    with pytest.raises(Refusal, match=message):
+        check_row(row, [next(iter(row))])
+
+
+def test_what_says_nothing_passes():
+    empty = {"tools": None, "images": [], "video": "", "chat_template_kwargs": None}
+    check_row({"messages": [*ASKED, {**ANSWER, "weight": 1}], **empty}, ["messages"])
+    check_row({"messages": [*ASKED, {**ANSWER, "weight": None}], **empty}, ["messages"])
+    check_row({"text": "[{not json", "prompt": ""}, ["text", "prompt"])
+
+
+# --- Conversations and texts -> tokens ---
+
+
+@pytest.fixture
+def tokenizer():
+    return AutoTokenizer.from_pretrained(DEMO_MODEL)
+
+
+def scored_text(tokenizer, prompt, completion, **options):
+    """What SFT and DPO learn of a completion, as text."""
+    prompt_ids, input_ids, _ = encode_completion(prompt, completion, tokenizer, **options)
+    return tokenizer.decode(input_ids[shared_prefix_length(prompt_ids, input_ids) :])
+
+
+def test_keys_that_hold_null_are_not_there(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if 'tool_calls' in m %}called{% endif %}{{ m.content }}{% endfor %}"
+    )
+    messages = [{**message, "tool_calls": None, "name": None} for message in (*ASKED, ANSWER)]
+    assert tokenizer.decode(render_chat(messages, tokenizer)[0]) == "1+12<|end|>"
+    assert tokenizer.decode(encode_prompt(messages[:1], tokenizer)) == "1+1"
+    assert scored_text(tokenizer, messages[:1], messages[1:]) == "2<|end|>"
+
+
+THINKING = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>"
+    "{% if think is defined and not think %}--{% endif %}{% endif %}"
+)
+
+
+def test_a_rows_arguments_reach_the_template(tokenizer):
+    tokenizer.chat_template = THINKING
+    off = {"think": False}
+    assert tokenizer.decode(encode_prompt(ASKED, tokenizer, off)) == "<|user|>1+1<|end|><|assistant|>--"
+    assert tokenizer.decode(encode_prompt(ASKED, tokenizer)) == "<|user|>1+1<|end|><|assistant|>"
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content + (tail or '') }}{% endfor %}"
+    answered = render_chat([*ASKED, ANSWER], tokenizer, template_kwargs={"tail": "!"})[0]
+    assert tokenizer.decode(answered) == "1+1!2!<|end|>"
+    assert scored_text(tokenizer, ASKED, [ANSWER], template_kwargs={"tail": "!"}) == "2!<|end|>"
+
+
+def test_the_generation_prompt_may_differ_from_how_answers_begin(tokenizer):
+    tokenizer.chat_template = THINKING.replace("--", "<think>").replace("think is defined and not think", "1")
+    assert tokenizer.decode(encode_prompt(ASKED, tokenizer)).endswith("<|assistant|><think>")
+    assert scored_text(tokenizer, ASKED, [ANSWER]) == "2<|end|>"
+
+
+MOVES = (  # the system's message goes into the user's, but only into a last one
+    "{% for m in messages if m.role != 'system' %}"
+    "{% if loop.last and m.role == 'user' and messages[0].role == 'system' %}"
+    "{{ messages[0].content }}{% endif %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+LAST_THOUGHTS = (  # thoughts stay in the last turn only
+    "{% for m in messages %}<|{{ m.role }}|>"
+    "{{ m.content if loop.last else m.content.split('</think>')[-1] }}<|end|>{% endfor %}"
+)
+THOUGHT = [*ASKED, {"role": "assistant", "content": "hm</think>2"}]
+
+
+@pytest.mark.parametrize(
+    "template, prompt, completion, around",
+    [
+        (
+            MOVES,
+            [{"role": "system", "content": "Be terse."}, *ASKED],
+            [ANSWER],
+            "'Be terse.<.user.>1.*, '<.user.>1",
+        ),
+        (LAST_THOUGHTS, THOUGHT, [*ASKED, ANSWER], "<.assistant.>hm</think>2<.*<.assistant.>2<"),
+        # the turn goes on, but the template cuts what it began with
+        (
+            LAST_THOUGHTS.replace("m.content if loop.last else ", ""),
+            THOUGHT,
+            [ANSWER],
+            "prompt differently|fails",
+        ),
+    ],
+)
+def test_a_prompt_that_is_rendered_differently_is_refused(template, prompt, completion, around, tokenizer):
+    tokenizer.chat_template = template
+    with pytest.raises(Refusal, match=around):
+        encode_completion(prompt, completion, tokenizer)
+
+
+def test_a_turn_that_the_prompt_begins_is_continued(tokenizer):
+    begun = [*ASKED, {"role": "assistant", "content": "The sum"}]
+    more = [{"role": "assistant", "content": " is 2"}, *ASKED, ANSWER]
+    prompt = tokenizer.decode(encode_prompt(begun, tokenizer))
+    assert prompt == "<|user|>1+1<|end|><|assistant|>The sum"
+    prompt_ids, input_ids, _ = encode_completion(begun, more, tokenizer)
+    assert prompt_ids == encode_prompt(begun, tokenizer)
+    whole = f"{prompt} is 2<|end|><|user|>1+1<|end|><|assistant|>2<|end|>"
+    assert tokenizer.decode(input_ids) == whole
+    _, _, scored = encode_completion(begun, more, tokenizer, assistant_only_loss=True)
+    answers = [token for token, keep in zip(input_ids, scored) if keep]
+    assert tokenizer.decode(answers) == "The sum is 2<|end|>2<|end|>"
+    # a question follows: nothing to continue
+    again = [{"role": "user", "content": "Sure?"}, ANSWER]
+    assert scored_text(tokenizer, [*ASKED, ANSWER], again) == "<|user|>Sure?<|end|><|assistant|>2<|end|>"
+
+
+def test_a_completion_that_repeats_the_prompts_messages_is_read_without_them(tokenizer):
+    nulls = [{**message, "name": None} for message in (*ASKED, ANSWER)]
+    assert scored_text(tokenizer, ASKED, nulls) == scored_text(tokenizer, ASKED, [ANSWER]) == "2<|end|>"
+    with pytest.raises(Refusal, match="holds the prompt and nothing else"):
+        encode_completion(ASKED, ASKED, tokenizer)
+
+
+class Marking:
+    """Characters as ids, <s> = 1, </s> = 2; BOS and EOS added as asked."""
+
+    bos_token_id, eos_token_id, eos_token = 1, 2, "</s>"
+
+    def __init__(self, bos, eos):
+        self.bos, self.eos = bos, eos
+
+    def __call__(self, text):
+        ids = []
+        for part in text.replace("<s>", "\1").replace("</s>", "\2"):
+            ids.append(ord(part))
+        return {"input_ids": [1] * self.bos + ids + [2] * self.eos}
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+
+@pytest.mark.parametrize("eos", [False, True])
+@pytest.mark.parametrize("bos", [False, True])
+def test_bos_and_eos_stand_once(bos, eos):
+    tokenizer, first = Marking(bos, eos), [1] * bos
+    assert text_ids("ab", tokenizer) == [*first, 97, 98]  # nothing at a prompt's end
+    assert text_ids("<s>ab", tokenizer) == [1, 97, 98]
+    assert text_ids("ab</s>", tokenizer) == [*first, 97, 98, 2]  # its own
+    for completion in ("b", "b</s>", "b</s>\n"):
+        prompt_ids, input_ids, scored = encode_completion("a", completion, tokenizer)
+        assert (prompt_ids, input_ids) == ([*first, 97], [*first, 97, 98, 2])
+        assert len(scored) == len(input_ids)
+
+
+def test_every_end_of_the_model_is_an_end():
+    class Generation:
+        eos_token_id = [7, 2]
+
+    tokenizer = Marking(False, False)
+    assert end_token_ids(tokenizer, Generation) == [2, 7]
+    Generation.eos_token_id = 7
+    assert end_token_ids(tokenizer, Generation) == [2, 7]
+    Generation.eos_token_id = None
+    assert end_token_ids(tokenizer, Generation) == [2]
+    assert end_with_eos([97, 7], tokenizer, [2, 7]) == [97, 7]
+    assert end_with_eos([97, 7, 10], tokenizer, [2, 7]) == [97, 7]  # a line break behind it
+    assert end_with_eos([97, 7, 98], tokenizer, [2, 7]) == [97, 7, 98, 2]
+    assert end_with_eos([97, 7], tokenizer) == [97, 7, 2]
+
+
+def test_a_conversation_ends_with_eos_if_the_assistant_has_the_last_word(tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert tokenizer.decode(render_chat([*ASKED, ANSWER], tokenizer)[0]) == "1+12<|end|>"
+    assert tokenizer.decode(render_chat([ANSWER, *ASKED], tokenizer)[0]) == "21+1"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    ids, scored = render_chat([*ASKED, ANSWER], tokenizer, assistant_only_loss=True)
+    assert tokenizer.decode([i for i, keep in zip(ids, scored) if keep]) == "2<|end|>"
+
+
+def test_of_several_templates_the_default_one_is_used(tokenizer):
+    default = tokenizer.chat_template
+    tokenizer.chat_template = {"default": default, "tool_use": "x"}
+    check_chat_template(tokenizer, "rows", "model", assistant_only_loss=True)
+    assert tokenizer.decode(encode_prompt(ASKED, tokenizer)) == "<|user|>1+1<|end|><|assistant|>"
+    tokenizer.chat_template = {"tool_use": default, "rag": default}
+    with pytest.raises(Refusal, match="of the chat templates of model: .*no default"):
+        check_chat_template(tokenizer, "rows", "model")
+    tokenizer.chat_template = {"default": "x", "tool_use": default}
+    with pytest.raises(Refusal, match="marks no assistant turns"):
+        check_chat_template(tokenizer, "rows", "model", assistant_only_loss=True)

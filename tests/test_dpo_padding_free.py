@@ -816,7 +816,7 @@ def load(file, edit):
     print(examples[0]["chosen_ids"][1:])
 
 load("/common/data.py", "")
-load("/common/data.py", "\\ndef end_with_eos(input_ids, tokenizer): return [*input_ids, 7]")
+load("/common/data.py", "\\ndef end_with_eos(input_ids, *_): return [*input_ids, 7]")
 load("/dpo_padding_free.py", "\\ndef tokenize(*args): return [1], [2, 3], [2, 4], False")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -827,7 +827,7 @@ def test_tokens_are_cached_until_something_they_depend_on_changes(cache, tmp_pat
     def load(name, **flags):
         tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
         load_examples(name, "train", tokenizer, Arguments(**flags))
-        return {path for path in cache.rglob("*.arrow") if "cache-" in path.name}
+        return {path for path in cache.rglob("*.arrow") if path.parent.name == "tokenised"}
 
     name = write_jsonl(tmp_path / "rows.jsonl", [FORMS["plain"]])
     first = load(name)
@@ -995,9 +995,13 @@ BAD_DATA = {
         lambda make: make.data({"chosen": [user("a"), assistant("b")], "rejected": [user("a")]}),
         "example 0: rejected ends with a message of role user",
     ),
-    "two answers": (
-        lambda make: make.data({**FORMS["conversational"], "prompt": [user("a"), assistant("b")]}),
-        "example 0: prompt ends with an answer",
+    "no prompt": (
+        lambda make: make.data({"question": "a", "score": 1, "chosen": "b", "rejected": "c"}),
+        "have no beginning in common .* Rename the column that holds it to prompt; there are question, score",
+    ),
+    "the prompt once more": (
+        lambda make: make.data({"prompt": "ab", "chosen": "abc", "rejected": "abd"}),
+        "in 1 of 1 rows the completion begins with the whole prompt",
     ),
     "a null prompt": (
         lambda make: make.data(FORMS["plain"], {**FORMS["plain"], "prompt": None}),
@@ -1007,7 +1011,10 @@ BAD_DATA = {
         lambda make: make.data({**FORMS["conversational"], "chosen": [{"role": "assistant"}]}),
         "example 0: chosen holds .*a message has a role and a content",
     ),
-    "tools": (lambda make: make.data({**FORMS["plain"], "tools": "x"}), "tools in chats are not supported"),
+    "tools": (
+        lambda make: make.data({**FORMS["plain"], "tools": "x"}),
+        "example 0: tools is 'x', which these scripts do not support",
+    ),
     "tool calls": (
         lambda make: make.data(
             {**FORMS["conversational"], "chosen": [{**assistant("b"), "tool_calls": [{"name": "x"}]}]}

@@ -537,7 +537,7 @@ def test_tokens_are_cached_until_something_they_depend_on_changes(cache, tmp_pat
     def load(name, **flags):
         tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
         load_examples(name, "train", tokenizer, Arguments(**{"max_length": 16, **flags}), "truncate")
-        return {path for path in cache.rglob("*.arrow") if "cache-" in path.name}
+        return {path for path in cache.rglob("*.arrow") if path.parent.name == "tokenised"}
 
     path = tmp_path / "rows.jsonl"
     first = load(write_jsonl(path, [{"messages": TALK}]))
@@ -569,7 +569,7 @@ def load(file, edit):
     print(examples[0]["input_ids"][3:])
 
 load("/common/data.py", "")
-load("/common/data.py", "\\ndef end_with_eos(input_ids, tokenizer): return [*input_ids, 7]")
+load("/common/data.py", "\\ndef end_with_eos(input_ids, *_): return [*input_ids, 7]")
 load("/sft_packing.py", "\\ndef tokenize(*args): return [1, 2, 3, 4], [1, 2, 3, 4]")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -628,7 +628,10 @@ BAD_DATA = {
     ),
     "prompt alone": (lambda make: make.data({"prompt": "a"}), "has the columns prompt; wanted"),
     "a null": (lambda make: make.data({"text": "a"}, {"text": None}), "bad.jsonl, example 1: "),
-    "tools": (lambda make: make.data({"text": "a", "tools": "x"}), "tools in chats are not supported"),
+    "tools": (
+        lambda make: make.data({"text": "a", "tools": "x"}),
+        "example 0: tools is 'x', which these scripts do not support",
+    ),
     "tool calls": (
         lambda make: make.data({"messages": [user("a"), {**assistant("b"), "tool_calls": [{"name": "x"}]}]}),
         "example 0: messages holds tool calls",

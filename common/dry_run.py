@@ -8,7 +8,9 @@ import itertools
 import traceback
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -72,8 +74,9 @@ def pretend(world=None, sets_storages=False):
             yield mesh
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         # the innermost line that is not torch's own: the model's, or the script's
+        torchs_own = str(Path(torch.__file__).parent)
         frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if "/torch/" not in frame.filename]
+        own = [f for f in frames if not f.filename.startswith(torchs_own) and f.name != "__torch_dispatch__"]
         line = f"{own[-1].filename}:{own[-1].lineno}: {own[-1].line}"
         raise Refusal(
             f"--dry_run has tensors without values, and this line reads one ({error}):\n{line}"

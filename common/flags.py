@@ -31,7 +31,10 @@ def parse_arguments(arguments_class, arguments):
     --local_rank, which DeepSpeed's launcher adds, is ignored: the environment says the same.
     """
     ours = [word for word in arguments if not word.startswith(("--local_rank", "--local-rank"))]
-    return HfArgumentParser(arguments_class).parse_args_into_dataclasses(ours)[0]
+    parser = HfArgumentParser(arguments_class)
+    args, unknown = parser.parse_args_into_dataclasses(ours, return_remaining_strings=True)
+    refuse(unknown, f"unknown arguments: {' '.join(unknown)}; --help lists those that there are.")
+    return args
 
 
 def run_script(main, arguments_class):

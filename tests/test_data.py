@@ -308,7 +308,8 @@ def test_the_generation_prompt_may_differ_from_how_answers_begin(tokenizer):
 MOVES = (  # the system's message goes into the user's, but only into a last one
     "{% for m in messages if m.role != 'system' %}"
     "{% if loop.last and m.role == 'user' and messages[0].role == 'system' %}"
-    "{{ messages[0].content }}{% endif %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{{ messages[0].content }}{% endif %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 LAST_THOUGHTS = (  # thoughts stay in the last turn only
     "{% for m in messages %}<|{{ m.role }}|>"
@@ -418,8 +419,8 @@ def test_a_conversation_ends_with_eos_if_the_assistant_has_the_last_word(tokeniz
     assert tokenizer.decode(render_chat([*ASKED, ANSWER], tokenizer)[0]) == "1+12<|end|>"
     assert tokenizer.decode(render_chat([ANSWER, *ASKED], tokenizer)[0]) == "21+1"
     tokenizer.chat_template = (
-        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
-        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+        "{% for m in messages %}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
     )
     ids, scored = render_chat([*ASKED, ANSWER], tokenizer, assistant_only_loss=True)
     assert tokenizer.decode([i for i, keep in zip(ids, scored) if keep]) == "2<|end|>"

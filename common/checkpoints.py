@@ -50,17 +50,16 @@ def check_output_dir(output_dir, overwrite, resume, model_name=None):
     resumes_here = resume and (resume == "latest" or Path(resume).resolve().parent == folder.resolve())
     taken = _taken_names(folder)
     foreign = [name for name in taken if not _is_ours(folder, name)]
-    if overwrite and foreign:
+    if foreign and not resumes_here:
         raise Refusal(
-            f"--output_dir {folder} holds files that no run of these scripts says it wrote "
-            f"({', '.join(foreign[:4])}): --overwrite_output_dir does not touch them. Choose another folder, "
-            "or move them away."
+            f"--output_dir {folder} holds files of a run's names that no run says it wrote "
+            f"({', '.join(foreign[:4])}), which --overwrite_output_dir does not touch either: choose another "
+            "folder, or move them away."
         )
     if taken and not overwrite and not resumes_here:
         raise Refusal(
-            f"--output_dir {folder} holds another run, or files of a run's names ({', '.join(taken[:4])}): "
-            "choose another folder, continue it with --resume_from_checkpoint latest, or replace it with "
-            "--overwrite_output_dir."
+            f"--output_dir {folder} holds another run ({', '.join(taken[:4])}): choose another folder, "
+            "continue it with --resume_from_checkpoint latest, or replace it with --overwrite_output_dir."
         )
 
 
@@ -74,7 +73,7 @@ def _taken_names(folder):
     """Names in the folder that a run may write, or would have to remove: its own, or a user's."""
     files = {path.name for pattern in (*RUN_FILES, *MODEL_FILES) for path in folder.glob(pattern)}
     folders = {path.name for path in folder.glob("checkpoint-*") if NAME.match(path.name)}
-    return sorted(files | folders, key=lambda name: (name not in RUN_FILES, name))
+    return sorted(files & set(RUN_FILES)) + sorted(folders) + sorted(files - set(RUN_FILES))
 
 
 def _is_ours(folder, name):

@@ -215,7 +215,7 @@ def test_a_finished_runs_folder_is_taken_and_may_be_replaced_or_continued(tmp_pa
     assert not (tmp_path / "missing").exists()  # tried, and gone again
     check_output_dir(write(tmp_path, notes="mine"), overwrite=False, resume=None)
     a_finished_run(tmp_path, "config.json", "model.safetensors")
-    with pytest.raises(Refusal, match="holds another run, .*\\(metrics.jsonl, summary.json, checkpoint-1"):
+    with pytest.raises(Refusal, match="holds another run \\(metrics.jsonl, summary.json, checkpoint-1"):
         check_output_dir(tmp_path, overwrite=False, resume=None)
     check_output_dir(tmp_path, overwrite=True, resume=None)
     check_output_dir(tmp_path, overwrite=False, resume="latest")
@@ -238,8 +238,8 @@ def test_a_folder_with_a_users_files_is_taken_even_if_overwritten(name, tmp_path
         assert list_checkpoints(tmp_path) == []
     else:
         write(tmp_path, **{name: "mine"})
-    for overwrite, message in ((False, "files of a run's names"), (True, "does not touch them")):
-        with pytest.raises(Refusal, match=f"{message}|{name}.*{message}"):
+    for overwrite in (False, True):
+        with pytest.raises(Refusal, match=f"no run says it wrote \\({name}\\), which --overwrite_output_dir"):
             check_output_dir(tmp_path, overwrite=overwrite, resume=None)
 
 

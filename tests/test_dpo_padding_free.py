@@ -667,6 +667,24 @@ def test_every_form_of_preferences(form, tmp_path):
             "<|user|>a<|end|><|assistant|>b<|end|>",
             "<|user|>c<|end|><|assistant|>b<|end|>",
         ),
+        # whole conversations beside their prompt
+        (
+            {
+                "prompt": [user("a")],
+                "chosen": [user("a"), assistant("b")],
+                "rejected": [user("a"), assistant("c")],
+            },
+            "<|user|>a<|end|><|assistant|>",
+            "b<|end|>",
+            "c<|end|>",
+        ),
+        # a turn that the prompt has begun goes on
+        (
+            {"prompt": [user("a"), assistant("b")], "chosen": [assistant("c")], "rejected": [assistant("d")]},
+            "<|user|>a<|end|><|assistant|>b",
+            "c<|end|>",
+            "d<|end|>",
+        ),
         # one is the other's beginning
         ({"chosen": "ab", "rejected": "abc"}, "ab", "<|end|>", "c<|end|>"),
         ({"chosen": "ab<|end|>", "rejected": "ac"}, "a", "b<|end|>", "c<|end|>"),
@@ -689,6 +707,14 @@ def test_a_line_break_after_the_end_of_a_turn_is_left_out():
     prompt, chosen, rejected, moved = tokenize(FORMS["conversational"], tokenizer)
     assert [tokenizer.decode(ids) for ids in (chosen, rejected)] == ["2<|end|>", "3<|end|>"]
     assert tokenizer.decode(prompt).endswith("so<|end|>\n<|assistant|>") and not moved
+
+
+def test_nothing_is_added_behind_an_end_that_the_model_names():
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|assistant|>\n{% endfor %}"
+    end = tokenizer.convert_tokens_to_ids("<|assistant|>")
+    for ends, chosen in (((), "2<|assistant|>\n<|end|>"), ((END, end), "2<|assistant|>")):
+        assert tokenizer.decode(tokenize(FORMS["conversational"], tokenizer, ends)[1]) == chosen
 
 
 def test_a_template_without_eos_gets_one():

@@ -875,6 +875,29 @@ def test_rewards_are_summed_in_fp64(base, tmp_path):
     assert others == pytest.approx(2**24 + 1, rel=0, abs=0.01)
 
 
+def test_prompts_end_where_the_answer_begins(base, tmp_path):
+    """With the generation prompt, in the middle of a turn that has begun, or with a text's own end."""
+    tokenizer = AutoTokenizer.from_pretrained(base["model_name_or_path"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role[0] }}{{ m.content }}]{% endfor %}"
+        "{% if add_generation_prompt %}[a{{ mood or '' }}{% endif %}"
+    )
+    asked, begun = {"role": "user", "content": "q"}, {"role": "assistant", "content": "so"}
+    kwargs = {"chat_template_kwargs": {"mood": "!"}}
+    cases = [
+        (
+            [{"prompt": [asked]}, {"prompt": [asked, begun]}, {"prompt": [asked], **kwargs}],
+            ["[uq][a", "[uq][aso"],
+        ),
+        ([{"prompt": "abc"}], ["abc"]),
+    ]
+    cases[0][1].append("[uq][a!")
+    for rows, expected in cases:
+        name = write_jsonl(tmp_path / f"{len(rows)}.jsonl", rows)
+        prompts = Prompts(Arguments(**{**base, "dataset_name": name, "max_prompt_length": 32}), tokenizer)
+        assert [tokenizer.decode(ids) for ids in prompts.examples["input_ids"]] == expected
+
+
 def test_long_prompts_keep_their_end(base, tmp_path):
     name = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "0123456789abc"}, {"prompt": "xyz"}])
     tokenizer = AutoTokenizer.from_pretrained(base["model_name_or_path"])
@@ -929,6 +952,12 @@ BAD_DATA = {
     "no prompt": ([{"text": "a"}], "has the columns text; wanted: prompt"),
     "empty prompt": ([{"prompt": "a"}, {"prompt": ""}], "example 1: the prompt is empty"),
     "a null": ([{"prompt": "a"}, {"prompt": None}], "example 1: "),
+    "tools": ([{"prompt": "a", "tools": [{"type": "function"}]}], "example 0: tools is .* do not support"),
+    "images": ([{"prompt": "a", "images": ["b.png"]}], "example 0: images is .* do not support"),
+    "a weight": (
+        [{"prompt": [{"role": "user", "content": "a", "weight": 0}]}],
+        "holds conversations|a message of weight 0",
+    ),
 }
 
 

@@ -26,7 +26,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    HfArgumentParser,
+    PreTrainedTokenizerFast,
+)
 
 import sft_packing
 from common.checkpoints import list_checkpoints
@@ -447,6 +453,15 @@ CONVERSATIONAL = {"prompt": TALK[:3], "completion": TALK[3:]}
         ({"prompt": "1+1=", "completion": "2"}, {}, "1+1=2<|end|>", "2<|end|>"),
         (CONVERSATIONAL, {}, TALK_TEXT, "no<|end|>"),
         (CONVERSATIONAL, {"assistant_only_loss": True}, TALK_TEXT, "no<|end|>"),
+        # a turn that the prompt has begun goes on
+        (
+            {"prompt": [*TALK[:3], assistant("n")], "completion": [assistant("o")]},
+            {},
+            TALK_TEXT,
+            "o<|end|>",
+        ),
+        # a whole conversation as completion
+        ({**CONVERSATIONAL, "completion": TALK}, {}, TALK_TEXT, "no<|end|>"),
     ],
 )
 def test_what_is_scored(row, flags, whole, scored, tmp_path):
@@ -461,6 +476,27 @@ def test_what_is_scored(row, flags, whole, scored, tmp_path):
     assert tokenizer.decode(kept) == scored
     assert example["num_tokens"] == len(example["input_ids"])
     assert example["num_scored"] == sum(label != IGNORE for label in example["labels"][1:])
+
+
+def test_every_end_that_the_model_names_is_an_end(base, tmp_path):
+    """Gemma's style: turns end in a token of their own, which is not the tokenizer's EOS."""
+    turns = "{% for m in messages %}{{ m.content }}<|assistant|>\n{% endfor %}"
+    model = write_model(tmp_path / "model", chat_template=turns)
+    end = AutoTokenizer.from_pretrained(model).convert_tokens_to_ids("<|assistant|>")
+    flags = {**base, "model_name_or_path": model, "max_steps": 1, "packing": False}
+    flags["dataset_name"] = write_jsonl(tmp_path / "rows.jsonl", [{"messages": TALK}])
+    # of each turn 2 letters, its end and a line break; behind the last one, EOS in its place, or nothing
+    for name, eos, num_tokens in (("one", END, 4 * 4 + 1), ("two", [END, end], 4 * 4 - 1)):
+        GenerationConfig(eos_token_id=eos).save_pretrained(model)
+        [step] = run(tmp_path / name, flags).metrics
+        assert step["num_tokens"] == num_tokens
+
+
+def test_columns_that_are_not_used_are_named(base, tmp_path, capsys):
+    rows = [{"text": "abc", "source": "x", "chat_template_kwargs": None, "tools": None}]
+    data = run(tmp_path / "out", base, dataset_name=write_jsonl(tmp_path / "r.jsonl", rows)).returned["data"]
+    assert data["columns_unused"] == ["source"]
+    assert "columns   not used: source" in capsys.readouterr().out
 
 
 def test_the_prompt_ends_where_joint_and_separate_tokenisation_part():
@@ -608,6 +644,11 @@ def without_template(make):
     return {**make.data({"messages": TALK}), **flags}
 
 
+SYSTEM = {"role": "system", "content": "s"}
+MOVES = (  # into the user's turn, but only into a last one
+    "{% for m in messages if m.role != 'system' %}<|user|>"
+    "{% if loop.last and m.role == 'user' %}{{ messages[0].content }}{% endif %}{{ m.content }}{% endfor %}"
+)
 NO_MARKERS = "{% for message in messages %}{{ message.content }}{% endfor %}"
 CHAT = {"messages": TALK}
 BAD_DATA = {
@@ -628,6 +669,26 @@ BAD_DATA = {
     ),
     "prompt alone": (lambda make: make.data({"prompt": "a"}), "has the columns prompt; wanted"),
     "a null": (lambda make: make.data({"text": "a"}, {"text": None}), "bad.jsonl, example 1: "),
+    "a system message that moves": (
+        lambda make: {
+            **make.data({"prompt": [SYSTEM, user("a")], "completion": [assistant("b")]}),
+            **make.model(chat_template=MOVES),
+        },
+        "example 0: the chat template renders .*, '<.user.>sa' alone, '<.user.>a<.user.>b",
+    ),
+    "a weight": (
+        lambda make: make.data({"messages": [user("a"), {**assistant("b"), "weight": 0}]}),
+        "example 0: messages holds a message of weight 0",
+    ),
+    "images": (lambda make: make.data({"text": "a", "images": ["b.png"]}), "example 0: images is "),
+    "messages as a string": (
+        lambda make: make.data({"messages": json.dumps(TALK)}),
+        "example 0: messages is .*; wanted: a list of messages",
+    ),
+    "the prompt once more": (
+        lambda make: make.data({"prompt": "ab", "completion": "abc"}),
+        "in 1 of 1 rows the completion begins with the whole prompt",
+    ),
     "tools": (
         lambda make: make.data({"text": "a", "tools": "x"}),
         "example 0: tools is 'x', which these scripts do not support",

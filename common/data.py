@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-from datasets import DatasetDict, load_dataset, load_from_disk
+import pandas as pd
+from datasets import DatasetDict, Features, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
 
 from common.flags import Refusal
@@ -67,12 +68,23 @@ def _load_file(path):
     if path.suffix == ".jsonl":
         _check_lines(path)
     try:
-        rows = load_dataset(builder, data_files=str(path), split="train")
+        options = _cells_as_text(path) if builder == "csv" else {}
+        return load_dataset(builder, data_files=str(path), split="train", **options)
     except Exception as error:  # pyarrow, pandas and datasets raise a dozen types for a bad file
         raise Refusal(f"{path} cannot be read as {builder}: {error.__cause__ or error}") from error
-    if any(name.startswith("__index_level") for name in rows.column_names):
-        raise Refusal(f"{path}: a line has more fields than the header has names.")
-    return rows
+
+
+def _cells_as_text(path):
+    """Options of load_dataset that make each cell of a CSV file a string, and an empty one null.
+
+    Guessing types, pandas would read 012 as 12 and NA as null, and one blank cell would make each 7 of its
+    column a 7.0.
+    """
+    start = pd.read_csv(path, nrows=1, dtype=str)
+    if len(start) and not isinstance(start.index, pd.RangeIndex):  # the first fields would be an index
+        raise Refusal("a line has more fields than the header has names.")
+    features = Features({name: Value("string") for name in start.columns})
+    return {"features": features, "keep_default_na": False, "na_values": [""]}
 
 
 def _check_lines(path):

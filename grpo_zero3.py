@@ -76,7 +76,7 @@ from common.report import (
     summarize,
     write_metrics,
 )
-from common.rewards import call_rewards, load_reward_funcs
+from common.rewards import call_rewards, check_answers, load_reward_funcs
 from common.truncation import check_limit, truncate_pair
 from common.watchdog import Watchdog
 from common.zero3 import (
@@ -288,6 +288,17 @@ class Prompts:
         if not self.conversational:
             return texts
         return [[{"role": "assistant", "content": text}] for text in texts]
+
+    def try_rewards(self, functions, tokenizer, num_generations):
+        """Raise ValueError for a reward that fails with one made-up completion, given as a whole group."""
+        text = "The answer is 7."
+        prompts, columns = self.columns([0], num_generations)
+        completions = self.as_completions([text] * num_generations)
+        completion_ids = [tokenizer(text, add_special_tokens=False)["input_ids"]] * num_generations
+        try:
+            call_rewards(functions, prompts, completions, columns, completion_ids)
+        except Refusal as error:
+            raise Refusal(f"before the first rollout, for a made-up completion: {error}") from error
 
 
 # --- 3. The technique ---
@@ -988,9 +999,10 @@ class Rollouts:
         self.seconds = time.perf_counter() - started
         self.watch(f"rollout {rollout}, rewards")
         texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
-        columns = self.prompts.columns(mine, args.num_generations)
+        prompts, columns = self.prompts.columns(mine, args.num_generations)
+        judged = self.prompts.as_completions(texts)
         with together(self.device):
-            rewards = call_rewards(self.functions, columns[0], self.prompts.as_completions(texts), columns[1])
+            rewards = call_rewards(self.functions, prompts, judged, columns, completions)
         lengths = torch.tensor([len(ids) for ids in completions])
         groups = [completions[i : i + args.num_generations] for i in range(0, size, args.num_generations)]
         return {
@@ -1004,7 +1016,7 @@ class Rollouts:
             "finished": torch.tensor(finished),
             "entropy_sum": float(sum(e * n for e, n in zip(entropies, lengths.tolist()))),
             "gather_seconds": gathered - started,
-            "texts": list(zip(map(prompt_text, columns[0]), texts)),
+            "texts": list(zip(map(prompt_text, prompts), texts)),
             "num_prompts": count * self.world,
             # of the data: a prompt counts once for each completion
             "num_tokens": int(lengths.sum()) + args.num_generations * sum(map(len, prompt_ids)),
@@ -1168,8 +1180,8 @@ def main(args):
     counted.
 
     Raises: ValueError for what the arguments, the data, the rewards or the model make impossible, before
-            output_dir is touched (a reward's mistake shows when it is called); FloatingPointError for a
-            non-finite loss or gradient, before the weights and the checkpoints are.
+            output_dir is touched (a reward's mistake with some completions shows when it is given them);
+            FloatingPointError for a non-finite loss or gradient, before the weights and the checkpoints are.
     """
     check_arguments(args)
     if args.dry_run:
@@ -1205,6 +1217,9 @@ def train(args, rank, local_rank, world, device, sigterm, watch):
                 prompts = Prompts(args, tokenizer)
                 check_token_ids(prompts.examples, config.vocab_size, args.dataset_name)
                 functions = load_reward_funcs(args.reward_funcs, prompts.reward_columns)
+                check_answers(functions, prompts.rows, args.dataset_name)
+                watch("trying the rewards")
+                prompts.try_rewards(functions, tokenizer, args.num_generations)
     prompts_per_rollout = args.per_device_train_batch_size // args.num_generations * world
     progress = {"step": 0, "rollout": 0, "prompts_done": 0}
     progress |= {"fingerprint": prompts.fingerprint(), "world_size": world}

@@ -566,11 +566,14 @@ def group_advantages(rewards, num_generations, scale_rewards=True):
     Args:    rewards (B,), those of a prompt side by side; B a multiple of num_generations. scale_rewards:
              False leaves the division out, which favours prompts of equal rewards (Dr. GRPO).
     Returns: (B,) float32. A group of equal rewards gives 0.
+    Raises:  ValueError for a B that is no multiple of num_generations.
     Source:  arXiv 2402.03300, section 4.1.2; arXiv 2503.20783, section 3.
 
     >>> group_advantages(torch.tensor([1.0, 0.0, 5.0, 5.0]), 2, scale_rewards=False).tolist()
     [0.5, -0.5, 0.0, 0.0]
     """
+    if len(rewards) % num_generations:
+        raise ValueError(f"{len(rewards)} rewards are no whole groups of num_generations {num_generations}.")
     groups = rewards.double().view(-1, num_generations)
     advantages = groups - groups.mean(1, keepdim=True)
     if scale_rewards:

@@ -539,6 +539,12 @@ def test_advantages_are_those_of_each_group():
     assert group_advantages(rewards, 3, scale_rewards=False).tolist() == [-1, 0, 1, -2, -2, 4]
 
 
+@pytest.mark.parametrize("count", [1, 5, 7])
+def test_rewards_that_are_no_whole_groups_are_refused(count):
+    with pytest.raises(ValueError, match=f"{count} rewards are no whole groups of num_generations 3"):
+        group_advantages(torch.zeros(count), 3)
+
+
 @pytest.mark.parametrize("scale_rewards", [True, False])
 @pytest.mark.parametrize("reward", [0.0, 0.1, 1e8])
 def test_equal_rewards_give_exactly_0(reward, scale_rewards):

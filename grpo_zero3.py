@@ -642,7 +642,7 @@ def grpo_loss(
 
 
 def per_token_logps(engine, batch, args):
-    """Log-probabilities of the batch's completion tokens at the sampling temperature, (M,) float32."""
+    """Log-probabilities of the batch's completion tokens at their rollout's temperature, (M,) float32."""
 
     def head(hidden, weight, bias):
         # here, because the weight is whole only while the head runs; prompts cost no logits
@@ -652,7 +652,7 @@ def per_token_logps(engine, batch, args):
             weight,
             batch["score_ids"],
             bias=bias,
-            temperature=args.temperature,
+            temperature=batch["temperature"],
             chunk_size=args.loss_chunk_size,
         )
 
@@ -663,16 +663,17 @@ def per_token_logps(engine, batch, args):
 
 
 NOT_INPUTS = ("labels", "score_index", "score_ids", "completion_lengths", "advantages", "denominators")
-NOT_INPUTS += ("old_per_token_logps", "ref_per_token_logps")
+NOT_INPUTS += ("temperature", "old_per_token_logps", "ref_per_token_logps")
 
 
-def make_batches(groups, advantages, denominators, budget, device, all_max):
+def make_batches(groups, advantages, denominators, budget, device, all_max, *, temperature):
     """Groups -> micro-batches of at most `budget` tokens, equally many on all ranks.
 
     Args:    groups: this rank's [(prompt_ids, [completion_ids, ..]), ..]; advantages, denominators (B,): of
-             their completions; all_max: the largest of a number over ranks.
-    Returns: flat rows with shared prompts (collators.flatten_shared_prompt) and, for each completion token,
-             advantages and denominators (M,).
+             their completions; all_max: the largest of a number over ranks; temperature: what the
+             completions were sampled at.
+    Returns: flat rows with shared prompts (collators.flatten_shared_prompt), their temperature and, for each
+             completion token, advantages and denominators (M,).
     """
     chunks, tokens = [], 0
     for group in groups:
@@ -694,7 +695,7 @@ def make_batches(groups, advantages, denominators, budget, device, all_max):
     for _ in range(int(all_max(len(batches))) - len(batches)):
         row = flatten_shared_prompt([(groups[0][0][:1], [groups[0][0][:1]])])
         batches.append(row | {"advantages": torch.zeros(1), "denominators": torch.full((1,), math.inf)})
-    return [to_device(batch, device) for batch in batches]
+    return [to_device(batch | {"temperature": temperature}, device) for batch in batches]
 
 
 def to_device(batch, device):
@@ -959,7 +960,7 @@ class Rollouts:
 
     def sample(self, progress):
         """One rollout of whole groups on this rank: groups, rewards and what the update wants to know."""
-        args, started = self.args, time.perf_counter()
+        args, temperature, started = self.args, self.args.temperature, time.perf_counter()
         count = args.per_device_train_batch_size // args.num_generations
         everyone = self.prompts.numbers(progress["prompts_done"], count * self.world)
         mine = everyone[self.rank * count : (self.rank + 1) * count]
@@ -990,7 +991,7 @@ class Rollouts:
                 end_ids=self.end_ids,
                 device=self.device,
                 uniform=uniform,
-                temperature=args.temperature,
+                temperature=temperature,
                 top_k=args.top_k,
                 top_p=args.top_p,
                 stopped=self.stopped,
@@ -1010,6 +1011,7 @@ class Rollouts:
         groups = [completions[i : i + args.num_generations] for i in range(0, size, args.num_generations)]
         return {
             "groups": list(zip(prompt_ids, groups)),
+            "temperature": temperature,  # the update scores at it, whatever the flag says by then
             "rewards": rewards,
             "reward": torch.tensor(list(rewards.values()), dtype=torch.float64).sum(0),
             "lengths": lengths,
@@ -1041,7 +1043,13 @@ def prepare_update(rollout, args, reference, device, watch):
     denominators = loss_denominators(lengths, size, args.loss_type, args.max_completion_length, sum_ranks)
     budget = args.max_tokens_per_batch or args.max_prompt_length + size * args.max_completion_length
     batches = make_batches(
-        rollout["groups"], advantages, denominators, budget, device, lambda n: all_max(n, device)
+        rollout["groups"],
+        advantages,
+        denominators,
+        budget,
+        device,
+        lambda n: all_max(n, device),
+        temperature=rollout["temperature"],
     )
     if reference is not None:
         for i, batch in enumerate(batches):
@@ -1434,7 +1442,8 @@ def pretend_update(args, config, world):
         groups.append(([0] * prompt, [[0] * rest] * generations))
     size = len(groups) * generations
     repeats = len(groups) < all_groups or args.num_iterations > 1
-    [batch] = make_batches(groups, torch.ones(size), torch.ones(size), 10**18, torch.device("cpu"), int)
+    ones, temperature = torch.ones(size), args.temperature
+    [batch] = make_batches(groups, ones, ones, 10**18, torch.device("cpu"), int, temperature=temperature)
     with two_chunks_only(), pretend():
         model = pretend_model(args, config).train()
         if args.gradient_checkpointing:

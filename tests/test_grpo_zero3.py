@@ -725,6 +725,42 @@ def test_the_first_steps_metrics_are_those_of_its_completions(scale_rewards, bas
     assert step["loss"] == pytest.approx(loss, abs=1e-6) and abs(loss) > 1e-3
 
 
+@pytest.mark.parametrize("changed", ["temperature", None])
+def test_a_rollout_is_scored_at_the_temperature_that_it_was_sampled_at(changed, base, rollouts, tmp_path):
+    """Whatever the flag says by then: policy and reference, in both steps that a rollout is used for."""
+    scored, original = [], grpo_zero3.per_token_logps
+
+    def record(engine, batch, args):
+        logps = original(engine, batch, args)
+        scored.append((batch, logps.detach()))
+        return logps
+
+    def sample_warm(self, progress):
+        self.args = Arguments(**{**vars(self.args), "temperature": 3.0})
+        return sample_rollout(self, progress)
+
+    sample_rollout = grpo_zero3.Rollouts.sample
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo_zero3, "per_token_logps", record)
+        if changed:
+            patch.setattr(grpo_zero3.Rollouts, "sample", sample_warm)
+        flags = {"temperature": 0.7, "num_iterations": 2, "max_steps": 2, "beta": 0.1, "learning_rate": 0.0}
+        run(tmp_path, base, **flags)
+    sampled_at = 3.0 if changed else 0.7
+    tiny = AutoModelForCausalLM.from_pretrained(base["model_name_or_path"])
+    expected = []
+    for prompt, completions in rollouts[0]["groups"]:
+        for ids in completions:
+            with torch.no_grad():
+                logits = tiny(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+            logps = torch.log_softmax(logits / sampled_at, dim=-1)
+            expected += logps.gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
+    reference, *steps = torch.cat([logps for _, logps in scored]).split(len(expected))
+    assert len(steps) == 2
+    for found in (reference, *steps):
+        assert worst(found, torch.tensor(expected)) <= 1e-5
+
+
 @pytest.mark.parametrize("flags", [{"temperature": 1e-4}, {"top_k": 1}, {"top_p": 1e-6}])
 def test_sampling_flags_reach_the_rollout(flags, base, rollouts, tmp_path):
     """Each of these leaves the likeliest token alone: all completions of a group are one."""
@@ -1215,8 +1251,8 @@ sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import grpo_zero3
 original = grpo_zero3.make_batches
 
-def unequal(*args):
-    batches = original(*args)
+def unequal(*args, **options):
+    batches = original(*args, **options)
     return batches[: 1 if grpo_zero3.dist.get_rank() else 2]
 
 grpo_zero3.make_batches = unequal

@@ -70,6 +70,7 @@ from common.data import (
     map_rows,
     source_hash,
     template_kwargs,
+    unused_columns,
 )
 from common.dry_run import explore, load_config, pretend
 from common.flags import Refusal, check_dry_run, flag, refuse, run_script
@@ -87,7 +88,7 @@ from common.report import (
     summarize,
     write_metrics,
 )
-from common.rewards import call_rewards, load_reward_funcs
+from common.rewards import call_rewards, check_answers, columns_read, load_reward_funcs
 from common.truncation import check_limit, truncate_pair
 from common.watchdog import Watchdog
 from common.zero3 import (
@@ -270,7 +271,6 @@ class Prompts:
             "examples_truncated": int((cut > 0).sum()),
             "tokens_kept": sum(map(len, self.examples["input_ids"])),
             "tokens_cut": int(cut.sum()),
-            "columns_unused": [],
         }
 
     def __len__(self):
@@ -298,6 +298,17 @@ class Prompts:
         if not self.conversational:
             return texts
         return [[{"role": "assistant", "content": text}] for text in texts]
+
+    def try_rewards(self, functions, tokenizer, num_generations):
+        """Raise ValueError for a reward that fails with one made-up completion, given as a whole group."""
+        text = "The answer is 7."
+        prompts, columns = self.columns([0], num_generations)
+        completions = self.as_completions([text] * num_generations)
+        completion_ids = [tokenizer(text, add_special_tokens=False)["input_ids"]] * num_generations
+        try:
+            call_rewards(functions, prompts, completions, columns, completion_ids)
+        except Refusal as error:
+            raise Refusal(f"before the first rollout, for a made-up completion: {error}") from error
 
 
 # --- 3. The technique ---
@@ -565,11 +576,14 @@ def group_advantages(rewards, num_generations, scale_rewards=True):
     Args:    rewards (B,), those of a prompt side by side; B a multiple of num_generations. scale_rewards:
              False leaves the division out, which favours prompts of equal rewards (Dr. GRPO).
     Returns: (B,) float32. A group of equal rewards gives 0.
+    Raises:  ValueError for a B that is no multiple of num_generations.
     Source:  arXiv 2402.03300, section 4.1.2; arXiv 2503.20783, section 3.
 
     >>> group_advantages(torch.tensor([1.0, 0.0, 5.0, 5.0]), 2, scale_rewards=False).tolist()
     [0.5, -0.5, 0.0, 0.0]
     """
+    if len(rewards) % num_generations:
+        raise ValueError(f"{len(rewards)} rewards are no whole groups of num_generations {num_generations}.")
     groups = rewards.double().view(-1, num_generations)
     advantages = groups - groups.mean(1, keepdim=True)
     if scale_rewards:
@@ -638,7 +652,7 @@ def grpo_loss(
 
 
 def per_token_logps(engine, batch, args):
-    """Log-probabilities of the batch's completion tokens at the sampling temperature, (M,) float32."""
+    """Log-probabilities of the batch's completion tokens at their rollout's temperature, (M,) float32."""
 
     def head(hidden, weight, bias):
         # here, because the weight is whole only while the head runs; prompts cost no logits
@@ -648,7 +662,7 @@ def per_token_logps(engine, batch, args):
             weight,
             batch["score_ids"],
             bias=bias,
-            temperature=args.temperature,
+            temperature=batch["temperature"],
             chunk_size=args.loss_chunk_size,
         )
 
@@ -659,16 +673,17 @@ def per_token_logps(engine, batch, args):
 
 
 NOT_INPUTS = ("labels", "score_index", "score_ids", "completion_lengths", "advantages", "denominators")
-NOT_INPUTS += ("old_per_token_logps", "ref_per_token_logps")
+NOT_INPUTS += ("temperature", "old_per_token_logps", "ref_per_token_logps")
 
 
-def make_batches(groups, advantages, denominators, budget, device, all_max):
+def make_batches(groups, advantages, denominators, budget, device, all_max, *, temperature):
     """Groups -> micro-batches of at most `budget` tokens, equally many on all ranks.
 
     Args:    groups: this rank's [(prompt_ids, [completion_ids, ..]), ..]; advantages, denominators (B,): of
-             their completions; all_max: the largest of a number over ranks.
-    Returns: flat rows with shared prompts (collators.flatten_shared_prompt) and, for each completion token,
-             advantages and denominators (M,).
+             their completions; all_max: the largest of a number over ranks; temperature: what the
+             completions were sampled at.
+    Returns: flat rows with shared prompts (collators.flatten_shared_prompt), their temperature and, for each
+             completion token, advantages and denominators (M,).
     """
     chunks, tokens = [], 0
     for group in groups:
@@ -690,7 +705,7 @@ def make_batches(groups, advantages, denominators, budget, device, all_max):
     for _ in range(int(all_max(len(batches))) - len(batches)):
         row = flatten_shared_prompt([(groups[0][0][:1], [groups[0][0][:1]])])
         batches.append(row | {"advantages": torch.zeros(1), "denominators": torch.full((1,), math.inf)})
-    return [to_device(batch, device) for batch in batches]
+    return [to_device(batch | {"temperature": temperature}, device) for batch in batches]
 
 
 def to_device(batch, device):
@@ -948,7 +963,7 @@ class Rollouts:
 
     def sample(self, progress):
         """One rollout of whole groups on this rank: groups, rewards and what the update wants to know."""
-        args, started = self.args, time.perf_counter()
+        args, temperature, started = self.args, self.args.temperature, time.perf_counter()
         count = args.per_device_train_batch_size // args.num_generations
         everyone = self.prompts.numbers(progress["prompts_done"], count * self.world)
         mine = everyone[self.rank * count : (self.rank + 1) * count]
@@ -979,7 +994,7 @@ class Rollouts:
                 end_ids=self.end_ids,
                 device=self.device,
                 uniform=uniform,
-                temperature=args.temperature,
+                temperature=temperature,
                 top_k=args.top_k,
                 top_p=args.top_p,
                 stopped=self.stopped,
@@ -991,13 +1006,15 @@ class Rollouts:
         self.seconds = time.perf_counter() - started
         self.watch(f"rollout {rollout}, rewards")
         texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
-        columns = self.prompts.columns(mine, args.num_generations)
+        prompts, columns = self.prompts.columns(mine, args.num_generations)
+        judged = self.prompts.as_completions(texts)
         with together(self.device):
-            rewards = call_rewards(self.functions, columns[0], self.prompts.as_completions(texts), columns[1])
+            rewards = call_rewards(self.functions, prompts, judged, columns, completions)
         lengths = torch.tensor([len(ids) for ids in completions])
         groups = [completions[i : i + args.num_generations] for i in range(0, size, args.num_generations)]
         return {
             "groups": list(zip(prompt_ids, groups)),
+            "temperature": temperature,  # the update scores at it, whatever the flag says by then
             "rewards": rewards,
             "reward": torch.tensor(list(rewards.values()), dtype=torch.float64).sum(0),
             "lengths": lengths,
@@ -1007,7 +1024,7 @@ class Rollouts:
             "finished": torch.tensor(finished),
             "entropy_sum": float(sum(e * n for e, n in zip(entropies, lengths.tolist()))),
             "gather_seconds": gathered - started,
-            "texts": list(zip(map(prompt_text, columns[0]), texts)),
+            "texts": list(zip(map(prompt_text, prompts), texts)),
             "num_prompts": count * self.world,
             # of the data: a prompt counts once for each completion
             "num_tokens": int(lengths.sum()) + args.num_generations * sum(map(len, prompt_ids)),
@@ -1029,7 +1046,13 @@ def prepare_update(rollout, args, reference, device, watch):
     denominators = loss_denominators(lengths, size, args.loss_type, args.max_completion_length, sum_ranks)
     budget = args.max_tokens_per_batch or args.max_prompt_length + size * args.max_completion_length
     batches = make_batches(
-        rollout["groups"], advantages, denominators, budget, device, lambda n: all_max(n, device)
+        rollout["groups"],
+        advantages,
+        denominators,
+        budget,
+        device,
+        lambda n: all_max(n, device),
+        temperature=rollout["temperature"],
     )
     if reference is not None:
         for i, batch in enumerate(batches):
@@ -1171,8 +1194,8 @@ def main(args):
     counted.
 
     Raises: ValueError for what the arguments, the data, the rewards or the model make impossible, before
-            output_dir is touched (a reward's mistake shows when it is called); FloatingPointError for a
-            non-finite loss or gradient, before the weights and the checkpoints are.
+            output_dir is touched (a reward's mistake with some completions shows when it is given them);
+            FloatingPointError for a non-finite loss or gradient, before the weights and the checkpoints are.
     """
     check_arguments(args)
     if args.dry_run:
@@ -1211,6 +1234,11 @@ def train(args, rank, local_rank, world, device, sigterm, watch):
                 prompts = Prompts(args, tokenizer)
                 check_token_ids(prompts.examples, config.vocab_size, args.dataset_name)
                 functions = load_reward_funcs(args.reward_funcs, prompts.reward_columns)
+                check_answers(functions, prompts.rows, args.dataset_name)
+                read = columns_read(functions, prompts.reward_columns)
+                prompts.data["columns_unused"] = unused_columns(prompts.rows, ("prompt", *read))
+                watch("trying the rewards")
+                prompts.try_rewards(functions, tokenizer, args.num_generations)
     prompts_per_rollout = args.per_device_train_batch_size // args.num_generations * world
     progress = {"step": 0, "rollout": 0, "prompts_done": 0}
     progress |= {"fingerprint": prompts.fingerprint(), "world_size": world}
@@ -1424,7 +1452,8 @@ def pretend_update(args, config, world):
         groups.append(([0] * prompt, [[0] * rest] * generations))
     size = len(groups) * generations
     repeats = len(groups) < all_groups or args.num_iterations > 1
-    [batch] = make_batches(groups, torch.ones(size), torch.ones(size), 10**18, torch.device("cpu"), int)
+    ones, temperature = torch.ones(size), args.temperature
+    [batch] = make_batches(groups, ones, ones, 10**18, torch.device("cpu"), int, temperature=temperature)
     with two_chunks_only(), pretend():
         model = pretend_model(args, config).train()
         if args.gradient_checkpointing:

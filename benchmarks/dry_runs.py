@@ -87,7 +87,7 @@ def measure_grpo(args, config, options):
             most = args.max_completion_length
             grpo_zero3.generate(model, prompts, group, most, end_ids=[], device=device, uniform=uniform)
         ones = torch.ones(size)
-        batches = grpo_zero3.make_batches(groups, ones, ones, longest, device, int)
+        batches = grpo_zero3.make_batches(groups, ones, ones, longest, device, int, temperature=1.0)
         grpo_zero3.update(engine, batches, args, 1, lambda phase: None)
         measured = torch.cuda.max_memory_allocated() - before
     return *timed(grpo_zero3.pretend_step, args, config, 1), measured

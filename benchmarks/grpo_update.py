@@ -110,7 +110,9 @@ def our_way(args, shares, rollouts, device, model, optimizer):
         budget = max(len(p) * (1 if shares else G) + sum(map(len, c)) for p, c in groups)
         if not shares:
             groups = [(prompt, [c]) for prompt, completions in groups for c in completions]
-        batches.append(make_batches(groups, advantages, denominators, budget, device, lambda value: value))
+        batches.append(
+            make_batches(groups, advantages, denominators, budget, device, int, temperature=args.temperature)
+        )
 
     def step(micro_batches):
         checkpoint_layers(model, args.gradient_checkpointing)

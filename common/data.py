@@ -2,6 +2,7 @@
 example.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -11,11 +12,13 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-from datasets import DatasetDict, load_dataset, load_from_disk
+import pandas as pd
+from datasets import DatasetDict, Features, Value, load_dataset, load_from_disk
 from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.exceptions import DatasetNotFoundError
 from datasets.fingerprint import Hasher
 
+from common.checkpoints import DISK_ERRORS
 from common.flags import Refusal
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -79,15 +82,26 @@ def _load_file(path):
     if path.suffix == ".jsonl":
         _check_lines(path)
     try:
+        options = _cells_as_text(path) if builder == "csv" else {}
         with cache_errors_named():
-            rows = load_dataset(builder, data_files=_this_file(path), split="train")
+            return load_dataset(builder, data_files=_this_file(path), split="train", **options)
     except Refusal:
         raise
     except Exception as error:  # pyarrow, pandas and datasets raise a dozen types for a bad file
         raise Refusal(f"{path} cannot be read as {builder}: {error.__cause__ or error}") from error
-    if any(name.startswith("__index_level") for name in rows.column_names):
+
+
+def _cells_as_text(path):
+    """Options of load_dataset that make each cell of a CSV file a string, and an empty one null.
+
+    Guessing types, pandas would read 012 as 12 and NA as null, and one blank cell would make each 7 of its
+    column a 7.0.
+    """
+    start = pd.read_csv(path, nrows=1, dtype=str)
+    if len(start) and not isinstance(start.index, pd.RangeIndex):  # the first fields would be an index
         raise Refusal(f"{path}: a line has more fields than the header has names.")
-    return rows
+    features = Features({name: Value("string") for name in start.columns})
+    return {"features": features, "keep_default_na": False, "na_values": [""]}
 
 
 def _this_file(path):
@@ -114,15 +128,13 @@ def cache_errors_named():
     try:
         yield
     except Exception as error:
-        causes = [
-            cause for cause in (error, error.__cause__, error.__context__) if isinstance(cause, OSError)
-        ]
-        if not any(cause.errno for cause in causes):  # pyarrow's of a broken file have no number
-            raise
-        raise Refusal(
-            f"the cache of datasets, {datasets.config.HF_DATASETS_CACHE}, cannot be written: {causes[0]}. "
-            "Set HF_DATASETS_CACHE to another folder."
-        ) from error
+        for cause in (error, error.__cause__, error.__context__):
+            if isinstance(cause, OSError) and cause.errno in (*DISK_ERRORS, errno.ENOTDIR, errno.EEXIST):
+                raise Refusal(
+                    f"the cache of datasets {datasets.config.HF_DATASETS_CACHE} cannot be written: {cause}; "
+                    "set HF_DATASETS_CACHE to another folder."
+                ) from error
+        raise
 
 
 def map_rows(rows, function, code, **options):

@@ -74,7 +74,7 @@ def grpo(flags):
     def update():
         groups, ones = [(prompt, completions) for prompt in prompts], torch.ones(size)
         longest = args.max_prompt_length + group * args.max_completion_length
-        batches = script.make_batches(groups, ones, ones, longest, CPU, int)
+        batches = script.make_batches(groups, ones, ones, longest, CPU, int, temperature=1.0)
         script.update(engine, batches, args, world, lambda phase: None)
 
     def rollout():

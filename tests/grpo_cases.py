@@ -123,7 +123,8 @@ def raises(prompts, completions, **columns):
 
 
 def raises_on_the_second_rank(prompts, completions, **columns):
-    return [1.0 / (1 - int(os.environ["RANK"]))] * len(completions)
+    """For a rollout; not for the single group that it is tried on before."""
+    return [1.0 / (1 - int(os.environ["RANK"]) * (len(completions) > 3))] * len(completions)
 
 
 def __getattr__(name):
@@ -134,7 +135,23 @@ def __getattr__(name):
 
 
 def too_few(prompts, completions, **columns):
-    return [1.0] * (len(completions) - 1)
+    return [1.0] * min(len(completions), 11)
+
+
+def takes_no_column(prompts, completions):
+    return [0.0] * len(completions)
+
+
+def takes_no_prompts(completions, answer):
+    return [0.0] * len(completions)
+
+
+async def waits(prompts, completions, **columns):
+    return [0.0] * len(completions)
+
+
+def returns_nothing(prompts, completions, **columns):
+    pass
 
 
 def not_a_number(prompts, completions, **columns):

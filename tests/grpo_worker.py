@@ -156,7 +156,8 @@ def train_step(engine, name, rank, world, folder, change=lambda batches: None, s
 
     size = len(groups[0][1])
     denominators = loss_denominators(lengths, size, args.loss_type, 9, sum_ranks)
-    batches = make_batches(groups, advantages, denominators, 40, CPU, lambda n: all_max(n, CPU))
+    options = {"temperature": args.temperature}
+    batches = make_batches(groups, advantages, denominators, 40, CPU, lambda n: all_max(n, CPU), **options)
     done = 0
     for batch in batches:
         if done == len(old):

@@ -57,7 +57,16 @@ def test_every_local_kind(kind, tmp_path):
     else:
         datasets.DatasetDict(train=rows, test=rows.select([1])).save_to_disk(path)
         assert load_rows(str(path), split="test").to_list() == ROWS[1:]
-    assert load_rows(str(path)).to_list() == ROWS
+    cells = [{"text": row["text"], "n": str(row["n"])} for row in ROWS]
+    assert load_rows(str(path)).to_list() == (cells if kind == "csv" else ROWS)
+
+
+def test_a_cell_of_a_csv_file_is_text(tmp_path):
+    """Whatever stands above or below it; in a column of blanks, too."""
+    path = written(tmp_path / "rows.csv", 'a,b,none\n7,012,\n,NA,\n1e5,None,""\nTrue,1.50,\n')
+    rows = load_rows(path)
+    assert rows["a"][:] == ["7", None, "1e5", "True"] and rows["b"][:] == ["012", "NA", "None", "1.50"]
+    assert rows["none"][:] == [None] * 4 and all(kind.dtype == "string" for kind in rows.features.values())
 
 
 def test_blank_lines_and_conversations(tmp_path):
@@ -110,7 +119,7 @@ def test_a_cache_that_cannot_be_written_is_named_as_the_cache(tmp_path, monkeypa
     path = written(tmp_path / "rows.jsonl", '{"text": "a"}\n')
     rows = load_rows(path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", f"{path}/cache")  # below a file
-    message = f"the cache of datasets, {path}/cache, cannot be written: .* Set HF_DATASETS_CACHE"
+    message = f"the cache of datasets {path}/cache cannot be written: .* set HF_DATASETS_CACHE"
     with pytest.raises(Refusal, match=message):
         load_rows(path)
     with pytest.raises(Refusal, match=message):
@@ -151,7 +160,8 @@ def test_a_bad_line_is_named(content, message, tmp_path):
         ("rows.jsonl", "\n\n", "rows.jsonl"),
         ("rows.csv", "text,n\n", "rows.csv"),
         # more fields than the header has names: pandas would make the first ones an index
-        ("rows.csv", "text,n\na,1,2\nb,1,2\n", "rows.csv"),
+        ("rows.csv", "text,n\na,1,2\nb,1,2\n", "rows.csv: a line has more fields than"),
+        ("rows.csv", "text,n\na,1\nb,1,2\n", "rows.csv cannot be read as csv: .* line 3"),
     ],
 )
 def test_bad_and_empty_files(name, content, message, tmp_path):

@@ -467,8 +467,8 @@ def test_a_rollout_without_a_scored_token_changes_nothing(runs, base):
 def test_what_fails_on_one_rank_ends_all(name, culprit, message, runs):
     """In step: the same processes made the runs after it."""
     errors = [results[name]["error"] for results in runs[1]]
-    assert message in errors[culprit] and errors[culprit].startswith("ValueError: ")
-    assert errors[1 - culprit] == "ValueError: another rank cannot go on; its own message says why."
+    assert message in errors[culprit] and errors[culprit].startswith("Refusal: ")
+    assert errors[1 - culprit] == "Refusal: another rank cannot go on; its own message says why."
 
 
 def test_offloading_changes_the_place_alone(runs):
@@ -537,6 +537,12 @@ def test_advantages_are_those_of_each_group():
         assert worst(found[i : i + 3], expected) <= 1e-6
     assert worst(found, group_advantages(rewards, 6)) > 0.1  # across groups
     assert group_advantages(rewards, 3, scale_rewards=False).tolist() == [-1, 0, 1, -2, -2, 4]
+
+
+@pytest.mark.parametrize("count", [1, 5, 7])
+def test_rewards_that_are_no_whole_groups_are_refused(count):
+    with pytest.raises(ValueError, match=f"{count} rewards are no whole groups of num_generations 3"):
+        group_advantages(torch.zeros(count), 3)
 
 
 @pytest.mark.parametrize("scale_rewards", [True, False])
@@ -717,6 +723,42 @@ def test_the_first_steps_metrics_are_those_of_its_completions(scale_rewards, bas
         advantages = advantages / (groups.std(1, keepdim=True) + 1e-4)
     loss = -sum(a * n for a, n in zip(advantages.flatten().tolist(), scored)) / sum(scored)
     assert step["loss"] == pytest.approx(loss, abs=1e-6) and abs(loss) > 1e-3
+
+
+@pytest.mark.parametrize("changed", ["temperature", None])
+def test_a_rollout_is_scored_at_the_temperature_that_it_was_sampled_at(changed, base, rollouts, tmp_path):
+    """Whatever the flag says by then: policy and reference, in both steps that a rollout is used for."""
+    scored, original = [], grpo_zero3.per_token_logps
+
+    def record(engine, batch, args):
+        logps = original(engine, batch, args)
+        scored.append((batch, logps.detach()))
+        return logps
+
+    def sample_warm(self, progress):
+        self.args = Arguments(**{**vars(self.args), "temperature": 3.0})
+        return sample_rollout(self, progress)
+
+    sample_rollout = grpo_zero3.Rollouts.sample
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo_zero3, "per_token_logps", record)
+        if changed:
+            patch.setattr(grpo_zero3.Rollouts, "sample", sample_warm)
+        flags = {"temperature": 0.7, "num_iterations": 2, "max_steps": 2, "beta": 0.1, "learning_rate": 0.0}
+        run(tmp_path, base, **flags)
+    sampled_at = 3.0 if changed else 0.7
+    tiny = AutoModelForCausalLM.from_pretrained(base["model_name_or_path"])
+    expected = []
+    for prompt, completions in rollouts[0]["groups"]:
+        for ids in completions:
+            with torch.no_grad():
+                logits = tiny(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+            logps = torch.log_softmax(logits / sampled_at, dim=-1)
+            expected += logps.gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
+    reference, *steps = torch.cat([logps for _, logps in scored]).split(len(expected))
+    assert len(steps) == 2
+    for found in (reference, *steps):
+        assert worst(found, torch.tensor(expected)) <= 1e-5
 
 
 @pytest.mark.parametrize("flags", [{"temperature": 1e-4}, {"top_k": 1}, {"top_p": 1e-6}])
@@ -940,7 +982,7 @@ BAD_FLAGS = [
     ({"reward_funcs": "no_such_module:f"}, "no_such_module:f cannot be imported"),
     (
         {"reward_funcs": "last_word"},
-        "wants the column answer; beside prompts and completions it is given wanted",
+        "wants the column answer; beside prompts, completions, completion_ids it is given wanted",
     ),
     (
         {"max_prompt_length": 300},
@@ -1015,7 +1057,10 @@ def test_a_run_that_was_stopped_after_its_last_step_still_leaves_its_model(base,
 @pytest.mark.parametrize(
     "function, message",
     [
-        ("raises", "raised ZeroDivisionError: .*prompt '...', completion"),
+        (
+            "raises",
+            r"raised ZeroDivisionError: .* at .*grpo_cases.py:\d+, `return .*; prompt '...', completion",
+        ),
         ("too_few", "returned 11 numbers for 12 completions; .*prompt"),
         ("not_a_number", "returned nan; .*prompt 'bcd', completion"),
     ],
@@ -1026,6 +1071,57 @@ def test_a_broken_reward_stops_the_run_and_is_named(function, message, base, tmp
     with pytest.raises(ValueError, match=message):
         run(tmp_path / "out", flags, reward_funcs=f"grpo_cases:{function}")
     assert not (tmp_path / "out/model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, answers, message",
+    [
+        ({"reward_funcs": "grpo_cases:waits"}, "77", "waits is async: make it a plain function"),
+        ({"reward_funcs": "grpo_cases:returns_nothing"}, "77", "made-up .* returned None; wanted: a list"),
+        ({"reward_funcs": "grpo_cases:takes_no_column"}, "77", "does not take answer: add the parameter"),
+        (
+            {"reward_funcs": "last_word"},
+            "7 ",
+            "bad.jsonl, example 1: answer is ' '; --reward_funcs last_word",
+        ),
+        ({"reward_funcs": "last_number"}, "7x", "bad.jsonl, example 1: answer is 'x'; .* wants a number"),
+    ],
+)
+def test_a_reward_that_never_works_is_refused_before_the_model_is_loaded(
+    flags, answers, message, base, tmp_path, monkeypatch
+):
+    monkeypatch.delattr(grpo_zero3, "load_engine")
+    rows = [{"prompt": "abc", "answer": answer} for answer in answers]
+    flags = {**base, "dataset_name": write_jsonl(tmp_path / "bad.jsonl", rows), **flags}
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "out", flags)
+
+
+def test_a_blank_in_a_csv_file_changes_no_other_answer(base, tmp_path):
+    """And is refused itself: with it the completions could earn nothing, and without it they do."""
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,answer\nab,7\ncd,\n")
+    with pytest.raises(ValueError, match="rows.csv, example 1: answer is None; --reward_funcs last_word"):
+        run(tmp_path / "out", base, dataset_name=str(path), reward_funcs="last_word")
+    args = Arguments(**{**base, "dataset_name": str(path)})
+    prompts = Prompts(args, AutoTokenizer.from_pretrained(base["model_name_or_path"]))
+    assert prompts.columns([0], 2)[1] == {"answer": ["7", "7"]}
+
+
+def test_rewards_are_tried_on_a_group_and_then_given_the_rollouts_ids(base, rollouts, tmp_path, monkeypatch):
+    seen = []
+
+    def keeps(prompts, completions, **columns):
+        seen.append((completions, columns["completion_ids"]))
+        return [0.0] * len(completions)
+
+    monkeypatch.setattr("grpo_cases.equal", keeps)
+    run(tmp_path, base, reward_funcs="grpo_cases:equal", max_steps=1)
+    (tried, tried_ids), (texts, ids) = seen
+    tokenizer = AutoTokenizer.from_pretrained(base["model_name_or_path"])
+    assert len(set(tried)) == 1 and tokenizer.batch_decode(tried_ids) == tried and len(tried) == 3
+    assert ids == [ids for _, completions in rollouts[0]["groups"] for ids in completions]
+    assert tokenizer.batch_decode(ids, skip_special_tokens=True) == texts
 
 
 @pytest.mark.parametrize(
@@ -1184,8 +1280,8 @@ sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import grpo_zero3
 original = grpo_zero3.make_batches
 
-def unequal(*args):
-    batches = original(*args)
+def unequal(*args, **options):
+    batches = original(*args, **options)
     return batches[: 1 if grpo_zero3.dist.get_rank() else 2]
 
 grpo_zero3.make_batches = unequal

@@ -876,12 +876,12 @@ def read_progress(path, fingerprint):
     return progress
 
 
-def load_checkpoint(path, model, optimizer, scheduler, step, rank):
+def load_checkpoint(path, model, optimizer, scheduler, progress, rank):
     """Restore weights, moments, learning rate and random states, on any number of ranks."""
     read_training_state(path, training_state(model, optimizer), rank)
     for moments in optimizer.state.values():
-        moments["step"].fill_(step)
-    scheduler.last_epoch = step - 1  # the rate is a function of the step alone
+        moments["step"].fill_(progress.get("updates", progress["step"]))
+    scheduler.last_epoch = progress["step"] - 1  # the rate is a function of the step alone
     with warnings.catch_warnings():
         # torch takes a step of the schedule before the first one of the optimizer for a mistake
         warnings.simplefilter("ignore")
@@ -1045,7 +1045,7 @@ def train(args, rank, local_rank, world, device, sigterm):
     if progress["step"] == total_steps and (Path(args.output_dir) / "summary.json").exists():
         raise Refusal(f"{args.output_dir} has finished its {total_steps} steps: raise --max_steps to go on.")
     if args.resume_from_checkpoint:
-        load_checkpoint(checkpoint, model, optimizer, scheduler, progress["step"], rank)
+        load_checkpoint(checkpoint, model, optimizer, scheduler, progress, rank)
     if rank == 0:
         prepare_output_dir(args.output_dir, progress["step"], keep=[REFERENCE] if reference else [])
         if reference:

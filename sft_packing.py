@@ -699,19 +699,19 @@ def save_checkpoint(args, model, optimizer, progress, rank):
 
 
 def read_progress(path, fingerprint):
-    """Where a checkpoint stands: step, epoch, rows done in it."""
+    """Where a checkpoint stands: step, updates among them, epoch, rows done in it."""
     progress = json.loads((path / "progress.json").read_text())
     if progress["fingerprint"] != fingerprint:
         raise Refusal(f"{path} belongs to other data or another plan: use its dataset, max_length and seed.")
-    return progress
+    return {"updates": progress["step"], **progress}
 
 
-def load_checkpoint(path, model, optimizer, scheduler, step, rank):
+def load_checkpoint(path, model, optimizer, scheduler, progress, rank):
     """Restore weights, moments, learning rate and random states, on any number of ranks."""
     read_training_state(path, training_state(model, optimizer), rank)
     for moments in optimizer.state.values():
-        moments["step"].fill_(step)
-    scheduler.last_epoch = step - 1  # the rate is a function of the step alone
+        moments["step"].fill_(progress.get("updates", progress["step"]))
+    scheduler.last_epoch = progress["step"] - 1  # the rate is a function of the step alone
     with warnings.catch_warnings():
         # torch takes a step of the schedule before the first one of the optimizer for a mistake
         warnings.simplefilter("ignore")
@@ -722,18 +722,17 @@ def count_steps(args, num_rows, rows_per_step, progress):
     """Optimizer steps of the whole run, those that `progress` has done included.
 
     Counted from the rows that are left: a run resumed with other ranks or batches trains each row as often
-    as before.
+    as before. Part of an epoch is rounded up to whole steps.
     """
     if args.max_steps > 0:
         return args.max_steps
-    per_epoch = math.ceil(num_rows / rows_per_step)
-    part, whole = math.modf(args.num_train_epochs)
-    # of a last, incomplete epoch; 1e-9: modf(1.6) is 0.6000000000000001
-    in_part = math.ceil(part * per_epoch - 1e-9)
-    if progress["epoch"] < whole:
-        this_epoch = math.ceil((num_rows - progress["rows_done"]) / rows_per_step)
-        return progress["step"] + this_epoch + (int(whole) - progress["epoch"] - 1) * per_epoch + in_part
-    return progress["step"] + max(0, in_part - progress["rows_done"] // rows_per_step)
+    total, done = progress["step"], progress["rows_done"]
+    for epoch in range(progress["epoch"], math.ceil(args.num_train_epochs)):
+        # 1e-9: 1.6 - 1 is 0.6000000000000001
+        last = math.ceil(min(1, args.num_train_epochs - epoch) * num_rows - 1e-9)
+        total += math.ceil(max(0, last - done) / rows_per_step)
+        done = 0
+    return total
 
 
 def save_model(args, model, tokenizer, rank):
@@ -829,7 +828,7 @@ def train(args, rank, local_rank, world, device, sigterm):
     rows, eval_rows, data = prepare_data(args, tokenizer, config.vocab_size, local_rank)
     pad_token_id = tokenizer.pad_token_id or 0  # masked: any id will do
     rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
-    progress = {"step": 0, "epoch": 0, "rows_done": 0, "fingerprint": rows.fingerprint()}
+    progress = {"step": 0, "updates": 0, "epoch": 0, "rows_done": 0, "fingerprint": rows.fingerprint()}
     if args.resume_from_checkpoint:
         checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
         progress = read_progress(checkpoint, progress["fingerprint"])
@@ -854,7 +853,7 @@ def train(args, rank, local_rank, world, device, sigterm):
     if progress["step"] == total_steps and (Path(args.output_dir) / "summary.json").exists():
         raise Refusal(f"{args.output_dir} has finished its {total_steps} steps: raise --max_steps to go on.")
     if args.resume_from_checkpoint:
-        load_checkpoint(checkpoint, model, optimizer, scheduler, progress["step"], rank)
+        load_checkpoint(checkpoint, model, optimizer, scheduler, progress, rank)
     if rank == 0:
         prepare_output_dir(args.output_dir, progress["step"])
     metrics, totals = {}, {"seconds": 0.0, "tokens": 0, "padding": 0}
@@ -871,6 +870,8 @@ def train(args, rank, local_rank, world, device, sigterm):
         # The mean runs over the scored tokens of the whole step, all micro-batches and all ranks: one batch
         # of 8, 8 batches of 1 and 2 ranks of 4 take the same step.
         num_scored, num_tokens, num_padding = all_sum([sum(n) for n in zip(*map(count, batches))], device)
+        if not num_scored:  # wrapped rows of a long prompt: without a gradient AdamW changes nothing at all
+            batches, num_tokens, num_padding = [], 0, 0
         num_items_in_batch = max(num_scored, 1)
         nll_total = 0.0
         with meter.step(batches):
@@ -898,6 +899,7 @@ def train(args, rank, local_rank, world, device, sigterm):
 
         seconds = time.perf_counter() - step_started
         progress["step"] += 1
+        progress["updates"] += bool(num_scored)
         progress["rows_done"] += len(step_rows)
         metrics = {
             "step": progress["step"],

@@ -83,7 +83,14 @@ class MemoryMeter:
 
     @contextmanager
     def step(self, batches):
-        """Wrap one optimizer step: forwards, backwards and update; batches: its inputs, dicts of tensors."""
+        """Wrap one optimizer step: forwards, backwards and update; batches: its inputs, dicts of tensors.
+
+        A step without any batch computes nothing: it is not measured, and not counted.
+        """
+        if not batches:
+            self.counting = False
+            yield
+            return
         self.calls += 1
         tracked = self.counting = self.track and self.calls == self.track_step
         if tracked:
@@ -146,7 +153,9 @@ class MemoryMeter:
 
     def peak_bytes(self):
         """Highest so far: on CUDA allocated by tensors, on a CPU resident in the process."""
-        return self.measured["peak"] if self.device.type == "cuda" else peak_memory_bytes(self.device)
+        if self.device.type == "cuda" and self.measured:
+            return self.measured["peak"]
+        return peak_memory_bytes(self.device)
 
     def _allocated(self):
         if self.tracker is None:

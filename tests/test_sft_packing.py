@@ -21,7 +21,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import documents, gradients, tiny_model, worst
+from helpers import FROZEN, documents, freeze_first, gradients, tiny_model, worst
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -1017,6 +1017,53 @@ def test_bytes_are_counted_in_a_step_that_computes(long_prompts, tmp_path):
     assert bytes_of({"ledger": ledger})["optimizer"] >= 8 * 1000
 
 
+@pytest.mark.parametrize("changes", [{}, {"bf16": True}, {"activation_offloading": True}], ids=str)
+def test_frozen_layers_cost_their_weights_alone(changes, dropout, tmp_path, monkeypatch):
+    flags = {**dropout, **changes, "save_steps": 2, "measure_memory": True}
+    if "activation_offloading" in changes:
+        flags["model_name_or_path"] = write_model(tmp_path / "model", num_hidden_layers=3)
+        monkeypatch.setattr("common.offload.MIN_BYTES", 1)
+    all_trained = bytes_of(run(tmp_path / "all", flags, max_steps=2).returned)
+    in_graph = freeze_first(sft_packing, monkeypatch)
+    whole = run(tmp_path / "whole", flags)
+    assert not any(in_graph) and len(in_graph) >= 8
+    state = state_after(tmp_path / "whole", 4)
+    assert not [name for name in state if name.split(".", 1)[1].startswith(FROZEN)]
+    came = load_file(Path(flags["model_name_or_path"]) / "model.safetensors")
+    for name, weight in whole.weights.items():
+        assert torch.equal(weight, came[name]) == name.startswith(FROZEN), name
+    trained = sum(w.numel() for name, w in came.items() if not name.startswith(FROZEN))
+    found = {row["name"]: row for row in whole.returned["ledger"]}
+    assert found["gradients"]["measured"] == found["gradients"]["predicted"] == 4 * trained
+    assert found["optimizer"]["predicted"] == 8 * trained
+    assert found["optimizer"]["measured"] == pytest.approx(8 * trained, rel=0.01)
+    assert found["parameters"]["measured"] == all_trained["parameters"] > 1.2 * 4 * trained
+    if "activation_offloading" not in changes:  # which leaves one layer's on the device in any case
+        assert found["activations"]["measured"] < all_trained["activations"]
+    assert found["peak"]["measured"] < all_trained["peak"]
+    resumed = run(cut_after(tmp_path / "whole", 4, tmp_path / "cut"), flags, resume_from_checkpoint="latest")
+    assert_same_bits(resumed, whole)
+
+
+def test_layers_frozen_once_the_model_is_loaded(dropout, tmp_path, monkeypatch):
+    load_model = sft_packing.load_model
+
+    def load_frozen(*args):
+        model = load_model(*args)
+        for module in (model.get_input_embeddings(), sft_packing.decoder_layers(model)[0]):
+            module.requires_grad_(False)
+        return model
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft_packing, "load_model", load_frozen)
+        whole = run(tmp_path / "0", dropout)
+    freeze_first(sft_packing, monkeypatch)
+    assert_same_bits(whole, run(tmp_path / "1", dropout, save_steps=2))
+    folder = cut_after(tmp_path / "1", 2, tmp_path / "cut")
+    monkeypatch.undo()
+    assert_refused(folder, {**dropout, "resume_from_checkpoint": "latest"}, "was frozen .* is trained now")
+
+
 def test_killed_while_saving_the_earlier_checkpoint_is_there(dropout, uninterrupted, tmp_path):
     code = f"""
 import os, signal, sys
@@ -1419,7 +1466,7 @@ def test_steps_and_schedule(base, tmp_path):
 def test_the_first_update_is_adamw_on_the_mean_loss(base, tmp_path):
     """One step on all examples, from weights to weights, against torch's own optimizer on the naive loss."""
     done = run(
-        tmp_path, base, packing=False, per_device_train_batch_size=20, weight_decay=0.1, max_grad_norm=0.5
+        tmp_path, base, packing=False, per_device_train_batch_size=20, weight_decay=10.0, max_grad_norm=0.5
     )
     model = AutoModelForCausalLM.from_pretrained(base["model_name_or_path"])
     tokenizer = AutoTokenizer.from_pretrained(base["model_name_or_path"])
@@ -1428,7 +1475,10 @@ def test_the_first_update_is_adamw_on_the_mean_loss(base, tmp_path):
     for name, parameter in model.named_parameters():
         parameter.grad = expected[name]
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-    torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1).step()
+    norms = [p for name, p in model.named_parameters() if "norm" in name]
+    matrices = [p for name, p in model.named_parameters() if "norm" not in name]
+    for parameters, weight_decay in ((matrices, 10.0), (norms, 0.0)):
+        torch.optim.AdamW(parameters, lr=1e-4, weight_decay=weight_decay).step()
     assert losses(done) == pytest.approx([expected["loss"].item()], abs=1e-5)
     assert done.metrics[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
     assert worst(done.weights, {name: p.detach() for name, p in model.named_parameters()}) <= 1e-5

@@ -101,6 +101,7 @@ from common.report import (
     summarize,
     write_metrics,
 )
+from common.trained import check_frozen, checkpoint_layers, parameter_groups, trained
 from common.truncation import TRUNCATION_MODES, check_limit, truncate_pair
 
 HERE = Path(__file__).resolve().parent
@@ -161,7 +162,7 @@ class Arguments:
     learning_rate: float = flag(1e-6, "peak of the schedule")
     lr_scheduler_type: Schedule = flag("linear", "how the learning rate decays")
     warmup_steps: int = flag(0, "steps of linear warm-up")
-    weight_decay: float = flag(0.0, "AdamW's")
+    weight_decay: float = flag(0.0, "AdamW's, of matrices: norms and biases do not decay")
     max_grad_norm: float = flag(1.0, "clip the global gradient norm to this; 0 = no clipping")
     num_train_epochs: float = flag(1.0, "passes over the data")
     max_steps: int = flag(-1, "optimizer steps, overriding num_train_epochs; -1 = off")
@@ -814,14 +815,16 @@ def load_model(args, device, attn_implementation):
             if first:
                 buffer.copy_(whole.get_buffer(name))
             dist.broadcast(buffer, src=0)
+    return prepare_model(model, args)
+
+
+def prepare_model(model, args):
+    """What a real model and a dry run's have to share. The place to freeze what is not to be trained, with
+    model.get_input_embeddings().requires_grad_(False), say.
+    """
     if args.gradient_checkpointing:
         checkpoint_layers(model)
     return model.train()
-
-
-def checkpoint_layers(model):
-    newer = getattr(model, "activation_checkpointing_enable", None)  # its name in newer releases
-    (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def decoder_layers(model):
@@ -847,6 +850,8 @@ def training_state(model, optimizer):
     """What a checkpoint holds of the tensors: name -> weight, exp_avg or exp_avg_sq, whole or sharded."""
     state = {}
     for name, parameter in model.named_parameters():  # a tied weight once
+        if not parameter.requires_grad:  # the model that the run began with has it
+            continue
         moments = optimizer.state[parameter]
         if not moments:  # before the first step: loading wants tensors to load into
             moments["step"] = torch.tensor(0.0, device=parameter.device if parameter.is_cuda else None)
@@ -883,12 +888,12 @@ def read_progress(path, fingerprint):
     return progress
 
 
-def load_checkpoint(path, model, optimizer, scheduler, step, rank):
+def load_checkpoint(path, model, optimizer, scheduler, progress, rank):
     """Restore weights, moments, learning rate and random states, on any number of ranks."""
     read_training_state(path, training_state(model, optimizer), rank)
     for moments in optimizer.state.values():
-        moments["step"].fill_(step)
-    scheduler.last_epoch = step - 1  # the rate is a function of the step alone
+        moments["step"].fill_(progress.get("updates", progress["step"]))
+    scheduler.last_epoch = progress["step"] - 1  # the rate is a function of the step alone
     with warnings.catch_warnings():
         # torch takes a step of the schedule before the first one of the optimizer for a mistake
         warnings.simplefilter("ignore")
@@ -967,6 +972,7 @@ def predict(args, model, batch, world):
         num_tokens,
         num_scored,
         num_parameters=num_parameters,
+        num_trained=sum(p.numel() for p in trained(model)),
         gradient_checkpointing=args.gradient_checkpointing,
         bf16=args.bf16,
         chunk_size=args.loss_chunk_size,
@@ -1028,6 +1034,7 @@ def train(args, rank, local_rank, world, device, sigterm):
 
     attention = args.attn_implementation or ("varlen" if args.padding_free else "sdpa")
     model = load_model(args, device, attention)
+    check_frozen(model, progress)
     reference_model_name = model_fingerprint(model)  # the weights that a run begins with are its reference
     if progress.setdefault("reference_model", reference_model_name) != reference_model_name:
         raise Refusal(f"{checkpoint} began with another model, its reference: use that one.")
@@ -1048,15 +1055,14 @@ def train(args, rank, local_rank, world, device, sigterm):
         if args.use_liger_kernel:
             apply_liger_kernels(reference_model, first_batch["input_ids"][:1, :64])
     # fused: the default makes temporaries as large as the weights while it updates
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
-    )
+    groups = parameter_groups(model, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, total_steps)
 
     if progress["step"] == total_steps and (Path(args.output_dir) / "summary.json").exists():
         raise Refusal(f"{args.output_dir} has finished its {total_steps} steps: raise --max_steps to go on.")
     if args.resume_from_checkpoint:
-        load_checkpoint(checkpoint, model, optimizer, scheduler, progress["step"], rank)
+        load_checkpoint(checkpoint, model, optimizer, scheduler, progress, rank)
     if rank == 0:
         prepare_output_dir(args.output_dir, progress["step"], keep=[REFERENCE] if reference else [])
         if reference:
@@ -1201,9 +1207,7 @@ def pretend_step(args, config, world, batch=None):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
         if mesh is not None:
             shard(model, mesh, args.bf16)
-        if args.gradient_checkpointing:
-            checkpoint_layers(model)
-        return model.train()
+        return prepare_model(model, args)
 
     sharded = world > 1 or args.bf16
     with two_chunks_only(), pretend(world if sharded else None, args.activation_offloading) as mesh:
@@ -1212,14 +1216,14 @@ def pretend_step(args, config, world, batch=None):
         others = [] if reference_model is None else [reference_model]
         offload = args.activation_offloading or None
         offload = offload and OffloadActivations(model, decoder_layers(model), device)
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), fused=True)
 
         def update():
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
             optimizer.step()
             optimizer.zero_grad()
 
-        for parameter in model.parameters():
+        for parameter in trained(model):
             parameter.grad = torch.zeros_like(parameter)
         update()  # makes AdamW's moments
         meter = MemoryMeter(model, optimizer, device, True, 1, offload, others)

@@ -89,6 +89,7 @@ from common.report import (
     write_metrics,
 )
 from common.rewards import call_rewards, check_answers, columns_read, load_reward_funcs
+from common.trained import check_frozen, checkpoint_layers, parameter_groups, trained
 from common.truncation import check_limit, truncate_pair
 from common.watchdog import Watchdog
 from common.zero3 import (
@@ -149,7 +150,7 @@ class Arguments:
     learning_rate: float = flag(1e-6, "peak of the schedule")
     lr_scheduler_type: Schedule = flag("linear", "how the learning rate decays")
     warmup_steps: int = flag(0, "steps of linear warm-up")
-    weight_decay: float = flag(0.0, "AdamW's")
+    weight_decay: float = flag(0.0, "AdamW's, of matrices: norms and biases do not decay")
     max_grad_norm: float = flag(1.0, "clip the global gradient norm to this; 0 = no clipping")
     num_train_epochs: float = flag(1.0, "passes over the prompts, rounded up to whole rollouts")
     max_steps: int = flag(-1, "optimizer steps, overriding num_train_epochs; -1 = off")
@@ -892,16 +893,16 @@ def load_engine(args, device, trainable=True, watch=lambda phase: None):
     set_z3_leaf_modules(model, list({type(layer) for layer in decoder_layers(model)}))
     if not trainable:
         return deepspeed.initialize(model=model.requires_grad_(False).eval(), config=config)[0]
-    if args.gradient_checkpointing:
-        checkpoint_layers(model)
-    options = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+    prepare_model(model, args)
+    ask_for_an_inputs_gradient(decoder_layers(model))
+    groups, options = parameter_groups(model, args.weight_decay), {"lr": args.learning_rate}
     if args.offload_optimizer:
         # DeepSpeed's own updates on the host from vector registers; it refuses torch's there
-        optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(model.parameters(), adamw_mode=True, **options)
+        optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
     else:
         # fused: the default makes temporaries as large as the weights while it updates
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True, **options)
-    engine = deepspeed.initialize(model=model.train(), optimizer=optimizer, config=config)[0]
+        optimizer = torch.optim.AdamW(groups, fused=True, **options)
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
     if args.bf16:
         write_fp32_weights(model, whole, device, watch)
     return engine
@@ -911,6 +912,8 @@ def write_fp32_weights(model, whole, device, watch):
     """Give the optimizer's fp32 copy the weights as the first rank loaded them: it was made of bf16 ones."""
     rank, world = dist.get_rank(), dist.get_world_size()
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:  # the optimizer has no copy of it
+            continue
         watch(f"loading {name} in fp32")
         share = parameter.ds_tensor.numel()  # equal on all ranks: the last one's is padded
         flat = torch.zeros(share * world, device=device)
@@ -920,9 +923,30 @@ def write_fp32_weights(model, whole, device, watch):
         safe_set_local_fp32_param(parameter, flat[rank * share : (rank + 1) * share])
 
 
-def checkpoint_layers(model):
-    newer = getattr(model, "activation_checkpointing_enable", None)  # its name in newer releases
-    (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
+def prepare_model(model, args):
+    """What a real model and a dry run's have to share. The place to freeze what is not to be trained, with
+    model.get_input_embeddings().requires_grad_(False), say.
+    """
+    if args.gradient_checkpointing:
+        checkpoint_layers(model)
+    return model.train()
+
+
+def ask_for_an_inputs_gradient(layers):
+    """ZeRO-3 reduces a leaf module's gradients when that of its input is there.
+
+    So the first layer that is trained needs one even where all below it is frozen: without, its gradients
+    would be reduced before they are computed.
+    """
+
+    def ask(layer, inputs):
+        if torch.is_grad_enabled():
+            inputs[0].requires_grad_()
+
+    for layer in layers:
+        if trained(layer):
+            layer.register_forward_pre_hook(ask)
+            return
 
 
 def budget_bytes(args):
@@ -1105,7 +1129,13 @@ def save_checkpoint(args, engine, progress, rank):
     if torch.cuda.is_available():
         random_states["cuda"] = torch.cuda.get_rng_state()
     # no file "latest" of DeepSpeed's: the newest folder with its final name is the latest one
-    engine.save_checkpoint(str(temporary), "zero3", {"random_states": random_states}, save_latest=False)
+    engine.save_checkpoint(
+        str(temporary),
+        "zero3",
+        {"random_states": random_states},
+        save_latest=False,
+        exclude_frozen_parameters=True,
+    )
     dist.barrier()
     if rank == 0:
         (temporary / "progress.json").write_text(json.dumps(progress, indent=1))
@@ -1129,7 +1159,10 @@ def read_progress(path, fingerprint, world):
 
 def load_checkpoint(engine, path):
     """Restore weights, moments and this rank's random states."""
-    _, state = engine.load_checkpoint(str(path), "zero3", load_lr_scheduler_states=False)
+    # not strict: what is frozen is not in there, and `check_frozen` has seen that nothing else is missing
+    _, state = engine.load_checkpoint(
+        str(path), "zero3", load_module_strict=False, load_lr_scheduler_states=False
+    )
     adam = engine.optimizer.optimizer
     if isinstance(adam, deepspeed.ops.adam.DeepSpeedCPUAdam):
         count_steps_again(adam)
@@ -1157,7 +1190,7 @@ def whole_weights(engine, bf16, watch):
     """Each weight in turn, gathered on every rank, with its name: (name, tensor), a tied one once."""
     for name, parameter in engine.module.named_parameters():
         watch(f"saving {name}")
-        if bf16:  # the optimizer's fp32 copy: a model that came in fp32 leaves in fp32
+        if bf16 and parameter.requires_grad:  # the optimizer's copy: a model that came in fp32 leaves in fp32
             yield name, safe_get_full_fp32_param(parameter)
         else:
             with GatheredParameters([parameter]):
@@ -1260,6 +1293,7 @@ def train(args, rank, local_rank, world, device, sigterm, watch):
 
     watch("loading the model")
     engine = load_engine(args, device, watch=watch)
+    check_frozen(engine.module, progress)
     watch("loading the reference")
     reference = load_engine(args, device, trainable=False, watch=watch) if args.beta > 0 else None
     watch("checking the model")
@@ -1455,12 +1489,10 @@ def pretend_update(args, config, world):
     ones, temperature = torch.ones(size), args.temperature
     [batch] = make_batches(groups, ones, ones, 10**18, torch.device("cpu"), int, temperature=temperature)
     with two_chunks_only(), pretend():
-        model = pretend_model(args, config).train()
-        if args.gradient_checkpointing:
-            checkpoint_layers(model)
+        model = prepare_model(pretend_model(args, config), args)
         weights, zero = whole_bytes(model.parameters()), deepspeed_config(args)["zero_optimization"]
-        reduces = ReducesPretended(model.parameters(), zero["reduce_bucket_size"])
-        optimizer = torch.optim.SGD(model.parameters())  # ZeRO's states are counted apart
+        reduces = ReducesPretended(trained(model), zero["reduce_bucket_size"])
+        optimizer = torch.optim.SGD(trained(model))  # ZeRO's states are counted apart
         meter = MemoryMeter(model, optimizer, torch.device("cpu"), track=True, track_step=1)
         # The first forward and backward after a rollout gather for one module at a time. ZeRO-3 learns their
         # order, and for the others gathers in advance, and keeps, what zero3_learned_bytes says.
@@ -1512,17 +1544,24 @@ def pretend_step(args, config, world):
     rollout, cached, gathered = pretend_rollout(args, config, world)
     update = pretend_update(args, config, world)
     with torch.device("meta"):
-        model = pretend_model(args, config)
+        model = prepare_model(pretend_model(args, config), args)
     numel, dtype = sum(p.numel() for p in model.parameters()), model.dtype
+    num_trained = sum(p.numel() for p in trained(model))
     held, moments = zero3_moments(
-        numel, dtype, deepspeed_config(args), world, rollout=rollout, update=update["peak"]
+        numel,
+        dtype,
+        deepspeed_config(args),
+        world,
+        rollout=rollout,
+        update=update["peak"],
+        num_trained=num_trained,
     )
-    share = " / W" if world > 1 else ""
+    share, letter = " / W" if world > 1 else "", "trained P" if num_trained < numel else "P"
     formulas = {
         "parameters": f"{dtype.itemsize} P{share}",
-        "gradients": f"fp32   4 P{share}",
+        "gradients": f"fp32   4 {letter}{share}",
         "bucket": "of gradients on their way to their shards",
-        "optimizer": f"fp32 copy 4 P{share}, AdamW 8 P{share}",
+        "optimizer": f"fp32 copy 4 {letter}{share}, AdamW 8 {letter}{share}",
     }
     rows = {name: (formulas[name], count) for name, count in held.items()}
     alone = "on one rank the shards are the weights"

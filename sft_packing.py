@@ -103,6 +103,7 @@ from common.report import (
     summarize,
     write_metrics,
 )
+from common.trained import check_frozen, checkpoint_layers, parameter_groups, trained
 from common.truncation import OVERFLOW, check_limit, fit_to_length
 
 HERE = Path(__file__).resolve().parent
@@ -138,7 +139,7 @@ class Arguments:
     learning_rate: float = flag(1e-4, "peak of the schedule")
     lr_scheduler_type: Schedule = flag("linear", "how the learning rate decays")
     warmup_steps: int = flag(0, "steps of linear warm-up")
-    weight_decay: float = flag(0.0, "AdamW's")
+    weight_decay: float = flag(0.0, "AdamW's, of matrices: norms and biases do not decay")
     max_grad_norm: float = flag(1.0, "clip the global gradient norm to this; 0 = no clipping")
     num_train_epochs: float = flag(1.0, "passes over the data")
     max_steps: int = flag(-1, "optimizer steps, overriding num_train_epochs; -1 = off")
@@ -648,14 +649,16 @@ def load_model(args, device, attn_implementation):
             if first:
                 buffer.copy_(whole.get_buffer(name))
             dist.broadcast(buffer, src=0)
+    return prepare_model(model, args)
+
+
+def prepare_model(model, args):
+    """What a real model and a dry run's have to share. The place to freeze what is not to be trained, with
+    model.get_input_embeddings().requires_grad_(False), say.
+    """
     if args.gradient_checkpointing:
         checkpoint_layers(model)
     return model.train()
-
-
-def checkpoint_layers(model):
-    newer = getattr(model, "activation_checkpointing_enable", None)  # its name in newer releases
-    (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def decoder_layers(model):
@@ -681,6 +684,8 @@ def training_state(model, optimizer):
     """What a checkpoint holds of the tensors: name -> weight, exp_avg or exp_avg_sq, whole or sharded."""
     state = {}
     for name, parameter in model.named_parameters():  # a tied weight once
+        if not parameter.requires_grad:  # the model that the run began with has it
+            continue
         moments = optimizer.state[parameter]
         if not moments:  # before the first step: loading wants tensors to load into
             moments["step"] = torch.tensor(0.0, device=parameter.device if parameter.is_cuda else None)
@@ -708,19 +713,19 @@ def save_checkpoint(args, model, optimizer, progress, rank):
 
 
 def read_progress(path, fingerprint):
-    """Where a checkpoint stands: step, epoch, rows done in it."""
+    """Where a checkpoint stands: step, updates among them, epoch, rows done in it."""
     progress = json.loads((path / "progress.json").read_text())
     if progress["fingerprint"] != fingerprint:
         raise Refusal(f"{path} belongs to other data or another plan: use its dataset, max_length and seed.")
-    return progress
+    return {"updates": progress["step"], **progress}
 
 
-def load_checkpoint(path, model, optimizer, scheduler, step, rank):
+def load_checkpoint(path, model, optimizer, scheduler, progress, rank):
     """Restore weights, moments, learning rate and random states, on any number of ranks."""
     read_training_state(path, training_state(model, optimizer), rank)
     for moments in optimizer.state.values():
-        moments["step"].fill_(step)
-    scheduler.last_epoch = step - 1  # the rate is a function of the step alone
+        moments["step"].fill_(progress.get("updates", progress["step"]))
+    scheduler.last_epoch = progress["step"] - 1  # the rate is a function of the step alone
     with warnings.catch_warnings():
         # torch takes a step of the schedule before the first one of the optimizer for a mistake
         warnings.simplefilter("ignore")
@@ -731,18 +736,17 @@ def count_steps(args, num_rows, rows_per_step, progress):
     """Optimizer steps of the whole run, those that `progress` has done included.
 
     Counted from the rows that are left: a run resumed with other ranks or batches trains each row as often
-    as before.
+    as before. Part of an epoch is rounded up to whole steps.
     """
     if args.max_steps > 0:
         return args.max_steps
-    per_epoch = math.ceil(num_rows / rows_per_step)
-    part, whole = math.modf(args.num_train_epochs)
-    # of a last, incomplete epoch; 1e-9: modf(1.6) is 0.6000000000000001
-    in_part = math.ceil(part * per_epoch - 1e-9)
-    if progress["epoch"] < whole:
-        this_epoch = math.ceil((num_rows - progress["rows_done"]) / rows_per_step)
-        return progress["step"] + this_epoch + (int(whole) - progress["epoch"] - 1) * per_epoch + in_part
-    return progress["step"] + max(0, in_part - progress["rows_done"] // rows_per_step)
+    total, done = progress["step"], progress["rows_done"]
+    for epoch in range(progress["epoch"], math.ceil(args.num_train_epochs)):
+        # 1e-9: 1.6 - 1 is 0.6000000000000001
+        last = math.ceil(min(1, args.num_train_epochs - epoch) * num_rows - 1e-9)
+        total += math.ceil(max(0, last - done) / rows_per_step)
+        done = 0
+    return total
 
 
 def save_model(args, model, tokenizer, rank):
@@ -797,6 +801,7 @@ def predict(args, model, batch, world):
         num_tokens,
         num_scored,
         num_parameters=sum(p.numel() for p in model.parameters()),
+        num_trained=sum(p.numel() for p in trained(model)),
         gradient_checkpointing=args.gradient_checkpointing,
         bf16=args.bf16,
         chunk_size=args.loss_chunk_size,
@@ -844,7 +849,7 @@ def train(args, rank, local_rank, world, device, sigterm):
     rows, eval_rows, data = prepare_data(args, tokenizer, config.vocab_size, local_rank, end_ids)
     pad_token_id = tokenizer.pad_token_id or 0  # masked: any id will do
     rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
-    progress = {"step": 0, "epoch": 0, "rows_done": 0, "fingerprint": rows.fingerprint()}
+    progress = {"step": 0, "updates": 0, "epoch": 0, "rows_done": 0, "fingerprint": rows.fingerprint()}
     if args.resume_from_checkpoint:
         checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
         progress = read_progress(checkpoint, progress["fingerprint"])
@@ -853,6 +858,7 @@ def train(args, rank, local_rank, world, device, sigterm):
         raise Refusal(f"{checkpoint} is past --max_steps {total_steps}: raise it.")
 
     model = load_model(args, device, args.attn_implementation or ("varlen" if flat else "sdpa"))
+    check_frozen(model, progress)
     first_batch = to_device(rows.batch([0], pad_token_id), device)
     if args.use_liger_kernel:
         apply_liger_kernels(model, first_batch["input_ids"][:1, :64])
@@ -861,15 +867,14 @@ def train(args, rank, local_rank, world, device, sigterm):
     check_head(model, first_batch)
     offload = OffloadActivations(model, decoder_layers(model), device) if args.activation_offloading else None
     # fused: the default makes temporaries as large as the weights while it updates
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
-    )
+    groups = parameter_groups(model, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, total_steps)
 
     if progress["step"] == total_steps and (Path(args.output_dir) / "summary.json").exists():
         raise Refusal(f"{args.output_dir} has finished its {total_steps} steps: raise --max_steps to go on.")
     if args.resume_from_checkpoint:
-        load_checkpoint(checkpoint, model, optimizer, scheduler, progress["step"], rank)
+        load_checkpoint(checkpoint, model, optimizer, scheduler, progress, rank)
     if rank == 0:
         prepare_output_dir(args.output_dir, progress["step"])
     metrics, totals = {}, {"seconds": 0.0, "tokens": 0, "padding": 0}
@@ -888,6 +893,8 @@ def train(args, rank, local_rank, world, device, sigterm):
         # The mean runs over the scored tokens of the whole step, all micro-batches and all ranks: one batch
         # of 8, 8 batches of 1 and 2 ranks of 4 take the same step.
         num_scored, num_tokens, num_padding = all_sum([sum(n) for n in zip(*map(count, batches))], device)
+        if not num_scored:  # wrapped rows of a long prompt: without a gradient AdamW changes nothing at all
+            batches, num_tokens, num_padding = [], 0, 0
         num_items_in_batch = max(num_scored, 1)
         nll_total = 0.0
         with meter.step(batches):
@@ -915,6 +922,7 @@ def train(args, rank, local_rank, world, device, sigterm):
 
         seconds = time.perf_counter() - step_started
         progress["step"] += 1
+        progress["updates"] += bool(num_scored)
         progress["rows_done"] += len(step_rows)
         metrics = {
             "step": progress["step"],
@@ -989,19 +997,17 @@ def pretend_step(args, config, world, batch=None):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
         if mesh is not None:
             shard(model, mesh, args.bf16)
-        if args.gradient_checkpointing:
-            checkpoint_layers(model)
-        model.train()
+        prepare_model(model, args)
         offload = args.activation_offloading or None
         offload = offload and OffloadActivations(model, decoder_layers(model), device)
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), fused=True)
 
         def update():
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
             optimizer.step()
             optimizer.zero_grad()
 
-        for parameter in model.parameters():
+        for parameter in trained(model):
             parameter.grad = torch.zeros_like(parameter)
         update()  # makes AdamW's moments
         meter = MemoryMeter(model, optimizer, device, track=True, track_step=1, offload=offload)

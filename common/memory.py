@@ -83,7 +83,14 @@ class MemoryMeter:
 
     @contextmanager
     def step(self, batches):
-        """Wrap one optimizer step: forwards, backwards and update; batches: its inputs, dicts of tensors."""
+        """Wrap one optimizer step: forwards, backwards and update; batches: its inputs, dicts of tensors.
+
+        A step without any batch computes nothing: it is not measured, and not counted.
+        """
+        if not batches:
+            self.counting = False
+            yield
+            return
         self.calls += 1
         tracked = self.counting = self.track and self.calls == self.track_step
         if tracked:
@@ -146,7 +153,9 @@ class MemoryMeter:
 
     def peak_bytes(self):
         """Highest so far: on CUDA allocated by tensors, on a CPU resident in the process."""
-        return self.measured["peak"] if self.device.type == "cuda" else peak_memory_bytes(self.device)
+        if self.device.type == "cuda" and self.measured:
+            return self.measured["peak"]
+        return peak_memory_bytes(self.device)
 
     def _allocated(self):
         if self.tracker is None:
@@ -173,6 +182,7 @@ def predict_ledger(
     num_scored,
     *,
     num_parameters,
+    num_trained=None,
     gradient_checkpointing,
     bf16,
     chunk_size,
@@ -190,8 +200,9 @@ def predict_ledger(
     alone.
 
     Args:    config: a transformers configuration. num_tokens, num_scored: of the largest forward, padding
-             included. num_parameters: tied weights counted once. rows: of a padded batch, 1 for a flat row;
-             masked: whether it holds any padding. accumulates: whether a step has several forwards.
+             included. num_parameters: tied weights counted once; num_trained: of them, None = all; otherwise
+             activations and peak are upper bounds. rows: of a padded batch, 1 for a flat row; masked: whether
+             it holds any padding. accumulates: whether a step has several forwards.
              offload_min_bytes: with offloading, storages from this size on wait on the host (offload.py).
              num_keys: tokens that serve as keys, where shared prompts repeat some; num_masked: elements of
              the masks that SDPA is given segment by segment. head_recomputes: the loss head makes its logits
@@ -245,8 +256,9 @@ def predict_ledger(
     head_backward = 2 * hidden + 4 * head_weight + max(in_chunks, c * head_weight if bf16 else 0)
     loss_head = hidden + chunk if head_recomputes else head_backward
 
-    states = (12 * num_parameters + 4 * num_frozen) // world
-    gradients = 4 * num_parameters // world
+    num_trained = num_parameters if num_trained is None else num_trained
+    states = (4 * num_parameters + 8 * num_trained + 4 * num_frozen) // world
+    gradients = 4 * num_trained // world
     sharded = bf16 or world > 1
     # FSDP gathers what lies outside the layers for the whole step, and two layers at a time (one is
     # prefetched)
@@ -260,7 +272,7 @@ def predict_ledger(
     in_last = before + activations + prefetched + recomputed + flowing
     # the first layer's backward: the other layers' activations are gone, their gradients are there
     own = in_layers // layers if sharded else 0  # in `flowing`
-    others = 0 if accumulates else 4 * (in_layers - own) // world
+    others = 0 if accumulates else min(4 * (in_layers - own) // world, gradients)
     in_first = before + others + outside + (recomputed or kept) + flowing
     # the second layer's: the first one's activations are back from the host, its gradient is not there
     in_second = in_first - others // layers + prefetched
@@ -270,7 +282,9 @@ def predict_ledger(
     if sharded:  # both are whole until all are there; then fp32 copies of them become this rank's part
         outer = num_parameters - in_layers
         reduced = 4 * outer + max(c * outer, 4 * outer // world)
-        at_end = states + 4 * in_layers // world + max(gathered + 2 * c * head_weight, reduced)
+        at_end = (
+            states + min(4 * in_layers // world, gradients) + max(gathered + 2 * c * head_weight, reduced)
+        )
         at_end += 4 * outer // world if accumulates else 0
     moments = {
         "at the loss head": at_head,
@@ -280,12 +294,13 @@ def predict_ledger(
         "in the embedding's backward": at_end,
     }
     head_formula = "chunk x V" + ("" if head_recomputes else " + 4 V h")
+    share = (" trained P" if num_trained < num_parameters else " P") + (" / W" if world > 1 else "")
     frozen = {"reference": ("fp32   4 P" + (" / W" if world > 1 else ""), 4 * num_frozen // world)}
     return {
         "parameters": ("fp32   4 P" + (" / W" if world > 1 else ""), 4 * num_parameters // world),
         **(frozen if num_frozen else {}),
-        "gradients": ("fp32   4 P" + (" / W" if world > 1 else ""), gradients),
-        "optimizer": ("AdamW  8 P" + (" / W" if world > 1 else ""), 8 * num_parameters // world),
+        "gradients": (f"fp32   4{share}", gradients),
+        "optimizer": (f"AdamW  8{share}", 8 * num_trained // world),
         "activations": (formula, activations),
         "loss_head": (f"{head_formula} (all at once: {format_gib(logits).strip()})", loss_head),
         "peak": (max(moments, key=moments.get), max(moments.values())),

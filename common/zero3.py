@@ -4,6 +4,8 @@ from contextlib import contextmanager
 
 import torch
 
+from common.trained import trained
+
 
 def zero3_ledger(engine, planned_bytes, rollout_bytes, peak_bytes):
     """Bytes of this rank, as memory.memory_ledger takes them.
@@ -14,6 +16,7 @@ def zero3_ledger(engine, planned_bytes, rollout_bytes, peak_bytes):
     """
     parameters = list(engine.module.parameters())
     numel, c = sum(p.ds_numel for p in parameters), parameters[0].element_size()
+    num_trained = sum(p.ds_numel for p in trained(engine.module))
     world, optimizer = engine.world_size, engine.optimizer
     states = [v for s in optimizer.optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
     tensors = {
@@ -23,10 +26,11 @@ def zero3_ledger(engine, planned_bytes, rollout_bytes, peak_bytes):
         "optimizer": [*(v for v in states if v.dim()), *optimizer.fp32_partitioned_groups_flat],
     }
     share = " / W" if world > 1 else ""
+    letter = "trained P" if num_trained < numel else "P"
     predicted = {
         "parameters": (f"{c} P{share}", c * numel // world),
-        "gradients": (f"fp32   4 P{share}", 4 * numel // world),
-        "optimizer": (f"fp32 copy 4 P{share}, AdamW 8 P{share}", 12 * numel // world),
+        "gradients": (f"fp32   4 {letter}{share}", 4 * num_trained // world),
+        "optimizer": (f"fp32 copy 4 {letter}{share}, AdamW 8 {letter}{share}", 12 * num_trained // world),
         "rollout_weights": ("gathered for the rollout + the largest gather", planned_bytes),
         "peak": ("CUDA: allocated; CPU: resident in the process", None),
     }
@@ -135,16 +139,16 @@ def zero3_learned_bytes(numel, dtype, zero):
     return dtype.itemsize * kept, dtype.itemsize * in_advance
 
 
-def zero3_moments(numel, dtype, config, world, *, rollout, update):
+def zero3_moments(numel, dtype, config, world, *, rollout, update, num_trained=None):
     """What ZeRO-3 holds of a model on each rank, and the peaks of the three phases of a GRPO step.
 
-    Args:    numel: parameters of the model, in dtype; config: the engine's; rollout, update: the most bytes
-             that those hold beyond the shards.
+    Args:    numel: parameters of the model, in dtype; num_trained: of them, None = all; config: the engine's;
+             rollout, update: the most bytes that those hold beyond the shards.
     Returns: {row: bytes held throughout}, {moment: bytes}.
     """
     zero, c = config["zero_optimization"], dtype.itemsize
     on_host = "offload_optimizer" in zero
-    states = 0 if on_host else numel // world  # elements
+    states = 0 if on_host else (numel if num_trained is None else num_trained) // world  # elements
     held = {
         "parameters": 0 if "offload_param" in zero else c * numel // world,
         "gradients": 4 * states,

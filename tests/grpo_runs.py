@@ -1,7 +1,8 @@
 """Several runs of grpo_zero3.main, one after another on the same two ranks; <folder>/jobs.json lists them.
 
 A job: flags; optionally copy ([from, to, step]: a run cut off after a step), sigterm (the rank that receives
-it, in the middle of the job's second rollout). Results go to <folder>/results<rank>.json.
+it, in the middle of the job's second rollout), freeze (helpers.freeze_first). Results go to
+<folder>/results<rank>.json.
 """
 
 import json
@@ -12,10 +13,13 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from helpers import freeze_first  # noqa: E402
 
 import grpo_zero3  # noqa: E402
 
@@ -49,13 +53,16 @@ def run(job, rank):
             os.kill(os.getpid(), signal.SIGTERM)
         return generate(*args, **kwargs)
 
-    grpo_zero3.generate = interrupted
+    grpo_zero3.generate, patch = interrupted, pytest.MonkeyPatch()
+    if "freeze" in job:
+        freeze_first(grpo_zero3, patch)
     try:
         return {"returned": grpo_zero3.main(grpo_zero3.Arguments(**job["flags"]))}
     except (ValueError, FloatingPointError) as error:
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
         grpo_zero3.generate = generate
+        patch.undo()
 
 
 if __name__ == "__main__":

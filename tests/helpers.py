@@ -59,6 +59,27 @@ def enable_checkpointing(model):
     enable({"use_reentrant": False})
 
 
+def freeze_first(script, monkeypatch):
+    """In this script's models, nothing up to the first decoder layer is trained.
+
+    Returns: a list that fills with whether that layer's output took part in a graph, once a forward.
+    """
+    prepare, in_graph = script.prepare_model, []
+
+    def prepare_frozen(model, args):
+        layer = script.decoder_layers(model)[0]
+        for module in (model.get_input_embeddings(), layer):
+            module.requires_grad_(False)
+        layer.register_forward_hook(lambda module, args, output: in_graph.append(output.requires_grad))
+        return prepare(model, args)
+
+    monkeypatch.setattr(script, "prepare_model", prepare_frozen)
+    return in_graph
+
+
+FROZEN = ("model.embed_tokens.", "model.layers.0.")  # of a Llama
+
+
 def inputs(batch):
     """What of a batch goes into the model."""
     names = ("labels", "score_index", "score_ids", "completion_lengths")

@@ -20,7 +20,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import documents, gradients, tiny_model, worst
+from helpers import FROZEN, documents, freeze_first, gradients, tiny_model, worst
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -1366,6 +1366,29 @@ def test_a_resumed_run_is_the_uninterrupted_one(step, budget, dropout, uninterru
         assert values(resumed, name) == values(whole, name)
 
 
+@pytest.mark.parametrize("changes", [{}, {"bf16": True}, {"precompute_ref_log_probs": False}], ids=str)
+def test_frozen_layers_cost_their_weights_alone(changes, dropout, tmp_path, monkeypatch):
+    flags = {**dropout, **changes, "save_steps": 2, "measure_memory": True}
+    in_graph = freeze_first(dpo_padding_free, monkeypatch)
+    whole = run(tmp_path / "whole", flags)
+    assert not any(in_graph) and len(in_graph) >= 8
+    state = load_file(next((tmp_path / "whole/checkpoint-4").glob("*.safetensors")))
+    assert not [name for name in state if name.split(".", 1)[1].startswith(FROZEN)]
+    came = load_file(Path(flags["model_name_or_path"]) / "model.safetensors")
+    for name, weight in whole.weights.items():
+        assert torch.equal(weight, came[name]) == name.startswith(FROZEN), name
+    trained = sum(w.numel() for name, w in came.items() if not name.startswith(FROZEN))
+    found = {row["name"]: row for row in whole.returned["ledger"]}
+    assert found["gradients"]["measured"] == found["gradients"]["predicted"] == 4 * trained
+    assert found["optimizer"]["predicted"] == 8 * trained
+    assert found["optimizer"]["measured"] == pytest.approx(8 * trained, rel=0.01)
+    folder = cut_after(tmp_path / "whole", 4, tmp_path / "cut") if len(changes) == 0 else tmp_path / "whole"
+    checkpoint = {"resume_from_checkpoint": str(folder / "checkpoint-4")}
+    assert_same_bits(run(folder, flags, **checkpoint), whole)
+    monkeypatch.undo()
+    assert_refused(folder, {**flags, **checkpoint}, "was frozen .* is trained now")
+
+
 def test_evaluating_changes_no_step(dropout, uninterrupted, evaluated, tmp_path):
     flags = {**dropout, "eval_dataset_name": evaluated["eval_dataset_name"]}
     assert_same_bits(run(tmp_path, flags, eval_steps=1), uninterrupted)
@@ -1551,8 +1574,8 @@ def test_importing_does_nothing():
 
 
 REPEATED = (
-    "start_distributed barrier all_sum load_model decoder_layers shard training_state to_device "
-    "save_checkpoint load_checkpoint clip_gradients save_model main"
+    "start_distributed barrier all_sum load_model prepare_model decoder_layers shard training_state "
+    "to_device save_checkpoint load_checkpoint clip_gradients save_model main"
 )
 
 
@@ -1647,7 +1670,7 @@ def test_flags_of_the_loss_change_it(change, base, tmp_path):
 
 def test_the_first_update_is_adamw_on_the_mean_loss(base, tmp_path):
     """One step on all pairs, from weights to weights, against torch's own optimizer on the plain loss."""
-    done = run(tmp_path, base, per_device_train_batch_size=10, weight_decay=0.1, max_grad_norm=0.05)
+    done = run(tmp_path, base, per_device_train_batch_size=10, weight_decay=10.0, max_grad_norm=0.05)
     model = AutoModelForCausalLM.from_pretrained(base["model_name_or_path"])
     tokenizer = AutoTokenizer.from_pretrained(base["model_name_or_path"])
     ratios = []
@@ -1662,7 +1685,10 @@ def test_the_first_update_is_adamw_on_the_mean_loss(base, tmp_path):
     loss = -torch.nn.functional.logsigmoid(0.1 * (ratios[0::2] - ratios[1::2])).mean()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
-    torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1).step()
+    norms = [p for name, p in model.named_parameters() if "norm" in name]
+    matrices = [p for name, p in model.named_parameters() if "norm" not in name]
+    for parameters, weight_decay in ((matrices, 10.0), (norms, 0.0)):
+        torch.optim.AdamW(parameters, lr=1e-3, weight_decay=weight_decay).step()
     assert losses(done) == pytest.approx([math.log(2)], abs=1e-5)
     assert done.metrics[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4) and norm > 0.05
     assert worst(done.weights, {name: p.detach() for name, p in model.named_parameters()}) <= 1e-4

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import freeze_first
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -61,6 +62,20 @@ def test_sft(way, tmp_path, monkeypatch):
     args = sft_packing.Arguments(**options | WAYS[way])
     batch, measured = measured_step(sft_packing, args, monkeypatch)
     assert_close(sft_packing.pretend_step(args, load_config(DEMO), 1, batch), measured)
+
+
+@pytest.mark.parametrize("script", [sft_packing, dpo_padding_free], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("changes", [{}, {"bf16": True}], ids=str)
+def test_what_is_frozen_has_neither_gradients_nor_moments(script, changes, tmp_path, monkeypatch):
+    options = {"max_steps": 2, "output_dir": str(tmp_path / "run"), "measure_memory": True, "max_length": 256}
+    args = script.Arguments(**options | changes)
+    all_trained = script.pretend_step(args, load_config(DEMO), 1)
+    freeze_first(script, monkeypatch)
+    found = script.pretend_step(args, load_config(DEMO), 1)
+    for name in ("gradients", "optimizer"):
+        assert "trained P" in found[name][0] and found[name][1] < 0.9 * all_trained[name][1]
+    batch, measured = measured_step(script, args, monkeypatch)
+    assert_close(script.pretend_step(args, load_config(DEMO), 1, batch), measured)
 
 
 DPO_WAYS = {

@@ -184,6 +184,30 @@ def test_steps_that_are_not_tracked_leave_nothing_measured(options):
     assert meter.peak_bytes() > 2**20  # of the process
 
 
+def test_steps_that_compute_nothing_are_not_measured():
+    model, optimizer = small_training()
+    meter = MemoryMeter(model, optimizer, CPU, track=True)
+    batch = flatten(documents(0, [5, 3]))
+    train_step(model, optimizer, meter, [batch])
+    with meter.step([]):
+        optimizer.step()
+    assert meter.measured == {} and not meter.counting
+    train_step(model, optimizer, meter, [batch])  # the second that computes
+    assert meter.counting and meter.measured["optimizer"] > 0
+    with meter.step([]):
+        optimizer.step()
+    assert not meter.counting and meter.largest_batch is batch
+
+
+def test_before_any_step_was_measured_the_peak_is_the_devices(monkeypatch):
+    model, optimizer = small_training()
+    meter = MemoryMeter(model, optimizer, torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 77)
+    with meter.step([]):
+        optimizer.step()
+    assert meter.peak_bytes() == 77
+
+
 class KeepsBothSummands(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):

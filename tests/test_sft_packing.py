@@ -21,7 +21,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import documents, gradients, tiny_model, worst
+from helpers import FROZEN, documents, freeze_first, gradients, tiny_model, worst
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -1029,6 +1029,105 @@ def test_the_examples_named_are_those_of_the_data(poisoned, tmp_path):
         run(tmp_path / "out", poisoned, dataset_name=name)
 
 
+@pytest.fixture(scope="module")
+def long_prompts(base, tmp_path_factory):
+    """A run by one row a step, of which most lie within a prompt; its flags and its folder."""
+    folder = tmp_path_factory.mktemp("prompts")
+    rows = [{"prompt": row["text"], "completion": "abc"} for row in random_texts(3, 4, longest=400)]
+    flags = {**base, "dataset_name": write_jsonl(folder / "rows.jsonl", rows), "max_length": 32}
+    flags |= {"packing_strategy": "wrapped", "per_device_train_batch_size": 1, "weight_decay": 0.5}
+    run(folder / "out", flags, learning_rate=1e-2, num_train_epochs=1.5, save_steps=1)
+    return {**flags, "learning_rate": 1e-2, "num_train_epochs": 1.5}, folder / "out"
+
+
+def state_after(folder, step):
+    return load_file(next((folder / f"checkpoint-{step}").glob("*.safetensors")))
+
+
+def test_a_step_without_a_scored_token_changes_nothing_and_is_counted(long_prompts):
+    flags, folder = long_prompts
+    done = read_run(folder)
+    scored = [line["num_scored_tokens"] > 0 for line in done.metrics]
+    after_an_update = scored.index(True) + 1
+    assert not all(scored[after_an_update:])  # with moments that could move weights
+    for step, line in enumerate(done.metrics[1:], 2):
+        before, after = state_after(folder, step - 1), state_after(folder, step)
+        moved = [name for name in before if not torch.equal(before[name], after[name])]
+        assert bool(moved) == scored[step - 1]
+        assert (line["grad_norm"] > 0) == (line["loss"] > 0) == (line["num_tokens"] > 0) == scored[step - 1]
+    assert [line["step"] for line in done.metrics] == list(range(1, len(scored) + 1))
+    rates = [line["learning_rate"] for line in done.metrics]
+    assert rates == pytest.approx([1e-2 * (1 - i / len(rates)) for i in range(len(rates))])
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["throughput"]["num_tokens"] == sum(line["num_tokens"] for line in done.metrics)
+
+
+def test_resuming_after_steps_without_a_scored_token(long_prompts, tmp_path):
+    """Adam's bias correction goes by the updates, the schedule by the steps."""
+    flags, folder = long_prompts
+    whole = read_run(folder)
+    scored = [line["num_scored_tokens"] > 0 for line in whole.metrics]
+    step = len(scored) - scored[::-1].index(True) - 1  # before the last update
+    assert 0 < sum(scored[:step]) < step
+    cut = cut_after(folder, step, tmp_path / "cut")
+    assert_same_bits(run(cut, flags, resume_from_checkpoint="latest"), whole)
+
+
+def test_bytes_are_counted_in_a_step_that_computes(long_prompts, tmp_path):
+    flags, folder = long_prompts
+    scored = [line["num_scored_tokens"] > 0 for line in read_run(folder).metrics]
+    assert not scored[1]  # the step that would be measured
+    ledger = run(tmp_path, flags, measure_memory=True).returned["ledger"]
+    assert bytes_of({"ledger": ledger})["optimizer"] >= 8 * 1000
+
+
+@pytest.mark.parametrize("changes", [{}, {"bf16": True}, {"activation_offloading": True}], ids=str)
+def test_frozen_layers_cost_their_weights_alone(changes, dropout, tmp_path, monkeypatch):
+    flags = {**dropout, **changes, "save_steps": 2, "measure_memory": True}
+    if "activation_offloading" in changes:
+        flags["model_name_or_path"] = write_model(tmp_path / "model", num_hidden_layers=3)
+        monkeypatch.setattr("common.offload.MIN_BYTES", 1)
+    all_trained = bytes_of(run(tmp_path / "all", flags, max_steps=2).returned)
+    in_graph = freeze_first(sft_packing, monkeypatch)
+    whole = run(tmp_path / "whole", flags)
+    assert not any(in_graph) and len(in_graph) >= 8
+    state = state_after(tmp_path / "whole", 4)
+    assert not [name for name in state if name.split(".", 1)[1].startswith(FROZEN)]
+    came = load_file(Path(flags["model_name_or_path"]) / "model.safetensors")
+    for name, weight in whole.weights.items():
+        assert torch.equal(weight, came[name]) == name.startswith(FROZEN), name
+    trained = sum(w.numel() for name, w in came.items() if not name.startswith(FROZEN))
+    found = {row["name"]: row for row in whole.returned["ledger"]}
+    assert found["gradients"]["measured"] == found["gradients"]["predicted"] == 4 * trained
+    assert found["optimizer"]["predicted"] == 8 * trained
+    assert found["optimizer"]["measured"] == pytest.approx(8 * trained, rel=0.01)
+    assert found["parameters"]["measured"] == all_trained["parameters"] > 1.2 * 4 * trained
+    if "activation_offloading" not in changes:  # which leaves one layer's on the device in any case
+        assert found["activations"]["measured"] < all_trained["activations"]
+    assert found["peak"]["measured"] < all_trained["peak"]
+    resumed = run(cut_after(tmp_path / "whole", 4, tmp_path / "cut"), flags, resume_from_checkpoint="latest")
+    assert_same_bits(resumed, whole)
+
+
+def test_layers_frozen_once_the_model_is_loaded(dropout, tmp_path, monkeypatch):
+    load_model = sft_packing.load_model
+
+    def load_frozen(*args):
+        model = load_model(*args)
+        for module in (model.get_input_embeddings(), sft_packing.decoder_layers(model)[0]):
+            module.requires_grad_(False)
+        return model
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft_packing, "load_model", load_frozen)
+        whole = run(tmp_path / "0", dropout)
+    freeze_first(sft_packing, monkeypatch)
+    assert_same_bits(whole, run(tmp_path / "1", dropout, save_steps=2))
+    folder = cut_after(tmp_path / "1", 2, tmp_path / "cut")
+    monkeypatch.undo()
+    assert_refused(folder, {**dropout, "resume_from_checkpoint": "latest"}, "was frozen .* is trained now")
+
+
 def test_killed_while_saving_the_earlier_checkpoint_is_there(dropout, uninterrupted, tmp_path):
     code = f"""
 import os, signal, sys
@@ -1431,7 +1530,7 @@ def test_steps_and_schedule(base, tmp_path):
 def test_the_first_update_is_adamw_on_the_mean_loss(base, tmp_path):
     """One step on all examples, from weights to weights, against torch's own optimizer on the naive loss."""
     done = run(
-        tmp_path, base, packing=False, per_device_train_batch_size=20, weight_decay=0.1, max_grad_norm=0.5
+        tmp_path, base, packing=False, per_device_train_batch_size=20, weight_decay=10.0, max_grad_norm=0.5
     )
     model = AutoModelForCausalLM.from_pretrained(base["model_name_or_path"])
     tokenizer = AutoTokenizer.from_pretrained(base["model_name_or_path"])
@@ -1440,7 +1539,10 @@ def test_the_first_update_is_adamw_on_the_mean_loss(base, tmp_path):
     for name, parameter in model.named_parameters():
         parameter.grad = expected[name]
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-    torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1).step()
+    norms = [p for name, p in model.named_parameters() if "norm" in name]
+    matrices = [p for name, p in model.named_parameters() if "norm" not in name]
+    for parameters, weight_decay in ((matrices, 10.0), (norms, 0.0)):
+        torch.optim.AdamW(parameters, lr=1e-4, weight_decay=weight_decay).step()
     assert losses(done) == pytest.approx([expected["loss"].item()], abs=1e-5)
     assert done.metrics[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
     assert worst(done.weights, {name: p.detach() for name, p in model.named_parameters()}) <= 1e-5
@@ -1496,22 +1598,28 @@ def test_padding_costs_bytes_that_packing_saves(base, tmp_path):
         assert found[form]["parameters"] == found["padded"]["parameters"]
 
 
-@pytest.mark.parametrize("epochs", [1, 2, 1.6])
+@pytest.mark.parametrize("epochs", [1, 2, 1.6, 1.9, 0.5])
+@pytest.mark.parametrize("epoch", [0, 1])
 @pytest.mark.parametrize(
-    "rows_done, before, after", [(0, 4, 4), (16, 1, 4), (15, 1, 4), (16, 4, 1), (32, 4, 3)]
+    "rows_done, before, after",
+    [(0, 4, 4), (16, 1, 4), (15, 1, 4), (16, 4, 1), (32, 4, 3), (4, 4, 3), (15, 5, 16), (10, 2, 16)],
 )
-def test_a_run_resumed_with_other_batches_trains_each_row_as_often(epochs, rows_done, before, after):
+def test_a_run_resumed_with_other_batches_trains_each_row_as_often(epochs, epoch, rows_done, before, after):
     args = Arguments(num_train_epochs=epochs)
-    progress = {"step": -(-rows_done // before), "epoch": 0, "rows_done": rows_done}
+    progress = {"step": epoch * -(-35 // before) - (-rows_done // before), "epoch": epoch}
+    progress["rows_done"] = rows_done
     left = sft_packing.count_steps(args, 35, after, progress) - progress["step"]
-    trained, epoch, position = 0, 0, rows_done
+    if epoch + rows_done / 35 >= epochs:
+        assert left == 0
+        return
+    trained, position = 0, rows_done
     for _ in range(left):  # as train() walks through the rows
         taken = min(after, 35 - position)
         trained, position = trained + taken, position + taken
         if position == 35:
             epoch, position = epoch + 1, 0
-    left_over = epochs * 35 - rows_done
-    assert left_over <= trained <= left_over + after  # part of an epoch is rounded up to whole steps
+    left_over = epochs * 35 - progress["epoch"] * 35 - rows_done
+    assert left_over - 1e-9 <= trained < left_over + after  # part of an epoch is rounded up to whole steps
     assert epochs != int(epochs) or (epoch, position) == (epochs, 0)
 
 

@@ -4,6 +4,7 @@ A pair of a prompt (P tokens), a chosen (C) and a rejected completion (R), B pai
 padded, it computes 2 B * max(P + C, P + R) tokens; padding-free, sum(2 P + C + R); shared, sum(P + C + R).
 Logits exist for C + R tokens only, a chunk at a time; the reference's log-probabilities are computed once,
 before training, and its weights are gone by then. Each way gives the same loss and gradients, to rounding.
+Dropout is off, as in TRL: the policy would drop what its reference keeps.
 Left out to stay readable: LoRA, vision inputs, tools in chats, other losses than three, a moving reference.
 
 laptop   python dpo_padding_free.py
@@ -43,7 +44,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.functional import logsigmoid
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, get_scheduler
+from transformers import get_scheduler
 from transformers.utils import is_flash_attn_2_available
 
 from common.attention import register_varlen_attention
@@ -68,8 +69,8 @@ from common.data import (
     shared_prefix_length,
     source_hash,
 )
-from common.dry_run import explore, load_config, pretend
-from common.flags import Refusal, check_dry_run, flag, refuse, run_script
+from common.dry_run import explore, pretend
+from common.flags import Refusal, check_dry_run, flag, refuse, run_script, together
 from common.liger import apply_liger_kernels, check_liger
 from common.logps import check_head, head_computes, token_logps, two_chunks_only
 from common.memory import (
@@ -82,7 +83,18 @@ from common.memory import (
     traffic,
 )
 from common.offload import MIN_BYTES, OffloadActivations, keep_on_device
-from common.pretrained import load_tokenizer_and_config, write_pretrained
+from common.pretrained import (
+    assert_loaded,
+    check_no_dropout,
+    empty_model,
+    load_config,
+    load_whole,
+    max_positions,
+    read_pretrained,
+    saved_shapes,
+    try_to_write,
+    write_pretrained,
+)
 from common.reference import REFERENCE, model_fingerprint, read_reference, write_reference
 from common.report import (
     describe_dry_run,
@@ -163,7 +175,7 @@ class Arguments:
     use_liger_kernel: bool = flag(False, "Liger's rotary embedding, norms and gated MLP, in Triton on a GPU")
     bf16: bool = flag(False, "compute in bfloat16; weights, gradients and optimizer states stay in fp32")
     loss_chunk_size: int = flag(256, "tokens per chunk of the loss head")
-    seed: int = flag(0, "order of the data and dropout")
+    seed: int = flag(0, "order of the data")
 
     eval_steps: int | None = flag(None, "evaluate every so many steps as well as at the end")
     logging_steps: int = flag(1, "refresh the progress bar every so many steps; metrics.jsonl has each step")
@@ -781,23 +793,26 @@ def all_sum(values, device):
     return values.tolist()
 
 
-def load_model(args, device, attn_implementation):
-    """The model in fp32, sharded by FSDP2 if there are several ranks or if it computes in bf16."""
+def load_model(args, device, attn_implementation, pretrained=None):
+    """The model in fp32, sharded by FSDP2 if there are several ranks or if it computes in bf16.
+
+    pretrained: what was read of the name before; None = read it now.
+    """
     register_varlen_attention()
     options = {"dtype": torch.float32, "attn_implementation": attn_implementation}
     if attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
         raise Refusal(
             "--attn_implementation flash_attention_2: flash-attn is not installed, or there is no GPU."
         )
+    pretrained = pretrained or read_pretrained(args.model_name_or_path, dropout=False)
+    whole = load_whole(pretrained, device, **options)
     if not dist.is_initialized():
-        model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **options).to(device)
+        model = whole.to(device)
     else:
         # The first rank reads the weights and hands out the shards: no other ever holds the whole model.
-        first = dist.get_rank() == 0
-        whole = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **options) if first else None
+        first = whole is not None
         with torch.device("meta"):
-            config = AutoConfig.from_pretrained(args.model_name_or_path)
-            model = AutoModelForCausalLM.from_config(config, **options)
+            model = empty_model(pretrained.model_config, **options)
         shard(model, init_device_mesh(device.type, (dist.get_world_size(),)), args.bf16)
         model.to_empty(device=device)
         spread = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
@@ -807,6 +822,8 @@ def load_model(args, device, attn_implementation):
             if first:
                 buffer.copy_(whole.get_buffer(name))
             dist.broadcast(buffer, src=0)
+        assert_loaded(whole, {name: p.to_local() for name, p in model.named_parameters()}, device)
+    check_no_dropout(model)
     if args.gradient_checkpointing:
         checkpoint_layers(model)
     return model.train()
@@ -907,15 +924,13 @@ def count_steps(args, pairs, world, progress):
     return total
 
 
-def save_model(args, model, tokenizer, rank):
-    """The final model in Hugging Face format, in the dtype that it came in."""
+def save_model(args, model, pretrained, rank):
+    """The final model in Hugging Face format, each tensor in the dtype that it came in."""
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank == 0:
-        # a tied weight once
-        names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
-        weights = {name: weight for name, weight in weights.items() if name in names}
+        weights = {name: weights[name] for name in saved_shapes(model)}
         temporary = fresh_folder(Path(args.output_dir) / "model.tmp")
-        write_pretrained(temporary, args.model_name_or_path, weights, tokenizer)
+        write_pretrained(temporary, pretrained, weights)
         commit_files(temporary, args.output_dir)
     barrier()
 
@@ -999,8 +1014,9 @@ def main(args):
 
 
 def train(args, rank, local_rank, world, device, sigterm):
-    torch.manual_seed(args.seed + rank)  # for dropout; the order of the data has a generator of its own
-    tokenizer, config = load_tokenizer_and_config(args.model_name_or_path, args.max_length)
+    torch.manual_seed(args.seed + rank)  # the order of the data has a generator of its own
+    pretrained = read_pretrained(args.model_name_or_path, args.max_length, dropout=False)
+    tokenizer, config = pretrained.tokenizer, pretrained.config.get_text_config()
     if args.use_liger_kernel:
         check_liger(config.model_type)
     pairs, eval_pairs, data = prepare_data(args, tokenizer, config.vocab_size, local_rank)
@@ -1016,7 +1032,7 @@ def train(args, rank, local_rank, world, device, sigterm):
         raise Refusal(f"{checkpoint} is past --max_steps {total_steps}: raise it.")
 
     attention = args.attn_implementation or ("varlen" if args.padding_free else "sdpa")
-    model = load_model(args, device, attention)
+    model = load_model(args, device, attention, pretrained)
     reference_model_name = model_fingerprint(model)  # the weights that a run begins with are its reference
     if progress.setdefault("reference_model", reference_model_name) != reference_model_name:
         raise Refusal(f"{checkpoint} began with another model, its reference: use that one.")
@@ -1033,7 +1049,7 @@ def train(args, rank, local_rank, world, device, sigterm):
         reference = prepare_reference(model, pairs, eval_pairs, args, rank, world, device, pad_token_id)
     else:
         # frozen: it runs under no_grad, and no optimizer knows it
-        reference_model = load_model(args, device, attention).eval()
+        reference_model = load_model(args, device, attention, pretrained).eval()
         if args.use_liger_kernel:
             apply_liger_kernels(reference_model, first_batch["input_ids"][:1, :64])
     # fused: the default makes temporaries as large as the weights while it updates
@@ -1046,6 +1062,9 @@ def train(args, rank, local_rank, world, device, sigterm):
         raise Refusal(f"{args.output_dir} has finished its {total_steps} steps: raise --max_steps to go on.")
     if args.resume_from_checkpoint:
         load_checkpoint(checkpoint, model, optimizer, scheduler, progress["step"], rank)
+    with together(device):  # what cannot be written shows now, not after the last step
+        if rank == 0:
+            try_to_write(pretrained, saved_shapes(model))
     if rank == 0:
         prepare_output_dir(args.output_dir, progress["step"], keep=[REFERENCE] if reference else [])
         if reference:
@@ -1129,7 +1148,7 @@ def train(args, rank, local_rank, world, device, sigterm):
             return {"stopped_at_step": progress["step"]}
     bar.close()
 
-    save_model(args, model, tokenizer, rank)
+    save_model(args, model, pretrained, rank)
     ledger = memory_ledger(predict(args, model, meter.largest_batch, world), meter.measured)
     data["padding_fraction"] = totals["padding"] / max(totals["tokens"], 1)
     data["computed_fraction"] = totals["tokens"] / max(totals["real_tokens"], 1)
@@ -1185,7 +1204,7 @@ def pretend_step(args, config, world, batch=None):
     register_varlen_attention()
 
     def new_model(mesh):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+        model = empty_model(config, dtype=torch.float32, attn_implementation=attention)
         if mesh is not None:
             shard(model, mesh, args.bf16)
         if args.gradient_checkpointing:
@@ -1225,7 +1244,7 @@ def pretend_step(args, config, world, batch=None):
 
 def dry_run(args):
     """Count the bytes of one step, those that single flags would save, and the longest pairs that fit."""
-    config = load_config(args.model_name_or_path)
+    config = load_config(args.model_name_or_path, dropout=False)
     world, size = args.dry_run_world_size, args.per_device_train_batch_size or 4
     tokens = args.max_tokens_per_batch or 0
     changes = {
@@ -1241,7 +1260,7 @@ def dry_run(args):
         f"--max_tokens_per_batch {tokens // 2}": {"max_tokens_per_batch": tokens // 2},
         f"{2 * world} ranks": {"dry_run_world_size": 2 * world},
     }
-    most = getattr(config, "max_position_embeddings", args.max_length)
+    most = max_positions(config)[0] or args.max_length
     if tokens:  # which have to hold a pair
 
         def cost(length):

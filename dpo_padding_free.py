@@ -47,7 +47,7 @@ from tqdm import tqdm
 from transformers import get_scheduler
 from transformers.utils import is_flash_attn_2_available
 
-from common.attention import register_varlen_attention
+from common.attention import check_isolation, refusals_of, register_varlen_attention
 from common.checkpoints import (
     check_output_dir,
     commit_files,
@@ -559,7 +559,8 @@ def check_batching(model, pairs, args, device, max_tokens=64):
     training, implementation = model.training, model.config._attn_implementation
     model.eval()
     try:
-        found = per_token_logps(model, to_device(collate(first, args, 0), device), args.loss_chunk_size)
+        with refusals_of(model, "Use --no_padding_free for this model."):
+            found = per_token_logps(model, to_device(collate(first, args, 0), device), args.loss_chunk_size)
         # Alone as transformers itself computes it: a mask, a state or a convolution that crosses from one
         # sequence into another, or from chosen into rejected, shows here.
         model.set_attn_implementation("sdpa" if model._supports_sdpa else implementation)
@@ -1041,6 +1042,8 @@ def train(args, rank, local_rank, world, device, sigterm):
         apply_liger_kernels(model, first_batch["input_ids"][:1, :64])
     if args.check_isolation and args.padding_free:
         check_batching(model, pairs, args, device)
+        remedy = "Use --no_padding_free for this model."
+        check_isolation(model, first_batch, remedy=remedy, max_length=args.max_length)
     check_head(model, first_batch)
     offload = OffloadActivations(model, decoder_layers(model), device) if args.activation_offloading else None
     reference_model, reference = None, {}

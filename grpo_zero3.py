@@ -1242,7 +1242,7 @@ def train(args, rank, local_rank, world, device, sigterm, watch):
     first = flatten([{"input_ids": ids, "labels": ids} for ids in prompts.examples[:2]["input_ids"]])
     if args.check_isolation:
         remedy = "Choose another model: the update of this script knows no other rows."
-        check_isolation(engine.module, to_device(first, device), remedy=remedy)
+        check_isolation(engine.module, to_device(first, device), remedy=remedy, max_length=longest)
     check_head(engine.module, to_device(first, device))
     rollouts = Rollouts(args, engine, prompts, pretrained, functions, rank, world, device, watch)
     learning_rate_at = learning_rates(args, total_steps)

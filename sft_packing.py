@@ -852,7 +852,7 @@ def train(args, rank, local_rank, world, device, sigterm):
     if args.use_liger_kernel:
         apply_liger_kernels(model, first_batch["input_ids"][:1, :64])
     if args.check_isolation and flat:
-        check_isolation(model, first_batch)
+        check_isolation(model, first_batch, max_length=args.max_length)
     check_head(model, first_batch)
     offload = OffloadActivations(model, decoder_layers(model), device) if args.activation_offloading else None
     # fused: the default makes temporaries as large as the weights while it updates

@@ -1017,10 +1017,11 @@ def main(args):
 def train(args, rank, local_rank, world, device, sigterm):
     torch.manual_seed(args.seed + rank)  # the order of the data has a generator of its own
     pretrained = read_pretrained(args.model_name_or_path, args.max_length, dropout=False)
-    tokenizer, config = pretrained.tokenizer, pretrained.config.get_text_config()
+    tokenizer, config = pretrained.tokenizer, pretrained.config
     if args.use_liger_kernel:
         check_liger(config.model_type)
-    pairs, eval_pairs, data = prepare_data(args, tokenizer, config.vocab_size, local_rank)
+    vocab_size = config.get_text_config().vocab_size
+    pairs, eval_pairs, data = prepare_data(args, tokenizer, vocab_size, local_rank)
     pad_token_id = tokenizer.pad_token_id or 0  # masked: any id will do
     objective = f"{args.loss_type} {args.beta} {args.label_smoothing}"
     fingerprint = f"{pairs.fingerprint()} {args.seed} {objective}"
@@ -1235,7 +1236,7 @@ def pretend_step(args, config, world, batch=None):
         batches = [batch] * min(accumulation, 2)  # later ones hold what the second does
         with meter.step(batches):
             for batch in batches:
-                with offload or nullcontext():
+                with offload or nullcontext(), refusals_of(model, "Add --no_padding_free."):
                     loss_sum, _ = batch_loss(model, reference_model, batch, args)
                 loss_sum.backward()
             if offload:

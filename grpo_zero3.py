@@ -42,7 +42,6 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_set_local_fp32_param,
 from tqdm import tqdm
 from transformers import DynamicCache, get_scheduler
 from transformers.generation import StopStringCriteria
-from transformers.initialization import no_init_weights
 
 from common.attention import check_isolation, register_varlen_attention
 from common.checkpoints import (
@@ -472,6 +471,13 @@ def as_argument(cache, model):
     return {"cache" if newer else "past_key_values": cache}
 
 
+def check_cache(config):
+    """Raise ValueError for a model with layers that keep a state instead of keys and values."""
+    whole = all(hasattr(layer, "batch_repeat_interleave") for layer in DynamicCache(config=config).layers)
+    states = f"model type {config.model_type} keeps states (linear attention, convolutions) as it generates"
+    refuse(not whole, f"{states}, which are not copied for a prompt's completions: choose another model.")
+
+
 @torch.no_grad()
 def generate(
     model,
@@ -845,9 +851,8 @@ def load_engine(args, device, trainable=True, watch=lambda phase: None, pretrain
     whole = load_whole(pretrained, device)
     first = whole is not None
     # inside Init, each module's weights are sharded as soon as it is made
-    with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=config):
+    with deepspeed.zero.Init(config_dict_or_path=config):
         model = empty_model(pretrained.model_config, attn_implementation="varlen", **options)
-        model.tie_weights()
     check_no_dropout(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -1232,6 +1237,7 @@ def train(args, rank, local_rank, world, device, sigterm, watch):
             "number that it was trained with."
         )
 
+    check_cache(pretrained.config)
     watch("loading the model")
     engine = load_engine(args, device, watch=watch, pretrained=pretrained)
     reference = None
@@ -1515,6 +1521,7 @@ def pretend_step(args, config, world):
 def dry_run(args):
     """Count the bytes of a rollout and its update, those that single flags would save, and what fits."""
     config = load_config(args.model_name_or_path, dropout=False)
+    check_cache(config)
     world, size, group = args.dry_run_world_size, args.per_device_train_batch_size, args.num_generations
     changes = {
         "--bf16": {"bf16": True},

@@ -45,7 +45,7 @@ from tqdm import tqdm
 from transformers import get_scheduler
 from transformers.utils import is_flash_attn_2_available
 
-from common.attention import check_isolation, register_varlen_attention
+from common.attention import check_isolation, refusals_of, register_varlen_attention
 from common.checkpoints import (
     check_output_dir,
     commit_files,
@@ -833,10 +833,11 @@ def train(args, rank, local_rank, world, device, sigterm):
     torch.manual_seed(args.seed + rank)  # for dropout; the order of the data has a generator of its own
     flat = args.packing or args.padding_free
     pretrained = read_pretrained(args.model_name_or_path, args.max_length)
-    tokenizer, config = pretrained.tokenizer, pretrained.config.get_text_config()
+    tokenizer, config = pretrained.tokenizer, pretrained.config
     if args.use_liger_kernel or args.liger_cross_entropy:
         check_liger(config.model_type if args.use_liger_kernel else None)
-    rows, eval_rows, data = prepare_data(args, tokenizer, config.vocab_size, local_rank)
+    vocab_size = config.get_text_config().vocab_size
+    rows, eval_rows, data = prepare_data(args, tokenizer, vocab_size, local_rank)
     pad_token_id = tokenizer.pad_token_id or 0  # masked: any id will do
     rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
     progress = {"step": 0, "epoch": 0, "rows_done": 0, "fingerprint": rows.fingerprint()}
@@ -1004,7 +1005,7 @@ def pretend_step(args, config, world, batch=None):
         batches = [batch] * min(accumulation, 2)  # later ones hold what the second does
         with meter.step(batches):
             for batch in batches:
-                with offload or nullcontext():
+                with offload or nullcontext(), refusals_of(model, "Add --no_packing --no_padding_free."):
                     nll = batch_nll_sum(model, batch, args.loss_chunk_size)
                 nll.backward()
             if offload:

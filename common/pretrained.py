@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedConfig,
 )
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.initialization import no_init_weights
 from transformers.utils import cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
@@ -47,6 +48,7 @@ class Pretrained:
     dtypes: dict = field(default_factory=dict)  # {name in the files: dtype}
     conversions: list | None = None  # transformers' changes of the files' names and shapes
     frozen: dict = field(default_factory=dict)  # {name: tensor} that need not be gathered to be written
+    unused: dict = field(default_factory=dict)  # {name in the files: tensor} that only a larger model has
 
     @property
     def dtype(self):
@@ -145,30 +147,44 @@ def read_pretrained(name, max_length=0, flags="--max_length", dropout=True):
     )
 
 
-def read_dtypes(name):
-    """{tensor's name: dtype} of a model's files; of safetensors, their headers alone are read."""
-    for single in ("model.safetensors", "pytorch_model.bin"):  # as transformers looks for them
+def weight_files(name):
+    """The files of a model's weights, looked for as transformers does."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
         options = {"_raise_exceptions_for_missing_entries": False}
         if (file := cached_file(name, single, **options)) is not None:
-            files = [file]
-        elif (index := cached_file(name, f"{single}.index.json", **options)) is not None:
-            files, _ = get_checkpoint_shard_files(name, index)
-        else:
-            continue
-        return dict(itertools.chain.from_iterable(map(_dtypes_in, files)))
+            return [file]
+        if (index := cached_file(name, f"{single}.index.json", **options)) is not None:
+            return get_checkpoint_shard_files(name, index)[0]
     raise OSError("it has neither model.safetensors nor pytorch_model.bin.")
 
 
-def _dtypes_in(file):
-    if not str(file).endswith(".safetensors"):
-        tensors = torch.load(file, map_location="meta", weights_only=True)
-        yield from ((name, tensor.dtype) for name, tensor in tensors.items())
-        return
-    with safe_open(file, "pt") as tensors:
-        for name in tensors.keys():
-            part = tensors.get_slice(name)
-            # nothing of a tensor says its dtype as well as all of it
-            yield name, (part[:0] if part.get_shape() else tensors.get_tensor(name)).dtype
+def read_dtypes(files):
+    """{tensor's name: dtype}; of safetensors, their headers alone are read."""
+    dtypes = {}
+    for file in files:
+        if not file.endswith(".safetensors"):
+            tensors = torch.load(file, map_location="meta", weights_only=True)
+            dtypes |= {name: tensor.dtype for name, tensor in tensors.items()}
+            continue
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():
+                part = tensors.get_slice(name)
+                # nothing of a tensor says its dtype as well as all of it
+                dtypes[name] = (part[:0] if part.get_shape() else tensors.get_tensor(name)).dtype
+    return dtypes
+
+
+def read_tensors(files, wanted):
+    """Copies of the wanted names' tensors."""
+    found = {}
+    for file in files:
+        if not file.endswith(".safetensors"):
+            tensors = torch.load(file, mmap=True, weights_only=True)
+            found |= {name: tensors[name].clone() for name in wanted & tensors.keys()}
+            continue
+        with safe_open(file, "pt") as tensors:
+            found |= {name: tensors.get_tensor(name).clone() for name in wanted & set(tensors.keys())}
+    return found
 
 
 # --- Loading ---
@@ -201,7 +217,8 @@ def load_whole(pretrained, device, dtype=None, **options):
 def _from_files(pretrained, dtype, options):
     name = pretrained.name
     try:
-        pretrained.dtypes = read_dtypes(name)
+        files = weight_files(name)
+        pretrained.dtypes = read_dtypes(files)
         floats = [each for each in pretrained.dtypes.values() if each.is_floating_point]
         dtype = dtype or functools.reduce(torch.promote_types, floats)
         options |= {
@@ -220,12 +237,19 @@ def _from_files(pretrained, dtype, options):
             "(tie_word_embeddings, if it is the head)."
         )
     pretrained.conversions = model._weight_conversions
+    if type(model.config) is not type(pretrained.config):  # a text model was taken out of a larger one
+        whole = model.state_dict().items()
+        own = {key for key, _ in as_in_files(model, ((key, tensor.to("meta")) for key, tensor in whole))}
+        pretrained.unused = read_tensors(files, pretrained.dtypes.keys() - own)
     return freeze_others(model)
 
 
 def empty_model(config, **options):
-    """A model of this configuration, as the surrounding contexts make its tensors."""
-    return freeze_others(AutoModelForCausalLM.from_config(copy.deepcopy(config), **options))
+    """A model of this configuration whose weights are still to come, in the surrounding context's tensors."""
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
+    model.tie_weights()
+    return freeze_others(model)
 
 
 def freeze_others(model):
@@ -323,12 +347,14 @@ def _write_all_but_weights(folder, pretrained, shapes, max_shard_bytes=2 * 2**30
         promised = [(name, torch.empty(shape)) for name, shape in shapes.items()]
     prefix = shell.base_model_prefix
     plan = split_torch_state_dict_into_shards(
-        {name: x.to(pretrained.file_dtype(name, prefix)) for name, x in as_in_files(shell, promised)},
+        {name: x.to(pretrained.file_dtype(name, prefix)) for name, x in as_in_files(shell, promised)}
+        | pretrained.unused,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_bytes,
     )
-    shell.config.architectures = [type(shell).__name__]
-    shell.config.save_pretrained(folder)
+    config = copy.deepcopy(pretrained.config)
+    config.architectures = config.architectures or [type(shell).__name__]
+    config.save_pretrained(folder)
     if pretrained.generation_config is not None:
         # to the letter: transformers would not write what it takes for invalid
         (folder / "generation_config.json").write_text(pretrained.generation_config)
@@ -347,7 +373,7 @@ def write_pretrained_streamed(folder, pretrained, shapes, tensors, max_shard_byt
     held = {file: {} for file in plan.filename_to_tensors}
     file_of = {key: file for file, keys in plan.filename_to_tensors.items() for key in keys}
     copies = ((key, tensor.detach().to("cpu", copy=True)) for key, tensor in tensors)
-    for key, tensor in as_in_files(shell, copies):
+    for key, tensor in itertools.chain(as_in_files(shell, copies), pretrained.unused.items()):
         file, dtype = file_of[key], pretrained.file_dtype(key, shell.base_model_prefix)
         # a copy: experts are views of one tensor
         held[file][key] = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)

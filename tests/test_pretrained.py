@@ -11,15 +11,24 @@ import datasets
 import pytest
 import torch
 from grpo_cases import DEMO_MODEL, write_model
-from helpers import tiny_model, worst
+from helpers import documents, inputs, tiny_model, worst
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 import dpo_padding_free
 import grpo_zero3
 import sft_packing
-from common.pretrained import load_whole, read_pretrained, write_pretrained, write_pretrained_streamed
+from common.collators import flatten
+from common.flags import Refusal
+from common.pretrained import (
+    load_config,
+    load_whole,
+    max_positions,
+    read_pretrained,
+    write_pretrained,
+    write_pretrained_streamed,
+)
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -275,6 +284,215 @@ def test_shards_that_are_not_the_files_are_seen(tmp_path, monkeypatch, data):
         start("sft_packing", flags, tmp_path / "out")
 
 
+# --- A text model inside ---
+
+TEXT = {
+    "vocab_size": 261,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": 257,
+    "pad_token_id": 256,
+}
+GEMMA3 = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2}
+LINEAR |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+INSIDE = {
+    "gemma3": {
+        "text_config": {**TEXT, **GEMMA3, "num_hidden_layers": 2, "query_pre_attn_scalar": 16},
+        "vision_config": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+        | {"num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+        "mm_tokens_per_image": 4,
+    },
+    "qwen3_5": {
+        "text_config": {**TEXT, **LINEAR, "num_hidden_layers": 4},
+        "vision_config": {"hidden_size": 16, "intermediate_size": 24, "depth": 1, "num_heads": 2}
+        | {"out_hidden_size": 32},
+    },
+}
+
+
+def write_inside(folder, family, dtype=torch.float32):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **INSIDE[family])
+    AutoModelForImageTextToText.from_config(config, dtype=dtype).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(folder)
+    return str(folder)
+
+
+def assert_text_alone_is_trained(folder, came):
+    found, before = tensors_of(folder), tensors_of(came)
+    assert found.keys() == before.keys()
+    for name, tensor in before.items():
+        assert found[name].dtype == tensor.dtype
+        seen = any(part in name for part in ("vision", "visual", "multi_modal"))
+        assert torch.equal(found[name], tensor) == seen, name
+    _, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().weight.shape == (261, 32)
+
+
+@pytest.mark.parametrize("way", ["fp32", "bf16", "dry run"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_text_model_inside_another_is_trained_alone(script, way, data, tmp_path):
+    name = write_inside(tmp_path / "model", "gemma3")
+    flags = data[script] | {"model_name_or_path": name, "learning_rate": 1e-2, "bf16": way == "bf16"}
+    if script == "grpo_zero3":
+        flags["reward_funcs"] = "grpo_cases:spread"
+    if way == "dry run":
+        args = SCRIPTS[script].Arguments(**flags)
+        assert SCRIPTS[script].pretend_step(args, load_config(name), 2)["peak"][1] > 0
+        return
+    start(script, flags, tmp_path / "out")
+    assert_text_alone_is_trained(tmp_path / "out", tmp_path / "model")
+
+
+PADDED = {
+    "sft_packing": {"packing": False, "padding_free": False},
+    "dpo_padding_free": {"padding_free": False},
+}
+
+
+@pytest.mark.parametrize("script", PADDED)
+def test_a_text_model_taken_out_of_another_goes_back_into_it(script, data, tmp_path):
+    """transformers makes a model of text alone: the rest of the files is written beside it."""
+    name = write_inside(tmp_path / "model", "qwen3_5", torch.bfloat16)
+    flags = data[script] | {"model_name_or_path": name, "learning_rate": 1e-1}
+    start(script, flags | PADDED[script], tmp_path / "out")
+    assert_text_alone_is_trained(tmp_path / "out", tmp_path / "model")
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_states_in_the_place_of_keys_and_values_are_refused(script, dry_run, data, tmp_path):
+    name = write_inside(tmp_path / "model", "qwen3_5")
+    why = "keeps states" if script == "grpo_zero3" else "refuses a flat row"
+    with pytest.raises(Refusal, match=why):
+        start(script, data[script] | {"model_name_or_path": name}, tmp_path / "out", dry_run=dry_run)
+
+
+def test_more_positions_than_the_text_model_has_are_refused(data, tmp_path):
+    flags = data["sft_packing"] | {"model_name_or_path": write_inside(tmp_path / "model", "gemma3")}
+    with pytest.raises(ValueError, match="--max_length 65 is over the model's 64 positions"):
+        start("sft_packing", flags, tmp_path / "out", max_length=65)
+
+
+# --- What configurations say ---
+
+
+QUANTISED = {"quant_method": "gptq", "bits": 4}
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_quantised_weights_are_refused(script, dry_run, inside, data, tmp_path):
+    name = write_inside(tmp_path / "model", "gemma3") if inside else write_model(tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (config["text_config"] if inside else config)["quantization_config"] = QUANTISED
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    with pytest.raises(Refusal, match="gptq.: full training of a quantised model is not supported"):
+        start(script, data[script] | {"model_name_or_path": name}, tmp_path / "out", dry_run=dry_run)
+
+
+DROPS = {"attn_pdrop": 0.2, "embd_pdrop": 0.2, "resid_pdrop": 0.2}
+
+
+def write_gpt2(folder):
+    special = {"pad_token_id": 256, "bos_token_id": None, "eos_token_id": 257}
+    tiny_model("gpt2", vocab_size=261, n_positions=64, **special, **DROPS).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_dropout_is_off_where_two_models_are_compared(script, data, tmp_path):
+    flags = data[script] | {"model_name_or_path": write_gpt2(tmp_path / "model"), "dry_run": False}
+    if script == "grpo_zero3":  # the second step on a rollout, with the weights that sampled it
+        flags |= {"num_iterations": 2, "max_steps": 2, "epsilon": 1e-4}
+    metrics = start(script, flags, tmp_path / "out")["final_metrics"]
+    if script == "sft_packing":
+        assert abs(metrics["loss"] - metrics["eval_loss"]) > 1e-3
+    if script == "dpo_padding_free":
+        assert metrics["loss"] == pytest.approx(0.693147, abs=1e-5)
+        assert metrics["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    if script == "grpo_zero3":
+        assert metrics["clip_ratio"] == 0 and metrics["kl"] == pytest.approx(0, abs=1e-6)
+    assert json.loads((tmp_path / "out/config.json").read_text())["resid_pdrop"] == 0.2
+
+
+def test_dropout_that_no_configuration_names_is_refused(data, tmp_path, monkeypatch):
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    made = LlamaMLP.__init__
+
+    def with_dropout(self, config):
+        made(self, config)
+        self.drop = torch.nn.Dropout(0.1)
+
+    monkeypatch.setattr(LlamaMLP, "__init__", with_dropout)
+    flags = data["dpo_padding_free"] | {"model_name_or_path": write_model(tmp_path / "model")}
+    with pytest.raises(
+        Refusal, match="dropout that its configuration does not name .model.layers.0.mlp.drop"
+    ):
+        start("dpo_padding_free", flags, tmp_path / "out")
+
+
+ROPES = {
+    "longrope": {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0], "factor": 4.0}
+    | {"original_max_position_embeddings": 16},
+    "dynamic": {"factor": 4.0, "original_max_position_embeddings": 16},
+}
+
+
+@pytest.mark.parametrize("rope_type", ROPES)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_positions_where_a_rope_changes_for_all_tokens_are_refused(script, rope_type, data, tmp_path):
+    rope = ROPES[rope_type] | {"rope_type": rope_type, "rope_theta": 10_000.0}
+    special = {"pad_token_id": 256, "bos_token_id": None, "eos_token_id": 257}
+    positions = {"max_position_embeddings": 64, "original_max_position_embeddings": 16}
+    family = "phi3" if rope_type == "longrope" else "llama"
+    tiny_model(family, rope_parameters=rope, vocab_size=261, **positions, **special).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(tmp_path)
+    limits = [{"max_length": 16}, {"max_length": 17}]
+    if script == "grpo_zero3":
+        limits = [{"max_prompt_length": 8, "max_completion_length": n} for n in (8, 9)]
+    flags = data[script] | {"model_name_or_path": str(tmp_path), "save_steps": None}
+    start(script, flags | limits[0], tmp_path / "out")
+    over = f"17 is over the model's 16 original positions, beyond which rope_type {rope_type}"
+    with pytest.raises(Refusal, match=over):
+        start(script, flags | limits[1], tmp_path / "out17")
+
+
+@torch.no_grad()
+def test_within_its_original_positions_longrope_computes_packed_documents_as_alone():
+    rope = ROPES["longrope"] | {"rope_type": "longrope", "rope_theta": 10_000.0}
+    positions = {"max_position_embeddings": 64, "original_max_position_embeddings": 16}
+    model = tiny_model("phi3", rope_parameters=rope, **positions)
+    for longest, exact in ((16, True), (17, False)):
+        sequences = documents(0, [longest, 9])
+        packed = model(**inputs(flatten(sequences)), use_cache=False).logits[0, longest:]
+        alone = model(**inputs(flatten(sequences[1:])), use_cache=False).logits[0]
+        assert (worst(packed, alone) <= 1e-5) == exact
+
+
+def test_ropes_of_single_layer_types_and_inner_models_count():
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 16, "rope_theta": 10_000.0}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 4.0}
+    ropes = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0}}
+    text = INSIDE["gemma3"]["text_config"] | {"rope_parameters": ropes}
+    assert max_positions(AutoConfig.for_model("gemma3", text_config=text))[0] == 16
+    assert max_positions(AutoConfig.for_model("gemma3", **INSIDE["gemma3"]))[0] == 64
+
+
+# --- Two ranks ---
+
+
 def on_two_ranks(jobs, folder):
     folder.mkdir()
     (folder / "jobs.json").write_text(json.dumps(jobs))
@@ -302,6 +520,13 @@ def two_ranks(data, tmp_path_factory):
             name = f"{script} {bf16}"
             jobs[name] = [script, flags | {"model_name_or_path": apart, "bf16": bf16}]
             jobs[name][1]["output_dir"] = str(folder / name)
+    inside = write_inside(folder / "inside", "gemma3")
+    for script, flags in data.items():
+        flags = flags | {"model_name_or_path": inside, "learning_rate": 1e-2, "bf16": True}
+        flags["output_dir"] = str(folder / f"{script} inside")
+        if script == "grpo_zero3":
+            flags["reward_funcs"] = "grpo_cases:spread"
+        jobs[f"{script} inside"] = [script, flags]
     lacking = write_model(folder / "lacking", tie_word_embeddings=True)
     config = json.loads((folder / "lacking/config.json").read_text())
     (folder / "lacking/config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
@@ -334,3 +559,10 @@ def test_an_untied_head_gives_one_loss_on_every_path(two_ranks, data, tmp_path):
 def test_what_the_first_rank_alone_sees_ends_both(script, two_ranks):
     first, second = [result[f"{script} lacking"]["error"] for result in two_ranks[1]]
     assert "lm_head.weight" in first and "its own message says why" in second
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_two_ranks_train_the_text_model_inside_alone(script, two_ranks):
+    folder, results = two_ranks
+    assert "error" not in results[0][f"{script} inside"], results[0]
+    assert_text_alone_is_trained(folder / f"{script} inside", folder / "inside")

@@ -4,6 +4,7 @@ A pair of a prompt (P tokens), a chosen (C) and a rejected completion (R), B pai
 padded, it computes 2 B * max(P + C, P + R) tokens; padding-free, sum(2 P + C + R); shared, sum(P + C + R).
 Logits exist for C + R tokens only, a chunk at a time; the reference's log-probabilities are computed once,
 before training, and its weights are gone by then. Each way gives the same loss and gradients, to rounding.
+Dropout is off, as in TRL: the policy would drop what its reference keeps.
 Left out to stay readable: LoRA, vision inputs, tools in chats, other losses than three, a moving reference.
 
 laptop   python dpo_padding_free.py
@@ -43,10 +44,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.functional import logsigmoid
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, get_scheduler
+from transformers import get_scheduler
 from transformers.utils import is_flash_attn_2_available
 
-from common.attention import register_varlen_attention
+from common.attention import check_isolation, refusals_of, register_varlen_attention
 from common.checkpoints import (
     check_output_dir,
     commit_files,
@@ -76,8 +77,8 @@ from common.data import (
     unused_columns,
     without_nulls,
 )
-from common.dry_run import explore, load_config, pretend
-from common.flags import Refusal, check_dry_run, flag, refuse, run_script
+from common.dry_run import explore, pretend
+from common.flags import Refusal, check_dry_run, flag, refuse, run_script, together
 from common.liger import apply_liger_kernels, check_liger
 from common.logps import check_head, head_computes, token_logps, two_chunks_only
 from common.memory import (
@@ -90,7 +91,18 @@ from common.memory import (
     traffic,
 )
 from common.offload import MIN_BYTES, OffloadActivations, keep_on_device
-from common.pretrained import load_generation_config, load_tokenizer_and_config, write_pretrained
+from common.pretrained import (
+    assert_loaded,
+    check_no_dropout,
+    empty_model,
+    load_config,
+    load_whole,
+    max_positions,
+    read_pretrained,
+    saved_shapes,
+    try_to_write,
+    write_pretrained,
+)
 from common.reference import REFERENCE, model_fingerprint, read_reference, write_reference
 from common.report import (
     describe_dry_run,
@@ -173,7 +185,7 @@ class Arguments:
     use_liger_kernel: bool = flag(False, "Liger's rotary embedding, norms and gated MLP, in Triton on a GPU")
     bf16: bool = flag(False, "compute in bfloat16; weights, gradients and optimizer states stay in fp32")
     loss_chunk_size: int = flag(256, "tokens per chunk of the loss head")
-    seed: int = flag(0, "order of the data and dropout")
+    seed: int = flag(0, "order of the data")
 
     eval_steps: int | None = flag(None, "evaluate every so many steps as well as at the end")
     logging_steps: int = flag(1, "refresh the progress bar every so many steps; metrics.jsonl has each step")
@@ -555,7 +567,8 @@ def check_batching(model, pairs, args, device, max_tokens=64):
     training, implementation = model.training, model.config._attn_implementation
     model.eval()
     try:
-        found = per_token_logps(model, to_device(collate(first, args, 0), device), args.loss_chunk_size)
+        with refusals_of(model, "Use --no_padding_free for this model."):
+            found = per_token_logps(model, to_device(collate(first, args, 0), device), args.loss_chunk_size)
         # Alone as transformers itself computes it: a mask, a state or a convolution that crosses from one
         # sequence into another, or from chosen into rejected, shows here.
         model.set_attn_implementation("sdpa" if model._supports_sdpa else implementation)
@@ -789,23 +802,26 @@ def all_sum(values, device):
     return values.tolist()
 
 
-def load_model(args, device, attn_implementation):
-    """The model in fp32, sharded by FSDP2 if there are several ranks or if it computes in bf16."""
+def load_model(args, device, attn_implementation, pretrained=None):
+    """The model in fp32, sharded by FSDP2 if there are several ranks or if it computes in bf16.
+
+    pretrained: what was read of the name before; None = read it now.
+    """
     register_varlen_attention()
     options = {"dtype": torch.float32, "attn_implementation": attn_implementation}
     if attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
         raise Refusal(
             "--attn_implementation flash_attention_2: flash-attn is not installed, or there is no GPU."
         )
+    pretrained = pretrained or read_pretrained(args.model_name_or_path, dropout=False)
+    whole = load_whole(pretrained, device, **options)
     if not dist.is_initialized():
-        model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **options).to(device)
+        model = whole.to(device)
     else:
         # The first rank reads the weights and hands out the shards: no other ever holds the whole model.
-        first = dist.get_rank() == 0
-        whole = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **options) if first else None
+        first = whole is not None
         with torch.device("meta"):
-            config = AutoConfig.from_pretrained(args.model_name_or_path)
-            model = AutoModelForCausalLM.from_config(config, **options)
+            model = empty_model(pretrained.model_config, **options)
         shard(model, init_device_mesh(device.type, (dist.get_world_size(),)), args.bf16)
         model.to_empty(device=device)
         spread = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
@@ -815,6 +831,8 @@ def load_model(args, device, attn_implementation):
             if first:
                 buffer.copy_(whole.get_buffer(name))
             dist.broadcast(buffer, src=0)
+        assert_loaded(whole, {name: p.to_local() for name, p in model.named_parameters()}, device)
+    check_no_dropout(model)
     return prepare_model(model, args)
 
 
@@ -919,15 +937,13 @@ def count_steps(args, pairs, world, progress):
     return total
 
 
-def save_model(args, model, tokenizer, rank):
-    """The final model in Hugging Face format, in the dtype that it came in."""
+def save_model(args, model, pretrained, rank):
+    """The final model in Hugging Face format, each tensor in the dtype that it came in."""
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank == 0:
-        # a tied weight once
-        names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
-        weights = {name: weight for name, weight in weights.items() if name in names}
+        weights = {name: weights[name] for name in saved_shapes(model)}
         temporary = fresh_folder(Path(args.output_dir) / "model.tmp")
-        write_pretrained(temporary, args.model_name_or_path, weights, tokenizer)
+        write_pretrained(temporary, pretrained, weights)
         commit_files(temporary, args.output_dir)
     barrier()
 
@@ -1015,12 +1031,14 @@ def main(args):
 
 
 def train(args, rank, local_rank, world, device, sigterm):
-    torch.manual_seed(args.seed + rank)  # for dropout; the order of the data has a generator of its own
-    tokenizer, config = load_tokenizer_and_config(args.model_name_or_path, args.max_length)
+    torch.manual_seed(args.seed + rank)  # the order of the data has a generator of its own
+    pretrained = read_pretrained(args.model_name_or_path, args.max_length, dropout=False)
+    tokenizer, config = pretrained.tokenizer, pretrained.config
     if args.use_liger_kernel:
         check_liger(config.model_type)
-    end_ids = end_token_ids(tokenizer, load_generation_config(args.model_name_or_path, config))
-    pairs, eval_pairs, data = prepare_data(args, tokenizer, config.vocab_size, local_rank, end_ids)
+    vocab_size = config.get_text_config().vocab_size
+    end_ids = end_token_ids(tokenizer, pretrained.eos_token_id)
+    pairs, eval_pairs, data = prepare_data(args, tokenizer, vocab_size, local_rank, end_ids)
     pad_token_id = tokenizer.pad_token_id or 0  # masked: any id will do
     objective = f"{args.loss_type} {args.beta} {args.label_smoothing}"
     fingerprint = f"{pairs.fingerprint()} {args.seed} {objective}"
@@ -1033,7 +1051,7 @@ def train(args, rank, local_rank, world, device, sigterm):
         raise Refusal(f"{checkpoint} is past --max_steps {total_steps}: raise it.")
 
     attention = args.attn_implementation or ("varlen" if args.padding_free else "sdpa")
-    model = load_model(args, device, attention)
+    model = load_model(args, device, attention, pretrained)
     check_frozen(model, progress)
     reference_model_name = model_fingerprint(model)  # the weights that a run begins with are its reference
     if progress.setdefault("reference_model", reference_model_name) != reference_model_name:
@@ -1043,6 +1061,8 @@ def train(args, rank, local_rank, world, device, sigterm):
         apply_liger_kernels(model, first_batch["input_ids"][:1, :64])
     if args.check_isolation and args.padding_free:
         check_batching(model, pairs, args, device)
+        remedy = "Use --no_padding_free for this model."
+        check_isolation(model, first_batch, remedy=remedy, max_length=args.max_length)
     check_head(model, first_batch)
     offload = OffloadActivations(model, decoder_layers(model), device) if args.activation_offloading else None
     reference_model, reference = None, {}
@@ -1051,7 +1071,7 @@ def train(args, rank, local_rank, world, device, sigterm):
         reference = prepare_reference(model, pairs, eval_pairs, args, rank, world, device, pad_token_id)
     else:
         # frozen: it runs under no_grad, and no optimizer knows it
-        reference_model = load_model(args, device, attention).eval()
+        reference_model = load_model(args, device, attention, pretrained).eval()
         if args.use_liger_kernel:
             apply_liger_kernels(reference_model, first_batch["input_ids"][:1, :64])
     # fused: the default makes temporaries as large as the weights while it updates
@@ -1063,6 +1083,9 @@ def train(args, rank, local_rank, world, device, sigterm):
         raise Refusal(f"{args.output_dir} has finished its {total_steps} steps: raise --max_steps to go on.")
     if args.resume_from_checkpoint:
         load_checkpoint(checkpoint, model, optimizer, scheduler, progress, rank)
+    with together(device):  # what cannot be written shows now, not after the last step
+        if rank == 0:
+            try_to_write(pretrained, saved_shapes(model))
     if rank == 0:
         prepare_output_dir(args.output_dir, progress["step"], keep=[REFERENCE] if reference else [])
         if reference:
@@ -1148,7 +1171,7 @@ def train(args, rank, local_rank, world, device, sigterm):
             return {"stopped_at_step": progress["step"]}
     bar.close()
 
-    save_model(args, model, tokenizer, rank)
+    save_model(args, model, pretrained, rank)
     ledger = memory_ledger(predict(args, model, meter.largest_batch, world), meter.measured)
     data["padding_fraction"] = totals["padding"] / max(totals["tokens"], 1)
     data["computed_fraction"] = totals["tokens"] / max(totals["real_tokens"], 1)
@@ -1204,7 +1227,7 @@ def pretend_step(args, config, world, batch=None):
     register_varlen_attention()
 
     def new_model(mesh):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+        model = empty_model(config, dtype=torch.float32, attn_implementation=attention)
         if mesh is not None:
             shard(model, mesh, args.bf16)
         return prepare_model(model, args)
@@ -1230,7 +1253,7 @@ def pretend_step(args, config, world, batch=None):
         batches = [batch] * min(accumulation, 2)  # later ones hold what the second does
         with meter.step(batches):
             for batch in batches:
-                with offload or nullcontext():
+                with offload or nullcontext(), refusals_of(model, "Add --no_padding_free."):
                     loss_sum, _ = batch_loss(model, reference_model, batch, args)
                 loss_sum.backward()
             if offload:
@@ -1242,7 +1265,7 @@ def pretend_step(args, config, world, batch=None):
 
 def dry_run(args):
     """Count the bytes of one step, those that single flags would save, and the longest pairs that fit."""
-    config = load_config(args.model_name_or_path)
+    config = load_config(args.model_name_or_path, dropout=False)
     world, size = args.dry_run_world_size, args.per_device_train_batch_size or 4
     tokens = args.max_tokens_per_batch or 0
     changes = {
@@ -1258,7 +1281,7 @@ def dry_run(args):
         f"--max_tokens_per_batch {tokens // 2}": {"max_tokens_per_batch": tokens // 2},
         f"{2 * world} ranks": {"dry_run_world_size": 2 * world},
     }
-    most = getattr(config, "max_position_embeddings", args.max_length)
+    most = max_positions(config)[0] or args.max_length
     if tokens:  # which have to hold a pair
 
         def cost(length):

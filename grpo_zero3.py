@@ -5,6 +5,7 @@ generation gathers it for every token. This script holds `--gather_budget_gib` o
 rollout (all: c P bytes; none: 0) and streams the rest, one gather per layer and token: the peak is the budget
 plus one layer (and an embedding that is the head as well, if it does not fit), and the tokens are the same.
 The update computes each prompt once for its G completions: P + sum(C_i) tokens instead of G P + sum(C_i).
+Dropout is off: the rollout that an update is compared with, and the reference, are computed without.
 Left out to stay readable: vLLM, LoRA, vision inputs, tools, several updates from parts of one rollout.
 
 laptop   python grpo_zero3.py
@@ -39,14 +40,8 @@ from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, free_param
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_local_fp32_param, set_z3_leaf_modules
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    DynamicCache,
-    get_scheduler,
-)
+from transformers import DynamicCache, get_scheduler
 from transformers.generation import StopStringCriteria
-from transformers.initialization import no_init_weights
 
 from common.attention import check_isolation, register_varlen_attention
 from common.checkpoints import (
@@ -72,11 +67,22 @@ from common.data import (
     template_kwargs,
     unused_columns,
 )
-from common.dry_run import explore, load_config, pretend
-from common.flags import Refusal, check_dry_run, flag, refuse, run_script
+from common.dry_run import explore, pretend
+from common.flags import Refusal, check_dry_run, flag, refuse, run_script, together
 from common.logps import check_head, head_computes, token_logps, two_chunks_only
 from common.memory import ByteCounter, MemoryMeter, format_ledger, memory_ledger, peak_memory_bytes
-from common.pretrained import load_generation_config, load_tokenizer_and_config, write_pretrained_streamed
+from common.pretrained import (
+    assert_loaded,
+    check_no_dropout,
+    empty_model,
+    load_config,
+    load_whole,
+    max_positions,
+    read_pretrained,
+    saved_shapes,
+    try_to_write,
+    write_pretrained_streamed,
+)
 from common.report import (
     describe_dry_run,
     describe_prompts,
@@ -157,7 +163,7 @@ class Arguments:
     gradient_checkpointing: bool = flag(True, "keep the layers' inputs only; compute the rest again")
     bf16: bool = flag(False, "weights, activations and gathers in bfloat16; the optimizer stays in fp32")
     loss_chunk_size: int = flag(256, "tokens per chunk of the loss head")
-    seed: int = flag(0, "order of the prompts, sampling and dropout")
+    seed: int = flag(0, "order of the prompts, and sampling")
 
     logging_steps: int = flag(1, "refresh the progress bar every so many steps; metrics.jsonl has each step")
     log_completions_steps: int | None = flag(None, "show a few completions every so many steps")
@@ -486,6 +492,13 @@ def as_argument(cache, model):
     """The cache as a keyword of the model's forward; models with code of their own know the older name."""
     newer = "cache" in inspect.signature(model.forward).parameters
     return {"cache" if newer else "past_key_values": cache}
+
+
+def check_cache(config):
+    """Raise ValueError for a model with layers that keep a state instead of keys and values."""
+    whole = all(hasattr(layer, "batch_repeat_interleave") for layer in DynamicCache(config=config).layers)
+    states = f"model type {config.model_type} keeps states (linear attention, convolutions) as it generates"
+    refuse(not whole, f"{states}, which are not copied for a prompt's completions: choose another model.")
 
 
 @torch.no_grad()
@@ -846,37 +859,28 @@ def all_sum(values, device):
     return values.tolist()
 
 
-@contextmanager
-def together(device):
-    """What goes wrong inside on one rank ends all of them: the others would wait for it, or lose it."""
-    error = None
-    try:
-        yield
-    except Exception as raised:
-        error = raised
-    if all_sum([error is not None], device)[0]:
-        raise error or Refusal("another rank cannot go on; its own message says why.")
-
-
 def all_max(value, device):
     value = torch.tensor([value], dtype=torch.float64, device=device)
     dist.all_reduce(value, dist.ReduceOp.MAX)
     return value.item()
 
 
-def load_engine(args, device, trainable=True, watch=lambda phase: None):
-    """The model in a ZeRO-3 engine: no rank but the first ever holds more of it than its shards."""
+def load_engine(args, device, trainable=True, watch=lambda phase: None, pretrained=None):
+    """The model in a ZeRO-3 engine: no rank but the first ever holds more of it than its shards.
+
+    pretrained: what was read of the name before; None = read it now.
+    """
+    pretrained = pretrained or read_pretrained(args.model_name_or_path, dropout=False)
     register_varlen_attention()
     config = deepspeed_config(args, trainable)
     options = {"dtype": torch.bfloat16 if args.bf16 else torch.float32}
-    first = dist.get_rank() == 0
     # in the dtype of its files, whatever the shards' will be: see `write_fp32_weights`
-    whole = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype="auto") if first else None
+    whole = load_whole(pretrained, device)
+    first = whole is not None
     # inside Init, each module's weights are sharded as soon as it is made
-    with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=config):
-        shape = AutoConfig.from_pretrained(args.model_name_or_path)
-        model = AutoModelForCausalLM.from_config(shape, attn_implementation="varlen", **options)
-        model.tie_weights()
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        model = empty_model(pretrained.model_config, attn_implementation="varlen", **options)
+    check_no_dropout(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             watch(f"loading {name}")
@@ -889,11 +893,13 @@ def load_engine(args, device, trainable=True, watch=lambda phase: None):
             shared = torch.empty(buffer.shape, dtype=dtype, device=device)
             dist.broadcast(shared.copy_(whole.get_buffer(name)) if first else shared, 0)
             buffer.data = shared
+    assert_loaded(whole, dict(own_shards(model)), device)
     # For training, too: a leaf module's weights come in one coalesced gather, not one for each matrix in it.
     set_z3_leaf_modules(model, list({type(layer) for layer in decoder_layers(model)}))
     if not trainable:
         return deepspeed.initialize(model=model.requires_grad_(False).eval(), config=config)[0]
     prepare_model(model, args)
+    keep_frozen(pretrained, model, whole, device)
     ask_for_an_inputs_gradient(decoder_layers(model))
     groups, options = parameter_groups(model, args.weight_decay), {"lr": args.learning_rate}
     if args.offload_optimizer:
@@ -906,6 +912,25 @@ def load_engine(args, device, trainable=True, watch=lambda phase: None):
     if args.bf16:
         write_fp32_weights(model, whole, device, watch)
     return engine
+
+
+def keep_frozen(pretrained, model, whole, device):
+    """Keep, on the first rank's host, the frozen weights of which the shards hold a rounded copy only."""
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    rounded = torch.zeros(len(frozen), device=device)
+    if whole is not None:
+        dtypes = [whole.get_parameter(name).dtype for name in frozen]
+        rounded[:] = torch.tensor([dtype != model.dtype for dtype in dtypes])
+    dist.broadcast(rounded, 0)  # all ranks have to know what will not be gathered
+    kept = [name for name, is_rounded in zip(frozen, rounded.tolist()) if is_rounded]
+    pretrained.frozen = {name: whole.get_parameter(name) if whole is not None else None for name in kept}
+
+
+def own_shards(model):
+    """(name, this rank's elements) of each weight: of the shard, what is no padding."""
+    for name, parameter in model.named_parameters():
+        shard = parameter.ds_tensor.flatten()
+        yield name, shard[: max(0, parameter.ds_numel - dist.get_rank() * len(shard))]
 
 
 def write_fp32_weights(model, whole, device, watch):
@@ -959,11 +984,11 @@ def budget_bytes(args):
 class Rollouts:
     """Samples completions with the engine's present weights, and lets the rewards judge them."""
 
-    def __init__(self, args, engine, prompts, tokenizer, functions, rank, world, device, watch):
+    def __init__(self, args, engine, prompts, pretrained, functions, rank, world, device, watch):
+        tokenizer = pretrained.tokenizer
         self.args, self.engine, self.prompts, self.tokenizer = args, engine, prompts, tokenizer
         self.functions, self.rank, self.world, self.device, self.watch = functions, rank, world, device, watch
-        generation = load_generation_config(args.model_name_or_path, engine.module.config)
-        self.end_ids = end_token_ids(tokenizer, generation)
+        self.end_ids = end_token_ids(tokenizer, pretrained.eos_token_id)
         self.stopped = None
         if args.stop_strings:
             criteria = StopStringCriteria(tokenizer, args.stop_strings)
@@ -1186,11 +1211,15 @@ def count_steps_again(adam):
         adam.ds_opt_adam.adam_update(adam.opt_id, step, *settings, weight, gradient, *moments)
 
 
-def whole_weights(engine, bf16, watch):
-    """Each weight in turn, gathered on every rank, with its name: (name, tensor), a tied one once."""
+def whole_weights(engine, frozen, bf16, watch):
+    """Each weight in turn, gathered on every rank, with its name: (name, tensor), a tied one once; of frozen
+    ones, what the first rank has kept.
+    """
     for name, parameter in engine.module.named_parameters():
         watch(f"saving {name}")
-        if bf16 and parameter.requires_grad:  # the optimizer's copy: a model that came in fp32 leaves in fp32
+        if name in frozen:
+            yield name, frozen[name]
+        elif bf16 and parameter.requires_grad:  # the optimizer's copy: what came in fp32 leaves in fp32
             yield name, safe_get_full_fp32_param(parameter)
         else:
             with GatheredParameters([parameter]):
@@ -1199,15 +1228,12 @@ def whole_weights(engine, bf16, watch):
     yield from ((name, buffer) for name, buffer in engine.module.named_buffers() if name in kept)
 
 
-def save_model(args, engine, tokenizer, rank, watch):
-    """The final model in Hugging Face format, in the dtype that it came in, gathered weight by weight."""
-    weights = whole_weights(engine, args.bf16, watch)
+def save_model(args, engine, pretrained, rank, watch):
+    """The final model in Hugging Face format, in the dtypes that it came in, gathered weight by weight."""
+    weights = whole_weights(engine, pretrained.frozen, args.bf16, watch)
     if rank == 0:
-        shapes = {name: p.ds_shape for name, p in engine.module.named_parameters()}
-        kept = set(engine.module.state_dict())
-        shapes |= {name: b.shape for name, b in engine.module.named_buffers() if name in kept}
         temporary = fresh_folder(Path(args.output_dir) / "model.tmp")
-        write_pretrained_streamed(temporary, args.model_name_or_path, shapes, weights, tokenizer)
+        write_pretrained_streamed(temporary, pretrained, saved_shapes(engine.module), weights)
         commit_files(temporary, args.output_dir)
     else:
         for _ in weights:  # each gather needs all ranks
@@ -1255,7 +1281,7 @@ def main(args):
 
 
 def train(args, rank, local_rank, world, device, sigterm, watch):
-    torch.manual_seed(args.seed + rank)  # for dropout; order and sampling have generators of their own
+    torch.manual_seed(args.seed + rank)  # order and sampling have generators of their own
     longest = args.max_prompt_length + args.max_completion_length
     watch("tokenising the prompts")
     # the first rank of each machine tokenises; the others then read its cache
@@ -1263,15 +1289,16 @@ def train(args, rank, local_rank, world, device, sigterm, watch):
         with together(device):
             if (local_rank == 0) == first_rank:
                 flags = "--max_prompt_length + --max_completion_length"
-                tokenizer, config = load_tokenizer_and_config(args.model_name_or_path, longest, flags)
-                prompts = Prompts(args, tokenizer)
-                check_token_ids(prompts.examples, config.vocab_size, args.dataset_name)
+                pretrained = read_pretrained(args.model_name_or_path, longest, flags, dropout=False)
+                prompts = Prompts(args, pretrained.tokenizer)
+                vocab_size = pretrained.config.get_text_config().vocab_size
+                check_token_ids(prompts.examples, vocab_size, args.dataset_name)
                 functions = load_reward_funcs(args.reward_funcs, prompts.reward_columns)
                 check_answers(functions, prompts.rows, args.dataset_name)
                 read = columns_read(functions, prompts.reward_columns)
                 prompts.data["columns_unused"] = unused_columns(prompts.rows, ("prompt", *read))
                 watch("trying the rewards")
-                prompts.try_rewards(functions, tokenizer, args.num_generations)
+                prompts.try_rewards(functions, pretrained.tokenizer, args.num_generations)
     prompts_per_rollout = args.per_device_train_batch_size // args.num_generations * world
     progress = {"step": 0, "rollout": 0, "prompts_done": 0}
     progress |= {"fingerprint": prompts.fingerprint(), "world_size": world}
@@ -1291,22 +1318,28 @@ def train(args, rank, local_rank, world, device, sigterm, watch):
             "number that it was trained with."
         )
 
+    check_cache(pretrained.config)
     watch("loading the model")
-    engine = load_engine(args, device, watch=watch)
+    engine = load_engine(args, device, watch=watch, pretrained=pretrained)
     check_frozen(engine.module, progress)
-    watch("loading the reference")
-    reference = load_engine(args, device, trainable=False, watch=watch) if args.beta > 0 else None
+    reference = None
+    if args.beta > 0:
+        watch("loading the reference")
+        reference = load_engine(args, device, trainable=False, watch=watch, pretrained=pretrained)
     watch("checking the model")
     first = flatten([{"input_ids": ids, "labels": ids} for ids in prompts.examples[:2]["input_ids"]])
     if args.check_isolation:
         remedy = "Choose another model: the update of this script knows no other rows."
-        check_isolation(engine.module, to_device(first, device), remedy=remedy)
+        check_isolation(engine.module, to_device(first, device), remedy=remedy, max_length=longest)
     check_head(engine.module, to_device(first, device))
-    rollouts = Rollouts(args, engine, prompts, tokenizer, functions, rank, world, device, watch)
+    rollouts = Rollouts(args, engine, prompts, pretrained, functions, rank, world, device, watch)
     learning_rate_at = learning_rates(args, total_steps)
     if args.resume_from_checkpoint:
         watch("loading the checkpoint")
         load_checkpoint(engine, checkpoint)
+    with together(device):  # what cannot be written shows now, not after the last step
+        if rank == 0:
+            try_to_write(pretrained, saved_shapes(engine.module))
     if rank == 0:
         prepare_output_dir(args.output_dir, progress["step"])
     dist.barrier()
@@ -1382,7 +1415,7 @@ def train(args, rank, local_rank, world, device, sigterm, watch):
     bar.close()
 
     watch("saving the model")
-    save_model(args, engine, tokenizer, rank, watch)
+    save_model(args, engine, pretrained, rank, watch)
     rollout_bytes = rollouts.held_bytes, rollouts.most_whole_bytes
     ledger = memory_ledger(*zero3_ledger(engine, *rollout_bytes, peak_memory_bytes(device)))
     summary = summarize(args, device, world, prompts.data, totals, ledger, None, metrics)
@@ -1412,7 +1445,7 @@ def pretend_model(args, config):
     """The model in the dtype it is sharded in, with what ZeRO-3 would say of its parameters."""
     register_varlen_attention()
     dtype = torch.bfloat16 if args.bf16 else torch.float32
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="varlen")
+    model = empty_model(config, dtype=dtype, attn_implementation="varlen")
     for parameter in model.parameters():
         parameter.ds_numel = parameter.numel()
     return model
@@ -1577,7 +1610,8 @@ def pretend_step(args, config, world):
 
 def dry_run(args):
     """Count the bytes of a rollout and its update, those that single flags would save, and what fits."""
-    config = load_config(args.model_name_or_path)
+    config = load_config(args.model_name_or_path, dropout=False)
+    check_cache(config)
     world, size, group = args.dry_run_world_size, args.per_device_train_batch_size, args.num_generations
     changes = {
         "--bf16": {"bf16": True},
@@ -1590,7 +1624,7 @@ def dry_run(args):
         f"--per_device_train_batch_size {group}": {"per_device_train_batch_size": min(size, group)},
         f"{2 * world} ranks": {"dry_run_world_size": 2 * world},
     }
-    most = getattr(config, "max_position_embeddings", 2**17) - args.max_prompt_length
+    most = (max_positions(config)[0] or 2**17) - args.max_prompt_length
     if args.max_tokens_per_batch:  # which has to hold a group
         most = min(most, (args.max_tokens_per_batch - args.max_prompt_length) // group)
     rows = pretend_step(args, config, world)

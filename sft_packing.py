@@ -4,6 +4,7 @@ Padded, a step computes B * max(T_i) tokens; packed, sum(T_i), in rows filled to
 best-fit-decreasing. Attention costs sum(T_i^2), the loss head chunk * V elements instead of N * V, and the
 result is the same to the last rounding: each document sees itself alone, and each scored token of the step
 weighs the same. With --activation_offloading, what backward needs waits on the host, layer by layer.
+Dropout is as the model's configuration says.
 Left out to stay readable: LoRA, vision inputs, tools in chats, mixture-of-experts balancing.
 
 laptop   python sft_packing.py
@@ -40,14 +41,10 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    get_scheduler,
-)
+from transformers import get_scheduler
 from transformers.utils import is_flash_attn_2_available
 
-from common.attention import check_isolation, register_varlen_attention
+from common.attention import check_isolation, refusals_of, register_varlen_attention
 from common.checkpoints import (
     check_output_dir,
     commit_files,
@@ -79,8 +76,8 @@ from common.data import (
     text_ids,
     unused_columns,
 )
-from common.dry_run import explore, load_config, pretend
-from common.flags import Refusal, check_dry_run, flag, refuse, run_script
+from common.dry_run import explore, pretend
+from common.flags import Refusal, check_dry_run, flag, refuse, run_script, together
 from common.liger import apply_liger_kernels, check_liger, liger_nll_sum
 from common.logps import check_head, head_computes, nll_sum, two_chunks_only
 from common.memory import (
@@ -93,7 +90,17 @@ from common.memory import (
     traffic,
 )
 from common.offload import MIN_BYTES, OffloadActivations, keep_on_device
-from common.pretrained import load_generation_config, load_tokenizer_and_config, write_pretrained
+from common.pretrained import (
+    assert_loaded,
+    empty_model,
+    load_config,
+    load_whole,
+    max_positions,
+    read_pretrained,
+    saved_shapes,
+    try_to_write,
+    write_pretrained,
+)
 from common.report import (
     describe_data,
     describe_dry_run,
@@ -623,23 +630,26 @@ def all_sum(values, device):
     return values.tolist()
 
 
-def load_model(args, device, attn_implementation):
-    """The model in fp32, sharded by FSDP2 if there are several ranks or if it computes in bf16."""
+def load_model(args, device, attn_implementation, pretrained=None):
+    """The model in fp32, sharded by FSDP2 if there are several ranks or if it computes in bf16.
+
+    pretrained: what was read of the name before; None = read it now.
+    """
     register_varlen_attention()
     options = {"dtype": torch.float32, "attn_implementation": attn_implementation}
     if attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
         raise Refusal(
             "--attn_implementation flash_attention_2: flash-attn is not installed, or there is no GPU."
         )
+    pretrained = pretrained or read_pretrained(args.model_name_or_path)
+    whole = load_whole(pretrained, device, **options)
     if not dist.is_initialized():
-        model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **options).to(device)
+        model = whole.to(device)
     else:
         # The first rank reads the weights and hands out the shards: no other ever holds the whole model.
-        first = dist.get_rank() == 0
-        whole = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **options) if first else None
+        first = whole is not None
         with torch.device("meta"):
-            config = AutoConfig.from_pretrained(args.model_name_or_path)
-            model = AutoModelForCausalLM.from_config(config, **options)
+            model = empty_model(pretrained.model_config, **options)
         shard(model, init_device_mesh(device.type, (dist.get_world_size(),)), args.bf16)
         model.to_empty(device=device)
         spread = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
@@ -649,6 +659,7 @@ def load_model(args, device, attn_implementation):
             if first:
                 buffer.copy_(whole.get_buffer(name))
             dist.broadcast(buffer, src=0)
+        assert_loaded(whole, {name: p.to_local() for name, p in model.named_parameters()}, device)
     return prepare_model(model, args)
 
 
@@ -749,15 +760,13 @@ def count_steps(args, num_rows, rows_per_step, progress):
     return total
 
 
-def save_model(args, model, tokenizer, rank):
-    """The final model in Hugging Face format, in the dtype that it came in."""
+def save_model(args, model, pretrained, rank):
+    """The final model in Hugging Face format, each tensor in the dtype that it came in."""
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank == 0:
-        # a tied weight once
-        names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
-        weights = {name: weight for name, weight in weights.items() if name in names}
+        weights = {name: weights[name] for name in saved_shapes(model)}
         temporary = fresh_folder(Path(args.output_dir) / "model.tmp")
-        write_pretrained(temporary, args.model_name_or_path, weights, tokenizer)
+        write_pretrained(temporary, pretrained, weights)
         commit_files(temporary, args.output_dir)
     barrier()
 
@@ -842,11 +851,13 @@ def main(args):
 def train(args, rank, local_rank, world, device, sigterm):
     torch.manual_seed(args.seed + rank)  # for dropout; the order of the data has a generator of its own
     flat = args.packing or args.padding_free
-    tokenizer, config = load_tokenizer_and_config(args.model_name_or_path, args.max_length)
+    pretrained = read_pretrained(args.model_name_or_path, args.max_length)
+    tokenizer, config = pretrained.tokenizer, pretrained.config
     if args.use_liger_kernel or args.liger_cross_entropy:
         check_liger(config.model_type if args.use_liger_kernel else None)
-    end_ids = end_token_ids(tokenizer, load_generation_config(args.model_name_or_path, config))
-    rows, eval_rows, data = prepare_data(args, tokenizer, config.vocab_size, local_rank, end_ids)
+    vocab_size = config.get_text_config().vocab_size
+    end_ids = end_token_ids(tokenizer, pretrained.eos_token_id)
+    rows, eval_rows, data = prepare_data(args, tokenizer, vocab_size, local_rank, end_ids)
     pad_token_id = tokenizer.pad_token_id or 0  # masked: any id will do
     rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
     progress = {"step": 0, "updates": 0, "epoch": 0, "rows_done": 0, "fingerprint": rows.fingerprint()}
@@ -857,13 +868,13 @@ def train(args, rank, local_rank, world, device, sigterm):
     if progress["step"] > total_steps:
         raise Refusal(f"{checkpoint} is past --max_steps {total_steps}: raise it.")
 
-    model = load_model(args, device, args.attn_implementation or ("varlen" if flat else "sdpa"))
+    model = load_model(args, device, args.attn_implementation or ("varlen" if flat else "sdpa"), pretrained)
     check_frozen(model, progress)
     first_batch = to_device(rows.batch([0], pad_token_id), device)
     if args.use_liger_kernel:
         apply_liger_kernels(model, first_batch["input_ids"][:1, :64])
     if args.check_isolation and flat:
-        check_isolation(model, first_batch)
+        check_isolation(model, first_batch, max_length=args.max_length)
     check_head(model, first_batch)
     offload = OffloadActivations(model, decoder_layers(model), device) if args.activation_offloading else None
     # fused: the default makes temporaries as large as the weights while it updates
@@ -875,6 +886,9 @@ def train(args, rank, local_rank, world, device, sigterm):
         raise Refusal(f"{args.output_dir} has finished its {total_steps} steps: raise --max_steps to go on.")
     if args.resume_from_checkpoint:
         load_checkpoint(checkpoint, model, optimizer, scheduler, progress, rank)
+    with together(device):  # what cannot be written shows now, not after the last step
+        if rank == 0:
+            try_to_write(pretrained, saved_shapes(model))
     if rank == 0:
         prepare_output_dir(args.output_dir, progress["step"])
     metrics, totals = {}, {"seconds": 0.0, "tokens": 0, "padding": 0}
@@ -956,7 +970,7 @@ def train(args, rank, local_rank, world, device, sigterm):
             return {"stopped_at_step": progress["step"]}
     bar.close()
 
-    save_model(args, model, tokenizer, rank)
+    save_model(args, model, pretrained, rank)
     ledger = memory_ledger(predict(args, model, meter.largest_batch, world), meter.measured)
     data["padding_fraction"] = totals["padding"] / max(totals["tokens"], 1)
     moved = traffic(offload.report(), measure_bandwidth(device)) if offload else None
@@ -994,7 +1008,7 @@ def pretend_step(args, config, world, batch=None):
     register_varlen_attention()
     sharded = world > 1 or args.bf16
     with two_chunks_only(), pretend(world if sharded else None, args.activation_offloading) as mesh:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+        model = empty_model(config, dtype=torch.float32, attn_implementation=attention)
         if mesh is not None:
             shard(model, mesh, args.bf16)
         prepare_model(model, args)
@@ -1014,7 +1028,7 @@ def pretend_step(args, config, world, batch=None):
         batches = [batch] * min(accumulation, 2)  # later ones hold what the second does
         with meter.step(batches):
             for batch in batches:
-                with offload or nullcontext():
+                with offload or nullcontext(), refusals_of(model, "Add --no_packing --no_padding_free."):
                     nll = batch_nll_sum(model, batch, args.loss_chunk_size)
                 nll.backward()
             if offload:
@@ -1048,7 +1062,7 @@ def dry_run(args):
         lambda changed: pretend_step(changed, config, changed.dry_run_world_size),
         changes,
         "max_length",
-        getattr(config, "max_position_embeddings", args.max_length),
+        max_positions(config)[0] or args.max_length,
     )
     print(describe_dry_run(found, args.gpu_memory_gib))
     return {"args": asdict(args), "ledger": ledger, **found}

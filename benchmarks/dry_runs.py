@@ -19,7 +19,7 @@ from harness import case, data_file, model_folder, parse, write
 import dpo_padding_free
 import grpo_zero3
 import sft_packing
-from common.dry_run import load_config
+from common.pretrained import load_config
 
 EXAMPLES = 16  # of the data
 WAYS = {  # flags of each script

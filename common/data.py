@@ -302,9 +302,9 @@ def check_repeats(name, repeats):
         )
 
 
-def end_token_ids(tokenizer, generation_config):
-    """Ids that end a sequence: the tokenizer's EOS, and those that the model stops at when it generates."""
-    ends = [tokenizer.eos_token_id, generation_config.eos_token_id]
+def end_token_ids(tokenizer, eos_token_id):
+    """Ids that end a sequence: the tokenizer's EOS, and the model's own, one, several or None."""
+    ends = [tokenizer.eos_token_id, eos_token_id]
     return sorted({i for end in ends if end is not None for i in (end if isinstance(end, list) else [end])})
 
 

@@ -22,18 +22,8 @@ from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 from tqdm import tqdm
-from transformers import AutoConfig
 
 from common.flags import Refusal
-
-
-def load_config(name):
-    """A model's configuration by Hub name (from the local cache) or folder; nothing else of it is needed."""
-    try:
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        wanted = "wanted: a folder with a config.json, or a Hub name in the local cache"
-        raise Refusal(f"--model_name_or_path {name} has no configuration; {wanted}: {error}") from error
 
 
 @contextmanager

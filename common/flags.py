@@ -3,8 +3,11 @@
 import math
 import os
 import sys
+from contextlib import contextmanager
 from dataclasses import field
 
+import torch
+import torch.distributed as dist
 from transformers import HfArgumentParser
 
 
@@ -23,6 +26,21 @@ def flag(default, text):
 def refuse(wrong, message):
     if wrong:
         raise Refusal(message)
+
+
+@contextmanager
+def together(device):
+    """What goes wrong inside on one rank ends all of them: the others would wait for it, or lose it."""
+    error = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    failed = torch.tensor(float(error is not None), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(failed)
+    if failed:
+        raise error or Refusal("another rank cannot go on; its own message says why.")
 
 
 def parse_arguments(arguments_class, arguments):

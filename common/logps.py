@@ -99,7 +99,7 @@ def check_head(model, batch, max_tokens=64):
         raise Refusal(f"{type(model).__name__} gives logits that are not finite: its weights are broken.")
     if not torch.equal(passed[0], logits):
         names = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-        settings = {name: getattr(model.config, name, None) for name in names}
+        settings = {name: getattr(model.config.get_text_config(), name, None) for name in names}
         raise Refusal(
             f"{type(model).__name__} changes its logits after the output head ({settings}), which the "
             "chunked loss does not follow. Choose another model, or write the change into common/logps.py."

@@ -212,7 +212,8 @@ def predict_ledger(
     """
     needs = ("hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps", "num_key_value_heads")
     experts = ("num_experts", "num_local_experts", "n_routed_experts")
-    known = all(hasattr(config, name) for name in needs)
+    # a model with a text model inside has other parts as well, which nothing here counts
+    known = config.get_text_config() is config and all(hasattr(config, name) for name in needs)
     if not known or any(getattr(config, name, None) for name in experts):
         return {}
     h, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers

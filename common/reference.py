@@ -14,6 +14,13 @@ from common.flags import Refusal
 REFERENCE = "reference_logps.safetensors"  # in output_dir
 
 
+def sum_bits(tensor):
+    """A tensor's bits as whole numbers, summed mod 2^64: () int64, the same in any order."""
+    numbers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    pieces = tensor.detach().flatten().view(numbers).split(2**24)  # widened to 64 bits 128 MiB at a time
+    return sum(piece.sum(dtype=torch.int64) for piece in pieces)
+
+
 def model_fingerprint(model):
     """Names a model, on any number of ranks: configuration, and each weight's fp32 bits summed mod 2^64."""
     config = model.config.to_dict()
@@ -21,11 +28,9 @@ def model_fingerprint(model):
         config.pop(name, None)
     names, sums = [json.dumps(config, sort_keys=True, default=str)], []
     for name, parameter in model.named_parameters():
-        parameter = parameter.detach()
         local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-        pieces = local.flatten().view(torch.int32).split(2**24)  # widened to 64 bits 128 MiB at a time
         names.append(name)
-        sums.append(sum(piece.sum(dtype=torch.int64) for piece in pieces))
+        sums.append(sum_bits(local))
     sums = torch.stack(sums)
     if dist.is_initialized():
         dist.all_reduce(sums)

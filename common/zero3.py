@@ -109,7 +109,8 @@ class ReducesPretended:
     def __init__(self, parameters, bucket_size):
         self.bucket_size, self.numels, self.large = bucket_size, [], None
         for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(self.arrive)
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self.arrive)
 
     def arrive(self, parameter):
         numel = parameter.numel()

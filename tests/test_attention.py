@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from common import attention
 from common.attention import check_isolation, varlen_attention_forward
 from common.collators import flatten, flatten_shared_prompt
+from common.flags import Refusal
 
 TOLERANCE = 1e-5
 LENGTHS = [7, 1, WINDOW + 1, 12, WINDOW]
@@ -273,6 +274,76 @@ def test_check_isolation_raises_for_a_state_that_runs_through_the_row():
     torch.manual_seed(0)
     with pytest.raises(ValueError, match="FalconMambaForCausalLM mixes the documents"):
         check_isolation(AutoModelForCausalLM.from_config(config), flatten(documents(0, [7, 9])))
+
+
+SPARSE = {"num_experts": 4, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
+LLAMA4 = {"num_local_experts": 2, "intermediate_size_mlp": 48}
+LONG = 100  # a window beyond the tokens that a check without windows looks at
+EXACT = {
+    "mistral": {"sliding_window": LONG},
+    "gemma3_text": {"sliding_window": LONG},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": LONG},
+    "olmo3": {"sliding_window": LONG},
+    "cohere2": {"sliding_window": LONG},
+    "smollm3": {"use_sliding_window": True, "sliding_window": LONG},
+    "qwen2_moe": {**SPARSE, "use_sliding_window": False, "sliding_window": LONG},
+}
+BY_MASK = {
+    "qwen2_moe": {**SPARSE, "use_sliding_window": True, "max_window_layers": 2, "sliding_window": LONG},
+    "phimoe": {"num_local_experts": 4, "sliding_window": LONG},
+    "llama4_text": {**LLAMA4, "attention_chunk_size": LONG, "attn_temperature_tuning": False},
+}
+
+
+@pytest.mark.parametrize("family", EXACT)
+def test_check_isolation_passes_windows_that_arrive(family):
+    row = flatten(documents(0, [120, 9, 130]))
+    assert check_isolation(tiny_model(family, **EXACT[family]), row, max_length=256) <= TOLERANCE
+
+
+@pytest.mark.parametrize("family", BY_MASK)
+def test_check_isolation_refuses_windows_that_live_in_a_mask(family):
+    row, model = flatten(documents(0, [20, 9, 13])), tiny_model(family, **BY_MASK[family])
+    field = "attention_chunk_size" if family == "llama4_text" else "sliding_window"
+    with pytest.raises(
+        ValueError, match=f"attends within {field} 100 by a mask.* up to 101 tokens.*--no_pac"
+    ):
+        check_isolation(model, row, max_length=101)
+    assert check_isolation(model, row, max_length=100) <= TOLERANCE  # no document reaches the window's end
+    model.set_attn_implementation("sdpa")
+    assert check_isolation(model, row, max_length=101) <= TOLERANCE  # whose mask says it
+
+
+def test_check_isolation_refuses_a_temperature_along_the_row():
+    model = tiny_model("llama4_text", **LLAMA4, attention_chunk_size=None, attn_temperature_tuning=True)
+    with pytest.raises(ValueError, match="attn_temperature_tuning"):
+        check_isolation(model, flatten(documents(0, LENGTHS)))
+
+
+def test_check_isolation_looks_beyond_a_windows_end(monkeypatch):
+    real = attention._causal_mask
+    monkeypatch.setattr(
+        attention, "_causal_mask", lambda q, k, window, device: real(q, k, window - 1, device)
+    )
+    model, row = tiny_model("mistral", sliding_window=LONG), flatten(documents(0, [20, 9, 13]))
+    with pytest.raises(ValueError, match="mixes the documents"):
+        check_isolation(model, row, max_length=256)
+
+
+def test_check_isolation_makes_few_logits():
+    model, seen = tiny_model("mistral", sliding_window=LONG), []
+    model.get_output_embeddings().register_forward_hook(lambda _, given, logits: seen.append(logits.shape[1]))
+    check_isolation(model, flatten(documents(0, [20, 9, 13])), max_tokens=8, max_length=256)
+    assert seen == [8, 8]
+
+
+def test_what_a_model_refuses_of_a_flat_row_is_a_refusal():
+    heads = {"linear_num_value_heads": 4, "linear_num_key_heads": 2}
+    model = tiny_model("qwen3_5_text", linear_key_head_dim=8, linear_value_head_dim=8, **heads)
+    with pytest.raises(
+        Refusal, match="Qwen3_5ForCausalLM refuses a flat row.*packed sequences.*--no_packing"
+    ):
+        check_isolation(model, flatten(documents(0, LENGTHS)))
 
 
 # --- In training ---

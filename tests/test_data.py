@@ -409,15 +409,9 @@ def test_bos_and_eos_stand_once(bos, eos):
 
 
 def test_every_end_of_the_model_is_an_end():
-    class Generation:
-        eos_token_id = [7, 2]
-
     tokenizer = Marking(False, False)
-    assert end_token_ids(tokenizer, Generation) == [2, 7]
-    Generation.eos_token_id = 7
-    assert end_token_ids(tokenizer, Generation) == [2, 7]
-    Generation.eos_token_id = None
-    assert end_token_ids(tokenizer, Generation) == [2]
+    for own, ends in (([7, 2], [2, 7]), (7, [2, 7]), (None, [2])):
+        assert end_token_ids(tokenizer, own) == ends
     assert end_with_eos([97, 7], tokenizer, [2, 7]) == [97, 7]
     assert end_with_eos([97, 7, 10], tokenizer, [2, 7]) == [97, 7]  # a line break behind it
     assert end_with_eos([97, 7, 98], tokenizer, [2, 7]) == [97, 7, 98, 2]

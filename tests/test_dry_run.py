@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 import dpo_padding_free
 import grpo_zero3
 import sft_packing
-from common.dry_run import load_config, longest_that_fits, pretend
+from common.dry_run import longest_that_fits, pretend
 from common.memory import MemoryMeter
+from common.pretrained import load_config
 
 ROOT = Path(__file__).parents[1]
 
@@ -249,7 +250,7 @@ def test_a_configuration_is_enough_and_nothing_is_left_behind(name, tmp_path, ca
         ({"gpu_memory_gib": 80.0}, "add --dry_run"),
         ({"dry_run": True, "gpu_memory_gib": 0.0}, "--gpu_memory_gib 0.0"),
         ({"dry_run": True, "dry_run_world_size": 0}, "--dry_run_world_size 0"),
-        ({"dry_run": True, "model_name_or_path": "/nowhere"}, "/nowhere has no configuration"),
+        ({"dry_run": True, "model_name_or_path": "/nowhere"}, "/nowhere cannot be loaded"),
     ],
 )
 def test_refusals(name, flags, message):

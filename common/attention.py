@@ -5,9 +5,12 @@ then takes the row's boundaries (collators.py) as keyword arguments of its forwa
 """
 
 import inspect
+import traceback
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+import transformers
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -177,12 +180,18 @@ def windows_noted(implementation):
 
 @contextmanager
 def refusals_of(model, remedy):
-    """A ValueError that the model itself raises for a flat row becomes the user's: another way, or model."""
+    """A ValueError that transformers' model raises for a flat row becomes the user's: another way, or model.
+
+    What is raised elsewhere, by a mistake in a script say, stays what it is.
+    """
     try:
         yield
     except Refusal:
         raise
     except ValueError as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if Path(transformers.__file__).parent not in raised_in.parents:
+            raise
         raise Refusal(f"{type(model).__name__} refuses a flat row: {error} {remedy}") from error
 
 

@@ -480,7 +480,8 @@ class Pairs:
             self.costs = 2 * np.maximum(chosen, rejected)
         self.shares = (shared > 0) + (prefix > 0).astype(int)  # of prompt and prefix, how many both have
         self.examples, self.args = examples, args
-        self.reference = None  # (E, 2) float32: the reference's log-probabilities of chosen and rejected
+        # (E, 2) float32: the reference's log-probabilities of chosen and rejected; NaN: not computed
+        self.reference = None
         largest, budget = int(self.costs.argmax()), args.max_tokens_per_batch
         if budget is not None and self.costs[largest] > budget:
             raise Refusal(
@@ -529,6 +530,24 @@ class Pairs:
         chunks = self.cut(self.order(epoch)[pairs_done:])
         while step := list(itertools.islice(chunks, self.args.gradient_accumulation_steps * world)):
             yield step
+
+    def reference_chunks(self, progress, total_steps, world):
+        """The micro-batches in which the reference is computed for the steps from `progress` to total_steps.
+
+        In bf16 a pair's log-probability depends on what else is in its row. So these are training's own of
+        the first epoch: there, a policy that has not moved has the reference's numbers to the last bit. Later
+        epochs put the pairs into other rows, and to their margins that adds the noise of bf16.
+        """
+        visited = np.zeros(len(self), dtype=bool)
+        epoch, done, steps_left = progress["epoch"], progress["pairs_done"], total_steps - progress["step"]
+        while steps_left > 0 and not visited.all():
+            for step in itertools.islice(self.steps(epoch, done, world), steps_left):
+                visited[np.concatenate(step)] = True
+                steps_left -= 1
+            epoch, done = epoch + 1, 0
+        order, done = self.order(0), progress["pairs_done"] if progress["epoch"] == 0 else 0
+        chunks = *self.cut(order[done:]), *self.cut(order[:done])
+        return [chunk for chunk in chunks if visited[chunk].any()]
 
     def batch(self, numbers, pad_token_id):
         """The batch of these pairs, with the reference's log-probabilities where they are known."""
@@ -724,12 +743,15 @@ def evaluate(model, reference_model, pairs, args, rank, world, device, pad_token
 
 
 @torch.no_grad()
-def compute_reference(model, pairs, args, rank, world, device, pad_token_id):
-    """Each pair's log-probabilities of chosen and rejected, (E, 2) float32, the same on all ranks."""
+def compute_reference(model, pairs, args, rank, world, device, pad_token_id, chunks=None):
+    """Log-probabilities of chosen and rejected, (E, 2) float32, the same on all ranks.
+
+    Args: chunks: arrays of pair numbers, each a micro-batch; the other pairs' are NaN. None = all, in order.
+    """
     training = model.training
     model.eval()
     reference = torch.zeros(len(pairs), 2, device=device)
-    chunks = list(pairs.cut(np.arange(len(pairs))))
+    chunks = list(pairs.cut(np.arange(len(pairs)))) if chunks is None else chunks
     mine = chunks[rank::world]
     batches = pairs.micro_batches(chunks, rank, world, pad_token_id)
     for i, batch in enumerate(tqdm(batches, "Reference", -(-len(chunks) // world), False, disable=rank != 0)):
@@ -743,26 +765,37 @@ def compute_reference(model, pairs, args, rank, world, device, pad_token_id):
     if broken:
         example = pairs.examples[broken[0]]["example"]
         raise FloatingPointError(f"the reference's log-probabilities of example {example} are not finite.")
-    return reference.cpu()
+    left_out = torch.ones(len(pairs), dtype=torch.bool)
+    left_out[np.concatenate(chunks)] = False
+    return reference.cpu().masked_fill_(left_out[:, None], math.nan)
 
 
-def prepare_reference(model, pairs, eval_pairs, args, rank, world, device, pad_token_id):
+def prepare_reference(model, pairs, chunks, eval_pairs, args, rank, world, device, pad_token_id):
     """Give pairs their reference: what an earlier start of this run kept in output_dir, or computed now.
 
+    Args:    chunks: micro-batches of those pairs that training will visit; of eval_pairs, all are prepared.
     Returns: what write_reference takes.
     Raises:  ValueError if output_dir holds that of another model, data, limits or precision.
     """
-    sets = {"data": pairs, "evaluation data": eval_pairs} if eval_pairs else {"data": pairs}
+    sets = {"data": (pairs, chunks)}
+    if eval_pairs:  # as `evaluate` cuts them
+        sets["evaluation data"] = eval_pairs, eval_pairs.cut(np.arange(len(eval_pairs)))
     precision = ("bf16" if args.bf16 else "fp32") + (" Liger" if args.use_liger_kernel else "")
     fingerprint = {"model": model_fingerprint(model), "precision": precision}
-    fingerprint |= {name: some.fingerprint() for name, some in sets.items()}
+    fingerprint |= {name: some.fingerprint() for name, (some, _) in sets.items()}
     tensors = {} if args.overwrite_output_dir else read_reference(args.output_dir, fingerprint)
-    # computing is a collective: where one rank lacks the file (a folder of its own machine), all compute
-    ranks = all_sum([float(name in tensors) for name in sets], device)
-    for (name, some), found in zip(sets.items(), ranks):
-        if found < world:
-            tensors[name] = compute_reference(model, some, args, rank, world, device, pad_token_id)
-        some.reference = tensors[name]
+    for name, (some, chunks) in sets.items():
+        known = tensors.get(name, torch.full((len(some), 2), math.nan))
+        missing = known.isnan().any(1).to(device, torch.uint8)
+        if dist.is_initialized():
+            # computing is a collective: what one rank lacks (its file is its own machine's), all compute
+            dist.all_reduce(missing, dist.ReduceOp.MAX)
+        missing = missing.cpu().bool()
+        chunks = [chunk for chunk in chunks if missing[chunk].any()]
+        if chunks:
+            computed = compute_reference(model, some, args, rank, world, device, pad_token_id, chunks)
+            known = torch.where(missing[:, None], computed, known)
+        some.reference = tensors[name] = known
     return {"tensors": {name: tensors[name] for name in sets}, "fingerprint": fingerprint}
 
 
@@ -1068,7 +1101,8 @@ def train(args, rank, local_rank, world, device, sigterm):
     reference_model, reference = None, {}
     if args.precompute_ref_log_probs:
         # by the weights that the run began with: a resumed one has not loaded its own yet
-        reference = prepare_reference(model, pairs, eval_pairs, args, rank, world, device, pad_token_id)
+        chunks, ranks = pairs.reference_chunks(progress, total_steps, world), (rank, world, device)
+        reference = prepare_reference(model, pairs, chunks, eval_pairs, args, *ranks, pad_token_id)
     else:
         # frozen: it runs under no_grad, and no optimizer knows it
         reference_model = load_model(args, device, attention, pretrained).eval()

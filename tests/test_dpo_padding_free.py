@@ -920,18 +920,23 @@ def test_the_start_up_check_looks_at_pairs_that_share(base, tmp_path, monkeypatc
         run(tmp_path / "out", base, dataset_name=name)
 
 
-def test_ranks_that_find_different_files_all_compute(base, copied_run, tmp_path, monkeypatch):
-    """As if another rank had not found the file that this one has."""
-    computed = []
-    compute = dpo_padding_free.compute_reference
-    monkeypatch.setattr(
-        dpo_padding_free, "compute_reference", lambda *args: computed.append(1) or compute(*args)
-    )
-    all_sum = dpo_padding_free.all_sum
-    missing = lambda values, device: [0.0] if len(values) == 1 else all_sum(values, device)  # noqa: E731
-    monkeypatch.setattr(dpo_padding_free, "all_sum", missing)
-    run(copied_run, base, max_steps=4, resume_from_checkpoint="latest")
-    assert computed
+def test_ranks_that_find_different_files_all_compute(base, tmp_path, monkeypatch):
+    """As if another rank had not found what this one has of pair 3."""
+    flags = {**base, "bf16": True, "lr_scheduler_type": "constant"}
+    through = run(tmp_path / "0", flags, num_train_epochs=2)
+    run(tmp_path / "1", flags, save_steps=3)
+    computed, all_reduce = computed_pairs(monkeypatch), torch.distributed.all_reduce
+
+    def with_another_rank(tensor, op=torch.distributed.ReduceOp.SUM):
+        all_reduce(tensor, op)
+        if op == torch.distributed.ReduceOp.MAX:
+            tensor[3] = 1
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", with_another_rank)
+    resumed = run(tmp_path / "1", flags, num_train_epochs=2, resume_from_checkpoint="latest")
+    [chunk] = computed
+    assert 3 in chunk and len(chunk) <= 4
+    assert_same_bits(resumed, through)
 
 
 def test_steps_by_tokens(base, tmp_path):
@@ -965,6 +970,25 @@ def test_planned_steps_are_the_steps_there_are(epochs, budget):
         progress["epoch"], progress["pairs_done"] = progress["epoch"] + 1, 0
     assert epochs * 17 <= len(trained) < epochs * 17 + 4
     assert sorted(trained[:17]) == list(range(17))
+
+
+@pytest.mark.parametrize("budget", [None, 90])
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("steps_done, total_steps", [(0, 1), (0, 2), (1, 2), (2, 2), (1, 4)])
+def test_the_references_micro_batches_are_those_of_training(steps_done, total_steps, world, budget):
+    pairs = [{"example": 0, **pair} for pair in make_pairs(0, [(n, 3, 4, 0) for n in range(1, 41)])]
+    args = Arguments(max_tokens_per_batch=budget, gradient_accumulation_steps=2)
+    args.per_device_train_batch_size = 3 if budget is None else None
+    planned = Pairs(datasets.Dataset.from_list(pairs), args, "x")
+    steps = list(planned.steps(0, 0, world))
+    done = sum(map(len, sum(steps[:steps_done], [])))
+    progress = {"step": steps_done, "epoch": 0, "pairs_done": done}
+    found = [chunk.tolist() for chunk in planned.reference_chunks(progress, total_steps, world)]
+    ahead = sum(steps[steps_done:total_steps], [])
+    if total_steps <= len(steps):
+        assert found == [chunk.tolist() for chunk in ahead]
+    else:  # the second epoch visits what the first steps did
+        assert found[: len(ahead)] == [chunk.tolist() for chunk in ahead] and len(found) > len(ahead)
 
 
 # --- 6. Refusals ---
@@ -1251,7 +1275,9 @@ def test_without_its_file_the_reference_is_still_the_first_model(base, copied_ru
     kept = load_file(copied_run / REFERENCE)["data"]
     (copied_run / REFERENCE).unlink()
     resumed = run(copied_run, base, resume_from_checkpoint=str(copied_run / "checkpoint-1"))
-    assert torch.equal(load_file(copied_run / REFERENCE)["data"], kept)
+    found = load_file(copied_run / REFERENCE)["data"]
+    ahead = ~found.isnan().any(1)  # the pairs of the steps that are left
+    assert ahead.sum() == 6 and torch.equal(found[ahead], kept[ahead])
     assert_same_bits(resumed, through)
 
 
@@ -1259,12 +1285,105 @@ def test_a_reference_of_the_trained_model_is_found(base, copied_run, tmp_path):
     """As if a resumed run had computed it from the weights of its checkpoint."""
     through = run(tmp_path / "through", base)
     trained = {**base, "model_name_or_path": str(tmp_path / "through")}
-    run(tmp_path / "trained", trained, max_steps=1)
+    run(tmp_path / "trained", trained)
     wrong, metadata = load_file(tmp_path / "trained" / REFERENCE), metadata_of(copied_run / REFERENCE)
     save_file(wrong, copied_run / REFERENCE, metadata=metadata)
     resumed = run(copied_run, base, resume_from_checkpoint=str(copied_run / "checkpoint-1"))
     assert losses(resumed)[0] == losses(through)[0]
     assert abs(losses(resumed)[1] - losses(through)[1]) > 1e-5
+
+
+BATCHES = {
+    "shared": {},
+    "shared with prefix": {"share_prefix": True},
+    "padding-free": {"share_prompt": False},
+    "padded": {"padding_free": False},
+    "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    "by tokens": {"per_device_train_batch_size": None, "max_tokens_per_batch": 80},
+    "not checkpointed": {"gradient_checkpointing": False},
+}
+
+
+def computed_pairs(monkeypatch):
+    """A list that fills with the pairs of each micro-batch in which the reference is computed."""
+    computed, compute = [], dpo_padding_free.compute_reference
+
+    def note(*args):
+        computed.extend(chunk.tolist() for chunk in args[-1])
+        return compute(*args)
+
+    monkeypatch.setattr(dpo_padding_free, "compute_reference", note)
+    return computed
+
+
+@pytest.fixture
+def rows_matter(monkeypatch):
+    """On every processor as bf16 is on some: a completion's number depends on what else is in its row."""
+    sequence_logps = dpo_padding_free.sequence_logps
+
+    def noisy(model, batch, chunk_size):
+        logps = sequence_logps(model, batch, chunk_size)
+        return logps + int(batch["input_ids"].sum()) % 89 / 89 * (torch.arange(len(logps)) % 2)
+
+    monkeypatch.setattr(dpo_padding_free, "sequence_logps", noisy)
+
+
+def assert_equal_models(done):
+    """In every step and evaluation policy and reference have one number, not two nearly equal ones."""
+    for line in done.metrics:
+        assert line["loss"] == pytest.approx(math.log(2), abs=1e-7)
+        assert line["rewards/chosen"] == line["rewards/rejected"] == line["rewards/margins"] == 0.0
+        assert line["rewards/accuracies"] == 0.0 and line.get("eval_rewards/margins", 0.0) == 0.0
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("form", BATCHES)
+def test_a_policy_that_has_not_moved_is_its_reference(form, bf16, evaluated, rows_matter, tmp_path):
+    """To the last bit, in all of the first epoch."""
+    flags = {**evaluated, "learning_rate": 0.0, "bf16": bf16, **BATCHES[form]}
+    done = run(tmp_path, flags)
+    assert done.metrics[-1]["epoch"] == 1.0
+    assert_equal_models(done)
+
+
+def test_a_reference_computed_in_other_rows_would_be_seen(base, rows_matter, tmp_path, monkeypatch):
+    def in_order(self, progress, total_steps, world):
+        return list(self.cut(np.arange(len(self))))
+
+    monkeypatch.setattr(Pairs, "reference_chunks", in_order)
+    done = run(tmp_path, base, learning_rate=0.0)
+    assert any(abs(line["rewards/margins"]) > 1e-3 for line in done.metrics)
+
+
+def test_the_reference_is_computed_for_the_pairs_that_training_visits(
+    base, rows_matter, tmp_path, monkeypatch
+):
+    computed = computed_pairs(monkeypatch)
+    order = np.random.default_rng([0, 0]).permutation(10).tolist()
+    through = run(tmp_path / "through", base, lr_scheduler_type="constant", num_train_epochs=2)
+    assert computed == [order[:4], order[4:8], order[8:]]
+    whole = load_file(tmp_path / "through" / REFERENCE)["data"]
+    flags = {**base, "lr_scheduler_type": "constant", "save_steps": 1}
+    for max_steps, pairs in ((1, [order[:4]]), (2, [order[4:8]]), (5, [order[8:]]), (6, [])):
+        computed.clear()
+        resume = {"resume_from_checkpoint": "latest"} if max_steps > 1 else {}
+        prolonged = run(tmp_path / "prolonged", flags, max_steps=max_steps, **resume)
+        assert computed == pairs
+        kept = load_file(tmp_path / "prolonged" / REFERENCE)["data"]
+        known = ~kept.isnan().any(1)
+        assert known.nonzero()[:, 0].tolist() == sorted(order[: min(4 * max_steps, 10)])
+        assert torch.equal(kept[known], whole[known])
+    assert_same_bits(prolonged, through)
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_a_lost_reference_is_computed_in_the_first_epochs_rows(step, base, rows_matter, tmp_path):
+    """Whether training goes on in the first epoch or in the second."""
+    flags = {**base, "lr_scheduler_type": "constant", "num_train_epochs": 2, "save_steps": 1}
+    through = run(tmp_path / "through", flags)
+    folder = cut_after(tmp_path / "through", step, tmp_path / "cut")
+    (folder / REFERENCE).unlink()
+    assert_same_bits(run(folder, flags, resume_from_checkpoint="latest"), through)
 
 
 def metadata_of(path):
@@ -1288,8 +1407,8 @@ def test_a_run_killed_before_its_first_step_goes_on_with_its_reference(base, tmp
 def test_overwriting_replaces_the_whole_run(base, copied_run, tmp_path):
     before = load_file(copied_run / REFERENCE)["data"]
     name = write_model(tmp_path / "other", initializer_range=0.1)
-    again = run(copied_run, base, overwrite_output_dir=True, max_steps=1, model_name_or_path=name)
-    assert len(again.metrics) == 1 and list_checkpoints(copied_run) == []
+    again = run(copied_run, base, overwrite_output_dir=True, max_steps=3, model_name_or_path=name)
+    assert len(again.metrics) == 3 and list_checkpoints(copied_run) == []
     assert worst(load_file(copied_run / REFERENCE)["data"], before) > 0.1
     run(copied_run, base, overwrite_output_dir=True, max_steps=1, precompute_ref_log_probs=False)
     assert not (copied_run / REFERENCE).exists()
@@ -1503,6 +1622,7 @@ def test_two_ranks_are_one_rank(two_ranks, evaluated, tmp_path):
     one = run(tmp_path, evaluated, **TWO_EPOCHS)
     two = read_run(two_ranks)
     assert_same_curve(two, one)
+    assert values(two, "rewards/margins")[0] == values(one, "rewards/margins")[0] == 0.0
     summary = json.loads((two_ranks / "summary.json").read_text())
     assert summary["world_size"] == 2
     assert summary["data"] == one.returned["data"]
@@ -1689,7 +1809,7 @@ def test_the_first_update_is_adamw_on_the_mean_loss(base, tmp_path):
     matrices = [p for name, p in model.named_parameters() if "norm" not in name]
     for parameters, weight_decay in ((matrices, 10.0), (norms, 0.0)):
         torch.optim.AdamW(parameters, lr=1e-3, weight_decay=weight_decay).step()
-    assert losses(done) == pytest.approx([math.log(2)], abs=1e-5)
+    assert losses(done) == pytest.approx([math.log(2)], abs=1e-7)
     assert done.metrics[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4) and norm > 0.05
     assert worst(done.weights, {name: p.detach() for name, p in model.named_parameters()}) <= 1e-4
 

@@ -93,7 +93,6 @@ from common.memory import (
 from common.offload import MIN_BYTES, OffloadActivations, keep_on_device
 from common.pretrained import (
     assert_loaded,
-    check_no_dropout,
     empty_model,
     load_config,
     load_whole,
@@ -117,6 +116,7 @@ from common.trained import check_frozen, checkpoint_layers, parameter_groups, tr
 from common.truncation import TRUNCATION_MODES, check_limit, truncate_pair
 
 HERE = Path(__file__).resolve().parent
+DROPOUT = False  # whether the model's own is on in training
 # of a pair, once cut: keep_end may leave the two sequences different ends of one prompt
 TOKENS = ("chosen_prompt_ids", "chosen_ids", "rejected_prompt_ids", "rejected_ids")
 COUNTED = (
@@ -846,7 +846,7 @@ def load_model(args, device, attn_implementation, pretrained=None):
         raise Refusal(
             "--attn_implementation flash_attention_2: flash-attn is not installed, or there is no GPU."
         )
-    pretrained = pretrained or read_pretrained(args.model_name_or_path, dropout=False)
+    pretrained = pretrained or read_pretrained(args.model_name_or_path, dropout=DROPOUT)
     whole = load_whole(pretrained, device, **options)
     if not dist.is_initialized():
         model = whole.to(device)
@@ -865,7 +865,6 @@ def load_model(args, device, attn_implementation, pretrained=None):
                 buffer.copy_(whole.get_buffer(name))
             dist.broadcast(buffer, src=0)
         assert_loaded(whole, {name: p.to_local() for name, p in model.named_parameters()}, device)
-    check_no_dropout(model)
     return prepare_model(model, args)
 
 
@@ -1065,7 +1064,7 @@ def main(args):
 
 def train(args, rank, local_rank, world, device, sigterm):
     torch.manual_seed(args.seed + rank)  # the order of the data has a generator of its own
-    pretrained = read_pretrained(args.model_name_or_path, args.max_length, dropout=False)
+    pretrained = read_pretrained(args.model_name_or_path, args.max_length, dropout=DROPOUT)
     tokenizer, config = pretrained.tokenizer, pretrained.config
     if args.use_liger_kernel:
         check_liger(config.model_type)
@@ -1299,7 +1298,7 @@ def pretend_step(args, config, world, batch=None):
 
 def dry_run(args):
     """Count the bytes of one step, those that single flags would save, and the longest pairs that fit."""
-    config = load_config(args.model_name_or_path, dropout=False)
+    config = load_config(args.model_name_or_path, dropout=DROPOUT)
     world, size = args.dry_run_world_size, args.per_device_train_batch_size or 4
     tokens = args.max_tokens_per_batch or 0
     changes = {

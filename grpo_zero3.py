@@ -73,7 +73,6 @@ from common.logps import check_head, head_computes, token_logps, two_chunks_only
 from common.memory import ByteCounter, MemoryMeter, format_ledger, memory_ledger, peak_memory_bytes
 from common.pretrained import (
     assert_loaded,
-    check_no_dropout,
     empty_model,
     load_config,
     load_whole,
@@ -880,7 +879,6 @@ def load_engine(args, device, trainable=True, watch=lambda phase: None, pretrain
     # inside Init, each module's weights are sharded as soon as it is made
     with deepspeed.zero.Init(config_dict_or_path=config):
         model = empty_model(pretrained.model_config, attn_implementation="varlen", **options)
-    check_no_dropout(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             watch(f"loading {name}")

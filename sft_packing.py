@@ -114,6 +114,7 @@ from common.trained import check_frozen, checkpoint_layers, parameter_groups, tr
 from common.truncation import OVERFLOW, check_limit, fit_to_length
 
 HERE = Path(__file__).resolve().parent
+DROPOUT = True  # whether the model's own is on in training
 
 
 # --- 1. Arguments ---
@@ -641,7 +642,7 @@ def load_model(args, device, attn_implementation, pretrained=None):
         raise Refusal(
             "--attn_implementation flash_attention_2: flash-attn is not installed, or there is no GPU."
         )
-    pretrained = pretrained or read_pretrained(args.model_name_or_path)
+    pretrained = pretrained or read_pretrained(args.model_name_or_path, dropout=DROPOUT)
     whole = load_whole(pretrained, device, **options)
     if not dist.is_initialized():
         model = whole.to(device)
@@ -851,7 +852,7 @@ def main(args):
 def train(args, rank, local_rank, world, device, sigterm):
     torch.manual_seed(args.seed + rank)  # for dropout; the order of the data has a generator of its own
     flat = args.packing or args.padding_free
-    pretrained = read_pretrained(args.model_name_or_path, args.max_length)
+    pretrained = read_pretrained(args.model_name_or_path, args.max_length, dropout=DROPOUT)
     tokenizer, config = pretrained.tokenizer, pretrained.config
     if args.use_liger_kernel or args.liger_cross_entropy:
         check_liger(config.model_type if args.use_liger_kernel else None)
@@ -1040,7 +1041,7 @@ def pretend_step(args, config, world, batch=None):
 
 def dry_run(args):
     """Count the bytes of one step, those that single flags would save, and the longest rows that fit."""
-    config = load_config(args.model_name_or_path)
+    config = load_config(args.model_name_or_path, dropout=DROPOUT)
     world, size = args.dry_run_world_size, args.per_device_train_batch_size
     changes = {
         "--bf16": {"bf16": True},

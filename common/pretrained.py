@@ -43,6 +43,7 @@ class Pretrained:
     tokenizer: Any
     config: PreTrainedConfig  # as it came; the trained model's
     model_config: PreTrainedConfig  # the same, or without dropout: what models are built from
+    dropout: bool
     generation_config: str | None  # the file's text
     # Filled on the first rank, which alone reads the weights, by `load_whole`:
     dtypes: dict = field(default_factory=dict)  # {name in the files: dtype}
@@ -143,6 +144,7 @@ def read_pretrained(name, max_length=0, flags="--max_length", dropout=True):
         tokenizer=tokenizer,
         config=config,
         model_config=config if dropout else without_dropout(config),
+        dropout=dropout,
         generation_config=generation_config,
     )
 
@@ -236,6 +238,8 @@ def _from_files(pretrained, dtype, options):
             f"{missing[0]}, and random ones would take their place. Mend the files or the configuration "
             "(tie_word_embeddings, if it is the head)."
         )
+    if not pretrained.dropout:
+        check_no_dropout(model)
     pretrained.conversions = model._weight_conversions
     if type(model.config) is not type(pretrained.config):  # a text model was taken out of a larger one
         whole = model.state_dict().items()

@@ -558,6 +558,14 @@ def test_losses_by_hand(loss_type, label_smoothing, expected):
     assert losses.requires_grad and not chosen_rewards.requires_grad and not rejected_rewards.requires_grad
 
 
+def test_a_loss_that_has_no_formula_is_no_other_loss(monkeypatch):
+    """Whoever adds a name to LOSSES and forgets the formula is told."""
+    monkeypatch.setattr(dpo_padding_free, "LOSSES", (*dpo_padding_free.LOSSES, "robust"))
+    lengths = {"chosen_lengths": torch.ones(1), "rejected_lengths": torch.ones(1)}
+    with pytest.raises(ValueError, match="loss_type robust has no formula"):
+        dpo_loss(*torch.zeros(4, 1), beta=0.1, loss_type="robust", **lengths)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

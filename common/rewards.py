@@ -209,7 +209,8 @@ def _call(function, prompts, completions, columns):
     if not _takes(function, "completion_ids"):
         del columns["completion_ids"]
     values = function(prompts=prompts, completions=completions, **columns)
-    return list(values) if hasattr(values, "__iter__") and not isinstance(values, dict) else values
+    number = not hasattr(values, "__iter__") or getattr(values, "ndim", 1) == 0  # a tensor of one number, too
+    return values if number or isinstance(values, dict) else list(values)
 
 
 def _place(error, function):

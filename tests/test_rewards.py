@@ -177,7 +177,7 @@ def wrapped(*args, **kwargs):
     [
         (generates_up_to_b, "reward f raised KeyError: 'b' at .*; prompt 'p2', completion 'b'"),
         (lambda prompts, completions, **_: torch.ones(3, 2), r"returned tensor\(\[1., 1.\]\); .*'p1'"),
-        (lambda prompts, completions, **_: torch.tensor(1.0), "raised TypeError: .*0-d tensor"),
+        (lambda prompts, completions, **_: torch.tensor(1.0), r"returned tensor\(1.\); wanted: a list"),
         (lambda prompts, completions, **_: [0, 10**400, 0], "returned 1000*; .*prompt 'p2'"),
         (lambda prompts, completions, **_: dict.fromkeys((0, 1, 2), 1.0), "returned {.*}; wanted: a list"),
         (fails_for_b, "reward f raised KeyError: 'b' at .*; prompt 'p2', completion 'b'"),

@@ -915,6 +915,8 @@ def load_engine(args, device, trainable=True, watch=lambda phase: None, pretrain
 def keep_frozen(pretrained, model, whole, device):
     """Keep, on the first rank's host, the frozen weights of which the shards hold a rounded copy only."""
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    if not frozen:
+        return
     rounded = torch.zeros(len(frozen), device=device)
     if whole is not None:
         dtypes = [whole.get_parameter(name).dtype for name in frozen]
@@ -1182,10 +1184,19 @@ def read_progress(path, fingerprint, world):
 
 def load_checkpoint(engine, path):
     """Restore weights, moments and this rank's random states."""
-    # not strict: what is frozen is not in there, and `check_frozen` has seen that nothing else is missing
-    _, state = engine.load_checkpoint(
-        str(path), "zero3", load_module_strict=False, load_lr_scheduler_states=False
-    )
+    decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
+    try:
+        # not strict: what is frozen is not in there, and `check_frozen` has seen that nothing else is missing
+        _, state = engine.load_checkpoint(
+            str(path), "zero3", load_module_strict=False, load_lr_scheduler_states=False
+        )
+    except ValueError as error:  # torch's, of groups of parameters
+        raise Refusal(
+            f"{path} holds the state of another optimizer, of an earlier version of this script: {error}. "
+            "Begin a new run."
+        ) from error
+    for group, weight_decay in zip(engine.optimizer.param_groups, decays):
+        group["weight_decay"] = weight_decay  # this run's flag, not that of the run which wrote it
     adam = engine.optimizer.optimizer
     if isinstance(adam, deepspeed.ops.adam.DeepSpeedCPUAdam):
         count_steps_again(adam)
@@ -1272,7 +1283,7 @@ def main(args):
             return train(args, rank, local_rank, world, device, sigterm, watch)
     finally:
         signal.signal(signal.SIGTERM, previous_handler)
-        if ours and dist.is_initialized():
+        if ours and dist.is_initialized() and deepspeed.comm.is_initialized():
             deepspeed.comm.destroy_process_group()  # DeepSpeed's groups with torch's
         if watch is not None:  # to the last: leaving a group may hang as well
             watch.close()

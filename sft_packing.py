@@ -592,7 +592,7 @@ def evaluate(model, rows, args, rank, world, device, pad_token_id):
     nll_total, num_scored = all_sum([nll_total, num_scored], device)
     if not math.isfinite(nll_total):
         raise FloatingPointError(f"the evaluation's loss is {nll_total / num_scored}.")
-    return nll_total / num_scored
+    return nll_total / max(num_scored, 1)
 
 
 # --- 5. Training ---

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from common.flags import Refusal
+from common.reference import REFERENCE
 
 NAME = re.compile(r"checkpoint-(\d+)")
 LEFTOVER = re.compile(NAME.pattern + r"\.(tmp|deleted)")
@@ -38,23 +39,20 @@ def check_output_dir(output_dir, overwrite, resume, model_name=None):
         raise Refusal(
             "--overwrite_output_dir removes what --resume_from_checkpoint needs: drop one of the two."
         )
-    if folder.exists() and not folder.is_dir():
-        raise Refusal(f"--output_dir {folder} is a file.")
+    _try_to_write(folder)
     if model_name and folder.is_dir() and Path(model_name).is_dir() and folder.samefile(model_name):
         raise Refusal(
             f"--output_dir {folder} is the folder of --model_name_or_path: the run would replace the model "
             "that it starts from. Choose another folder."
         )
-    if int(os.environ.get("RANK", 0)) == 0:
-        _try_to_write(folder)
     resumes_here = resume and (resume == "latest" or Path(resume).resolve().parent == folder.resolve())
     taken = _taken_names(folder)
     foreign = [name for name in taken if not _is_ours(folder, name)]
     if foreign and not resumes_here:
         raise Refusal(
             f"--output_dir {folder} holds files of a run's names that no run says it wrote "
-            f"({', '.join(foreign[:4])}), which --overwrite_output_dir does not touch either: choose another "
-            "folder, or move them away."
+            f"({', '.join(foreign[:4])}): a user's, or of an earlier version. --overwrite_output_dir leaves "
+            "them alone: choose another folder, or move them away."
         )
     if taken and not overwrite and not resumes_here:
         raise Refusal(
@@ -65,13 +63,16 @@ def check_output_dir(output_dir, overwrite, resume, model_name=None):
 
 # Files that a run writes, besides its checkpoints; those of the model go by what transformers may write.
 RUN_FILES = ("metrics.jsonl", "summary.json")
-MODEL_FILES = ("*.safetensors*", "*config.json", "tokenizer*", "chat_template*", "vocab*", "merges.txt")
+MODEL_FILES = ("*.safetensors*", "*config.json", "tokenizer*", "*chat_template*", "vocab*", "merges.txt")
+MODEL_FILES += ("special_tokens_map.json", "added_tokens.json", "*.model")
 RECORD = "run_files.json"  # in output_dir: the names of the files in it that runs wrote
 
 
 def _taken_names(folder):
     """Names in the folder that a run may write, or would have to remove: its own, or a user's."""
     files = {path.name for pattern in (*RUN_FILES, *MODEL_FILES) for path in folder.glob(pattern)}
+    if _is_ours(folder, REFERENCE):  # of a run that was killed before its first step: the next one reads it
+        files.discard(REFERENCE)
     folders = {path.name for path in folder.glob("checkpoint-*") if NAME.match(path.name)}
     return sorted(files & set(RUN_FILES)) + sorted(folders) + sorted(files - set(RUN_FILES))
 
@@ -81,7 +82,8 @@ def _is_ours(folder, name):
     if NAME.fullmatch(name):
         return (folder / name / PROGRESS).is_file()
     leftover = LEFTOVER.fullmatch(name) and (folder / RECORD).exists()
-    return bool(leftover) or name in _read_record(folder)
+    names = {name for file in _read_record(folder) for name in (file, Path(file).parts[0])}
+    return bool(leftover) or name in names
 
 
 def _read_record(folder):
@@ -98,18 +100,15 @@ def _write_record(folder, names):
 
 
 def _try_to_write(folder):
-    """Raise Refusal unless a file can be written in the folder; leaves nothing behind."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    """Raise Refusal unless files can be written in the folder, or where it would be made; leaves no trace."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
+        if folder.exists() and not folder.is_dir():
+            raise Refusal(f"--output_dir {folder} is a file.")
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=there) as file:
             file.write(b"x")
     except OSError as error:
         raise Refusal(f"--output_dir {folder} cannot be written: {error}. Choose another folder.") from error
-    finally:
-        for path in missing:
-            if path.is_dir():
-                path.rmdir()
 
 
 # disk full, quota, read-only, too large, no permission, broken disk
@@ -144,9 +143,11 @@ def _causes(error):
 
 
 def _is_of_the_disk(error, output_dir):
+    folder = Path(output_dir).resolve()
     if isinstance(error, OSError):
-        inside = error.filename and Path(output_dir).resolve() in Path(str(error.filename)).resolve().parents
-        return error.errno in DISK_ERRORS or bool(inside)
+        inside = error.filename is None or folder in (named := Path(str(error.filename)).resolve()).parents
+        gone = error.filename is not None and not folder.is_dir() and folder in named.parents
+        return error.errno in DISK_ERRORS and inside or gone
     # in words of safetensors, and of torch.save
     return any(words in str(error) for words in ("os error", "inline_container", "iostream error"))
 
@@ -170,9 +171,11 @@ def prepare_output_dir(output_dir, step, keep=()):
         lines = metrics.read_text().splitlines(keepends=True)
         whole = [line for line in lines if line.endswith("\n")]  # a killed run may have left half a line
         metrics.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
-    # a file that the new model does not write would be read as a part of it
-    for name in ours - {"metrics.jsonl", *keep}:
+    # A file that the new model does not write would be read as a part of it; a summary says that a run ended.
+    for name in (ours | {"summary.json"}) - {"metrics.jsonl", *keep}:
         (folder / name).unlink(missing_ok=True)
+        if (parent := (folder / name).parent) != folder and not any(parent.iterdir()):
+            parent.rmdir()
     _write_record(folder, {*RUN_FILES, *(ours & set(keep))})
 
 
@@ -200,19 +203,22 @@ def commit_folder(temporary, path):
 
 
 def commit_files(temporary, folder):
-    """Move each file of `temporary` into `folder`, replacing what is there file by file, and remove
-    `temporary`.
+    """Move each file of `temporary`, and of folders in it, into `folder`, replacing what is there file by
+    file, and remove `temporary`.
     """
     umask = os.umask(0)
     os.umask(umask)
-    files = sorted(Path(temporary).iterdir())
+    temporary, folder = Path(temporary), Path(folder)
+    files = sorted(path for path in temporary.rglob("*") if path.is_file())
+    names = [file.relative_to(temporary).as_posix() for file in files]
     # before the files, so that no kill leaves one that the record does not name
-    _write_record(folder, _read_record(folder) | {file.name for file in files})
-    for file in files:
+    _write_record(folder, _read_record(folder) | set(names))
+    for file, name in zip(files, names):
         file.chmod(0o666 & ~umask)  # safetensors writes files that only their owner may read
         _sync(file)
-        os.replace(file, Path(folder) / file.name)
-    os.rmdir(temporary)
+        (folder / name).parent.mkdir(exist_ok=True)
+        os.replace(file, folder / name)
+    shutil.rmtree(temporary)
 
 
 def list_checkpoints(output_dir):

@@ -13,6 +13,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pandas as pd
+import transformers
 from datasets import DatasetDict, Features, Value, load_dataset, load_from_disk
 from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.exceptions import DatasetNotFoundError
@@ -109,7 +110,7 @@ def _this_file(path):
     meaning, and :: as "within".
     """
     path = path.resolve()
-    changed = str(path.stat().st_mtime_ns)  # a part of the cache's key
+    changed = f"{path.stat().st_mtime_ns} {path.stat().st_size}"  # a part of the cache's key
     if "::" in str(path):
         link = Path(datasets.config.HF_DATASETS_CACHE) / "named" / Hasher.hash(str(path))
         link = link.with_suffix(path.suffix)
@@ -143,7 +144,7 @@ def map_rows(rows, function, code, **options):
     Args: code: names the text of what `function` calls (source_hash): datasets hashes the functions of
           imported modules by their names only. options: of datasets.Dataset.map.
     """
-    key = Hasher.hash([rows._fingerprint, function, code, options])
+    key = Hasher.hash([rows._fingerprint, function, code, options, transformers.__version__])
     with cache_errors_named():
         folder = Path(datasets.config.HF_DATASETS_CACHE) / "tokenised"
         folder.mkdir(parents=True, exist_ok=True)
@@ -202,7 +203,7 @@ def check_row(example, columns):
           conversation (but not text): a list of messages, dicts with a role and a content, both strings.
     """
     for column in NOT_SUPPORTED:
-        if example.get(column):
+        if example.get(column) and example[column] not in ("[]", "null"):  # TRL's tools may be JSON
             raise Refusal(f"{column} is {example[column]!r}, which these scripts do not support.")
     template_kwargs = example.get("chat_template_kwargs") or {}
     if not isinstance(template_kwargs, dict) or set(template_kwargs) & set(SET_HERE):
@@ -408,6 +409,11 @@ def encode_completion(
         completion = completion[len(prompt) :]
     if not completion:
         raise Refusal("a completion holds the prompt and nothing else.")
+    if prompt and completion[0]["role"] != "assistant" and completion[0] in (prompt[0], prompt[-1]):
+        raise Refusal(
+            f"a completion begins with {completion[0]!r}, which is a part of the prompt as well: give it "
+            "without the prompt's messages, or with all of them."
+        )
     messages, answered = [*prompt, *completion], completion[0]["role"] == "assistant"
     if prompt and answered and prompt[-1]["role"] == "assistant":  # the turn that the prompt has begun
         turn = {**prompt[-1], **completion[0], "content": prompt[-1]["content"] + completion[0]["content"]}

@@ -76,13 +76,13 @@ def check_answers(functions, rows, dataset):
     for name, function in functions.items():
         if function not in BUILT_IN.values():
             continue
-        wanted = "number" if function is last_number else "word"
+        wanted = "number" if function is last_number else "single word, without a full stop,"
         for i, answer in enumerate(rows["answer"]):
-            text = "" if answer is None or answer != answer else str(answer)  # NaN is not equal to itself
-            if not text.strip() or wanted == "number" and _find_number(text) is None:
+            missing = answer is None or answer != answer or not str(answer).strip()  # NaN is not NaN
+            if missing or function([""], [str(answer)], [answer]) != [1.0]:
                 raise Refusal(
-                    f"{dataset}, example {i}: answer is {answer!r}; --reward_funcs {name} wants a {wanted}: "
-                    "fill it in, or leave the example out."
+                    f"{dataset}, example {i}: answer is {answer!r}; --reward_funcs {name} wants a {wanted} "
+                    "and would never find this one: change it, or leave the example out."
                 )
 
 

@@ -1,5 +1,6 @@
 """A checkpoint is whole or not there, however the process ends."""
 
+import errno
 import importlib
 import json
 import shutil
@@ -15,6 +16,7 @@ from common.checkpoints import (
     check_output_dir,
     commit_files,
     commit_folder,
+    disk_errors_refused,
     find_checkpoint,
     fresh_folder,
     list_checkpoints,
@@ -239,7 +241,7 @@ def test_a_folder_with_a_users_files_is_taken_even_if_overwritten(name, tmp_path
     else:
         write(tmp_path, **{name: "mine"})
     for overwrite in (False, True):
-        with pytest.raises(Refusal, match=f"no run says it wrote \\({name}\\), which --overwrite_output_dir"):
+        with pytest.raises(Refusal, match=f"no run says it wrote \\({name}\\): a user's, or of an earlier"):
             check_output_dir(tmp_path, overwrite=overwrite, resume=None)
 
 
@@ -254,6 +256,64 @@ def test_what_a_user_put_beside_a_run_outlives_it(tmp_path):
     kept = {"metrics.jsonl", "run_files.json", "ds_config.json", "tokenizer_notes.txt"}
     assert contents(tmp_path) == kept | {"checkpoint-9/trainer_state.json"}
     assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_folders_of_a_tokenizer_are_committed_and_removed(tmp_path):
+    """Such as additional_chat_templates/, where a tokenizer has several named templates."""
+    prepare_output_dir(tmp_path, step=0)
+    for content in ("first", "second"):
+        part = fresh_folder(tmp_path / "model.tmp")
+        (part / "additional_chat_templates").mkdir()
+        write(part / "additional_chat_templates", **{"rag.jinja": content})
+        commit_files(part, tmp_path)
+        assert (tmp_path / "additional_chat_templates" / "rag.jinja").read_text() == content
+        assert (tmp_path / "additional_chat_templates").stat().st_mode & 0o111
+        check_output_dir(tmp_path, overwrite=True, resume=None)
+        with pytest.raises(Refusal, match="holds another run"):
+            check_output_dir(tmp_path, overwrite=False, resume=None)
+    prepare_output_dir(tmp_path, step=0)
+    assert contents(tmp_path) == {"run_files.json"} and not (tmp_path / "additional_chat_templates").exists()
+
+
+def test_a_reference_that_a_kill_left_is_no_other_run(tmp_path):
+    write(tmp_path, **{"reference_logps.safetensors": "mine"})
+    with pytest.raises(Refusal, match="no run says it wrote"):
+        check_output_dir(tmp_path, overwrite=False, resume=None)
+    (tmp_path / "reference_logps.safetensors").unlink()
+    prepare_output_dir(tmp_path, step=0)
+    commit_files(
+        write(fresh_folder(tmp_path / "reference.tmp"), **{"reference_logps.safetensors": "ours"}), tmp_path
+    )
+    check_output_dir(tmp_path, overwrite=False, resume=None)
+
+
+def test_a_resumed_run_has_no_summary_before_its_end(tmp_path):
+    """Nor one of a run that left no record: it would say that all steps were done."""
+    save(tmp_path, 2)
+    write(tmp_path, **{"summary.json": "{}"})
+    prepare_output_dir(tmp_path, step=2)
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_what_is_the_disks_fault_and_what_is_not(tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    full, other = OSError(errno.ENOSPC, "full", f"{folder}/x"), OSError(errno.EACCES, "no", "/elsewhere/x")
+    missing = OSError(errno.ENOENT, "none", f"{folder}/x")
+    for error, refused in (
+        (full, True),
+        (OSError(errno.ENOSPC, "full"), True),
+        (other, False),
+        (missing, False),
+    ):
+        with pytest.raises(Refusal if refused else OSError):
+            with disk_errors_refused(folder):
+                raise error
+    folder.rmdir()  # by the user, in mid-run
+    with pytest.raises(Refusal, match="can no longer be written"), disk_errors_refused(folder):
+        raise missing
+    with pytest.raises(ValueError, match="too many"), disk_errors_refused(folder):
+        raise ValueError("too many values to unpack")
 
 
 def test_a_file_that_a_kill_left_behind_is_in_the_record(tmp_path):

@@ -1,6 +1,7 @@
 """Local datasets of every kind, and errors that name file and line."""
 
 import json
+import os
 from pathlib import Path
 
 import datasets
@@ -100,8 +101,9 @@ def test_the_file_that_is_named_is_the_one_that_is_read(name, suffix, tmp_path):
 
 
 def test_a_changed_file_of_an_odd_name_is_read_again(tmp_path):
-    for content in ("a", "b"):
+    for content in ("a", "bc"):  # of one time, as files out of an archive are
         path = written(tmp_path / "x::y.jsonl", json.dumps({"text": content}))
+        os.utime(path, (0, 0))
         assert load_rows(path)["text"][:] == [content]
 
 
@@ -261,6 +263,7 @@ def test_a_row_that_would_be_read_as_something_else_is_refused(row, message):
 
 
 def test_what_says_nothing_passes():
+    check_row({"text": "a", "tools": "[]"}, ["text"])
     empty = {"tools": None, "images": [], "video": "", "chat_template_kwargs": None}
     check_row({"messages": [*ASKED, {**ANSWER, "weight": 1}], **empty}, ["messages"])
     check_row({"messages": [*ASKED, {**ANSWER, "weight": None}], **empty}, ["messages"])
@@ -337,7 +340,12 @@ THOUGHT = [*ASKED, {"role": "assistant", "content": "hm</think>2"}]
             [ANSWER],
             "'Be terse.<.user.>1.*, '<.user.>1",
         ),
-        (LAST_THOUGHTS, THOUGHT, [*ASKED, ANSWER], "<.assistant.>hm</think>2<.*<.assistant.>2<"),
+        (
+            LAST_THOUGHTS,
+            THOUGHT,
+            [{"role": "user", "content": "so?"}, ANSWER],
+            "<.assistant.>hm</think>2<.*<.assistant.>2<",
+        ),
         # the turn goes on, but the template cuts what it began with
         (
             LAST_THOUGHTS.replace("m.content if loop.last else ", ""),
@@ -373,6 +381,9 @@ def test_a_turn_that_the_prompt_begins_is_continued(tokenizer):
 def test_a_completion_that_repeats_the_prompts_messages_is_read_without_them(tokenizer):
     nulls = [{**message, "name": None} for message in (*ASKED, ANSWER)]
     assert scored_text(tokenizer, ASKED, nulls) == scored_text(tokenizer, ASKED, [ANSWER]) == "2<|end|>"
+    for prompt in ([{"role": "system", "content": "s"}, *ASKED], [*ASKED, ANSWER]):
+        with pytest.raises(Refusal, match="which is a part of the prompt as well"):
+            encode_completion(prompt, [*ASKED, {**ANSWER, "content": "22"}], tokenizer)
     with pytest.raises(Refusal, match="holds the prompt and nothing else"):
         encode_completion(ASKED, ASKED, tokenizer)
 

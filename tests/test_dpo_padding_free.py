@@ -1407,7 +1407,7 @@ def test_a_run_killed_before_its_first_step_goes_on_with_its_reference(base, tmp
         patch.setattr(dpo_padding_free, "clip_gradients", killed)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, base)
-    assert [path.name for path in tmp_path.iterdir()] == [REFERENCE]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [REFERENCE, "run_files.json"]
     monkeypatch.setattr(dpo_padding_free, "compute_reference", None)
     assert len(run(tmp_path, base).metrics) == 3
 

@@ -11,6 +11,7 @@ import torch
 from helpers import freeze_first
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 import dpo_padding_free
 import grpo_zero3
@@ -187,7 +188,7 @@ def test_the_formula_counts_what_ranks_hold_of_a_large_vocabulary(world, bf16, a
     args = sft_packing.Arguments(per_device_train_batch_size=1, **flags)
     row = sft_packing.flatten([{"input_ids": [0] * 32, "labels": [0] * 32}])
     with torch.device("meta"):
-        model = sft_packing.AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config)
     predicted = sft_packing.predict(args, model, sft_packing.add_scored(row), world)["peak"][1]
     counted = sft_packing.pretend_step(args, config, world)["peak"][1]
     assert predicted == pytest.approx(counted, rel=0.12)
@@ -264,7 +265,7 @@ def test_what_a_dry_run_cannot_follow_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="--dry_run is one process"):
         sft_packing.check_arguments(sft_packing.Arguments(dry_run=True))
-    with pytest.raises(ValueError, match="depends on its tensors' values"), pretend():
+    with pytest.raises(ValueError, match="this line reads one .*\n.*: torch.ones\\(3\\).nonzero"), pretend():
         torch.ones(3).nonzero()
 
 

@@ -355,7 +355,7 @@ def load_examples(name, split, tokenizer, args, end_ids=()):
         raise Refusal(
             f"{name} has no column prompt, and chosen and rejected of {counts['promptless'].sum()} of its "
             f"{len(examples)} pairs have no beginning in common that could be one. Rename the column that "
-            f"holds it to prompt; there are {', '.join(unused) or 'no others'}."
+            f"holds it to prompt; the other columns: {', '.join(unused) or 'none'}."
         )
     used = ~(counts["equal"] | counts["unscored"])
     data = {

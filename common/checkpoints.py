@@ -108,7 +108,9 @@ def _try_to_write(folder):
         with tempfile.TemporaryFile(dir=there) as file:
             file.write(b"x")
     except OSError as error:
-        raise Refusal(f"--output_dir {folder} cannot be written: {error}. Choose another folder.") from error
+        raise Refusal(
+            f"--output_dir {folder} cannot be written: {error.strerror}. Choose another folder."
+        ) from error
 
 
 # disk full, quota, read-only, too large, no permission, broken disk

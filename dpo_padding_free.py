@@ -980,10 +980,8 @@ def save_model(args, model, pretrained, rank):
     barrier()
 
 
-def prepare_data(args, tokenizer, vocab_size, local_rank, end_ids=()):
+def prepare_data(args, tokenizer, vocab_size, end_ids=()):
     """Returns training pairs, evaluation pairs (None without --eval_dataset_name), and counts."""
-    if local_rank != 0:
-        barrier()  # the first rank of each machine tokenises; the others then read its cache
     examples, data = load_examples(args.dataset_name, args.dataset_train_split, tokenizer, args, end_ids)
     check_token_ids(examples, vocab_size, args.dataset_name, TOKENS)
     pairs, eval_pairs = Pairs(examples, args, args.dataset_name), None
@@ -992,8 +990,6 @@ def prepare_data(args, tokenizer, vocab_size, local_rank, end_ids=()):
         examples, data["eval"] = load_examples(name, split, tokenizer, args, end_ids)
         check_token_ids(examples, vocab_size, name, TOKENS)
         eval_pairs = Pairs(examples, args, name)
-    if local_rank == 0:
-        barrier()
     return pairs, eval_pairs, data
 
 
@@ -1070,7 +1066,10 @@ def train(args, rank, local_rank, world, device, sigterm):
         check_liger(config.model_type)
     vocab_size = config.get_text_config().vocab_size
     end_ids = end_token_ids(tokenizer, pretrained.eos_token_id)
-    pairs, eval_pairs, data = prepare_data(args, tokenizer, vocab_size, local_rank, end_ids)
+    for first_rank in (True, False):  # of each machine: it tokenises, and the others then read its cache
+        with together(device):
+            if (local_rank == 0) == first_rank:
+                pairs, eval_pairs, data = prepare_data(args, tokenizer, vocab_size, end_ids)
     pad_token_id = tokenizer.pad_token_id or 0  # masked: any id will do
     objective = f"{args.loss_type} {args.beta} {args.label_smoothing}"
     fingerprint = f"{pairs.fingerprint()} {args.seed} {objective}"

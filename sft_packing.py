@@ -772,11 +772,9 @@ def save_model(args, model, pretrained, rank):
     barrier()
 
 
-def prepare_data(args, tokenizer, vocab_size, local_rank, end_ids=()):
+def prepare_data(args, tokenizer, vocab_size, end_ids=()):
     """Returns training rows, evaluation rows (None without --eval_dataset_name), and counts."""
     overflow = args.overflow or ("truncate" if args.packing_strategy == "bfd" else "split")
-    if local_rank != 0:
-        barrier()  # the first rank of each machine tokenises; the others then read its cache
     examples, data = load_examples(
         args.dataset_name, args.dataset_train_split, tokenizer, args, overflow, end_ids
     )
@@ -788,8 +786,6 @@ def prepare_data(args, tokenizer, vocab_size, local_rank, end_ids=()):
         eval_rows = Rows(examples, eval_data, args, overflow)
         data["eval"] = eval_data
         check_token_ids(examples, vocab_size, name)
-    if local_rank == 0:
-        barrier()
     return rows, eval_rows, data
 
 
@@ -858,7 +854,10 @@ def train(args, rank, local_rank, world, device, sigterm):
         check_liger(config.model_type if args.use_liger_kernel else None)
     vocab_size = config.get_text_config().vocab_size
     end_ids = end_token_ids(tokenizer, pretrained.eos_token_id)
-    rows, eval_rows, data = prepare_data(args, tokenizer, vocab_size, local_rank, end_ids)
+    for first_rank in (True, False):  # of each machine: it tokenises, and the others then read its cache
+        with together(device):
+            if (local_rank == 0) == first_rank:
+                rows, eval_rows, data = prepare_data(args, tokenizer, vocab_size, end_ids)
     pad_token_id = tokenizer.pad_token_id or 0  # masked: any id will do
     rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
     progress = {"step": 0, "updates": 0, "epoch": 0, "rows_done": 0, "fingerprint": rows.fingerprint()}

@@ -215,16 +215,19 @@ def check_row(example, columns):
     for column in columns:
         value = example[column]
         conversations.append(isinstance(value, list))
+        if isinstance(value, str) and _is_json_of_messages(value):
+            raise Refusal(f"{column} is messages as a JSON string, {value[:60]!r}..: load it (json.loads).")
         kinds = {"messages": (list,), "text": (str,)}.get(column, (str, list))
         if not isinstance(value, kinds) or value == []:
             wanted = " or ".join({str: "a string", list: "a list of messages"}[kind] for kind in kinds)
             raise Refusal(f"{column} is {value!r}; wanted: {wanted}.")
-        if isinstance(value, str) and _is_json_of_messages(value):
-            raise Refusal(f"{column} is messages as a JSON string, {value[:60]!r}..: load it (json.loads).")
         for message in value if isinstance(value, list) else ():
             _check_message(message, column)
     if len(set(conversations)) > 1:
-        raise Refusal(f"{' and '.join(columns)} are partly strings and partly lists of messages.")
+        raise Refusal(
+            f"{' and '.join(columns)} are partly strings and partly lists of messages: give all in one form, or "
+            "drop a prompt with which chosen and rejected begin."
+        )
 
 
 def _check_message(message, column):

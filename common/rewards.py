@@ -5,6 +5,7 @@ Prompts and completions are strings, or lists of messages where the dataset hold
 the dataset's other ones, a list with a value for each completion, and completion_ids, lists of token ids.
 """
 
+import copy
 import importlib
 import inspect
 import math
@@ -13,7 +14,7 @@ import sys
 import traceback
 from decimal import Decimal
 
-from common.flags import Refusal
+from common.flags import Refusal, refuse
 
 # In 10-7 the second number is 7, and in 1,2,3 the last one is 3. Exponents, as Python writes floats: 1e-05.
 NUMBER = re.compile(
@@ -99,7 +100,8 @@ def load_reward_funcs(names, columns):
         raise Refusal(
             f"the dataset's column {', '.join(taken)} has the name of what a reward is given: rename it."
         )
-    for name in names.split(","):
+    for name in map(str.strip, names.split(",")):
+        refuse(not name, f"--reward_funcs {names!r} names nothing between two commas, or at an end.")
         module, colon, function = name.partition(":")
         if not colon:
             if name not in BUILT_IN:
@@ -172,7 +174,7 @@ def call_rewards(functions, prompts, completions, columns, completion_ids):
     for name, function in functions.items():
         try:
             values = _call(function, prompts, completions, columns)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a library's sys.exit would end the run without a word
             i = _culprit(function, prompts, completions, columns)
             raise Refusal(
                 f"reward {name} raised {type(error).__name__}: {error}{_place(error, function)}; "
@@ -203,9 +205,11 @@ def call_rewards(functions, prompts, completions, columns, completion_ids):
 
 
 def _call(function, prompts, completions, columns):
-    """What one function returns, as a list if it can be one: a generator's body runs, and raises, in here."""
-    ids = [list(ids) for ids in columns["completion_ids"]]  # a copy: they are trained on afterwards
-    columns = {**columns, "completion_ids": ids}
+    """What one function returns, as a list if it can be one: a generator's body runs, and raises, in here.
+
+    It is given copies: what it changes in them, no other reward sees, and nobody trains on.
+    """
+    prompts, completions, columns = copy.deepcopy((prompts, completions, columns))
     if not _takes(function, "completion_ids"):
         del columns["completion_ids"]
     values = function(prompts=prompts, completions=completions, **columns)
@@ -235,7 +239,7 @@ def _culprit(function, prompts, completions, columns):
         try:
             one = {name: values[i : i + 1] for name, values in columns.items()}
             _call(function, prompts[i : i + 1], completions[i : i + 1], one)
-        except Exception:
+        except (Exception, SystemExit):
             return i
     return 0
 

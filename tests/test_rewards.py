@@ -114,7 +114,7 @@ def test_built_in_and_imported_functions_are_found():
         ("first_word", "first_word: choose last_word, last_number, or name a module:function"),
         ("no_module:f", "no_module:f cannot be imported"),
         ("grpo_cases:f", "grpo_cases:f cannot be imported"),
-        ("last_word,", "--reward_funcs : choose"),
+        ("last_word,", "'last_word,' names nothing"),
         (
             "grpo_cases:by_column",
             "wants the column wanted; beside prompts, completions, completion_ids it is given answer",
@@ -269,3 +269,33 @@ def test_columns_and_numbers_pass():
     columns, ids = {"answer": [1, 2, 3], "level": [4, 5, 6]}, [[1], [2], [3]]
     assert call_rewards({"f": function}, ["p"] * 3, ["c"] * 3, columns, ids) == {"f": [1.0, 2.0, 0.5]}
     assert seen == {**columns, "completion_ids": ids}
+
+
+def test_what_one_reward_changes_no_other_sees():
+    def spoils(prompts, completions, answer, completion_ids):
+        completions[0] = answer[0] = "changed"
+        completion_ids[0].clear()
+        return [0.0]
+
+    seen, ids = [], [[5, 6]]
+
+    def sees(prompts, completions, answer, completion_ids):
+        seen.append((completions, answer, completion_ids))
+        return [0.0]
+
+    call_rewards({"a": spoils, "b": sees}, ["p"], ["c"], {"answer": ["x"]}, ids)
+    assert seen == [(["c"], ["x"], [[5, 6]])] and ids == [[5, 6]]
+
+
+def test_a_reward_that_exits_is_named():
+    def leaves(prompts, completions, **columns):
+        raise SystemExit(3)
+
+    with pytest.raises(ValueError, match="reward a raised SystemExit: 3 at .*test_rewards.py"):
+        call_rewards({"a": leaves}, ["p"], ["c"], {}, [[5]])
+
+
+def test_names_may_have_blanks_around_them():
+    assert list(load_reward_funcs("last_word, last_number", ["answer"])) == ["last_word", "last_number"]
+    with pytest.raises(ValueError, match="'last_word,' names nothing"):
+        load_reward_funcs("last_word,", ["answer"])

@@ -683,7 +683,7 @@ BAD_DATA = {
     "images": (lambda make: make.data({"text": "a", "images": ["b.png"]}), "example 0: images is "),
     "messages as a string": (
         lambda make: make.data({"messages": json.dumps(TALK)}),
-        "example 0: messages is .*; wanted: a list of messages",
+        "example 0: messages is messages as a JSON string",
     ),
     "the prompt once more": (
         lambda make: make.data({"prompt": "ab", "completion": "abc"}),

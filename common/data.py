@@ -225,8 +225,8 @@ def check_row(example, columns):
             _check_message(message, column)
     if len(set(conversations)) > 1:
         raise Refusal(
-            f"{' and '.join(columns)} are partly strings and partly lists of messages: give all in one form, or "
-            "drop a prompt with which chosen and rejected begin."
+            f"{' and '.join(columns)} are partly strings and partly lists of messages: give all in one form, "
+            "or drop a prompt with which chosen and rejected begin."
         )
 
 

@@ -86,13 +86,14 @@ def ranks(program, *arguments, count=2, timeout=TIMEOUT, env=()):
 
 
 @functools.cache
-def model():
-    return AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32, attn_implementation="sdpa")
+def model(dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=dtype, attn_implementation="sdpa")
 
 
 def naive_logps(prompt, completion, temperature):
     """Log-probabilities of one completion alone, from all its logits."""
-    logits = model()(input_ids=torch.tensor([prompt + completion]), use_cache=False).logits[0]
+    # in fp64: with the rounding of both sides, a difference would be up to twice that of ours
+    logits = model(torch.float64)(input_ids=torch.tensor([prompt + completion]), use_cache=False).logits[0]
     logps = torch.log_softmax(logits[len(prompt) - 1 : -1] / temperature, dim=-1)
     return logps.gather(1, torch.tensor(completion)[:, None])[:, 0]
 
@@ -243,9 +244,9 @@ def naive(name, base):
         loss = torch.stack([losses.mean() for losses in groups if len(losses)]).mean()
     else:
         loss = torch.cat(kept).sum() / (len(kept) * 9)
-    model().zero_grad()
+    model(torch.float64).zero_grad()
     loss.backward()
-    return loss.item(), {key: p.grad.clone() for key, p in model().named_parameters()}
+    return loss.item(), {key: p.grad.clone() for key, p in model(torch.float64).named_parameters()}
 
 
 @pytest.mark.parametrize("name", LOSS_CASES)

@@ -1,8 +1,12 @@
 """Settings that have to stand before torch and transformers are imported, and tests skipped without a GPU."""
 
 import os
+import sys
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# DeepSpeed looks for ninja there, which is installed beside this Python
+os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest

@@ -3,6 +3,7 @@
 import errno
 import importlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -412,7 +413,10 @@ def test_a_full_disk_ends_in_one_line_that_names_the_last_checkpoint(script, tmp
         flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
         root = str(Path(__file__).parents[1])
         code = FULL.format(root=root, script=script, full=full, flags=flags, settings=settings)
-        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+        # DeepSpeed looks for ninja on PATH, and may have to compile first
+        env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
 
     done = run(full=False)
     assert done.returncode == 0, done.stderr

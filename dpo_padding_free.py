@@ -942,7 +942,7 @@ def load_checkpoint(path, model, optimizer, scheduler, progress, rank):
     """Restore weights, moments, learning rate and random states, on any number of ranks."""
     read_training_state(path, training_state(model, optimizer), rank)
     for moments in optimizer.state.values():
-        moments["step"].fill_(progress.get("updates", progress["step"]))
+        moments["step"].fill_(progress["step"])
     scheduler.last_epoch = progress["step"] - 1  # the rate is a function of the step alone
     with warnings.catch_warnings():
         # torch takes a step of the schedule before the first one of the optimizer for a mistake

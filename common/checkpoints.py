@@ -24,7 +24,7 @@ from common.flags import Refusal
 from common.reference import REFERENCE
 
 NAME = re.compile(r"checkpoint-(\d+)")
-LEFTOVER = re.compile(NAME.pattern + r"\.(tmp|deleted)")
+LEFTOVER = re.compile(r"(checkpoint-\d+|model|reference)\.(tmp|deleted)")  # what a killed run may leave
 PROGRESS = "progress.json"  # in each checkpoint, by which it is known as one of ours
 
 
@@ -69,21 +69,25 @@ RECORD = "run_files.json"  # in output_dir: the names of the files in it that ru
 
 
 def _taken_names(folder):
-    """Names in the folder that a run may write, or would have to remove: its own, or a user's."""
+    """Names in the folder that a run may write, or would have to remove: its own, or a user's.
+
+    Not what a run that was killed before its first step has left: the next one clears it, or goes on with it.
+    """
     files = {path.name for pattern in (*RUN_FILES, *MODEL_FILES) for path in folder.glob(pattern)}
-    if _is_ours(folder, REFERENCE):  # of a run that was killed before its first step: the next one reads it
-        files.discard(REFERENCE)
-    folders = {path.name for path in folder.glob("checkpoint-*") if NAME.match(path.name)}
-    return sorted(files & set(RUN_FILES)) + sorted(folders) + sorted(files - set(RUN_FILES))
+    started = {name for name in files if name != REFERENCE or not _is_ours(folder, name)}
+    folders = {path.name for path in folder.glob("*") if NAME.fullmatch(path.name)}
+    left = {path.name for path in folder.glob("*") if LEFTOVER.fullmatch(path.name)}
+    folders |= {name for name in left if not _is_ours(folder, name)}
+    return sorted(started & set(RUN_FILES)) + sorted(folders) + sorted(started - set(RUN_FILES))
 
 
 def _is_ours(folder, name):
     """Whether a run wrote this: a file that the record names, or a checkpoint of these scripts."""
     if NAME.fullmatch(name):
         return (folder / name / PROGRESS).is_file()
-    leftover = LEFTOVER.fullmatch(name) and (folder / RECORD).exists()
-    names = {name for file in _read_record(folder) for name in (file, Path(file).parts[0])}
-    return bool(leftover) or name in names
+    if LEFTOVER.fullmatch(name):
+        return (folder / RECORD).exists()
+    return name in {Path(file).parts[0] for file in _read_record(folder)}
 
 
 def _read_record(folder):
@@ -147,9 +151,8 @@ def _causes(error):
 def _is_of_the_disk(error, output_dir):
     folder = Path(output_dir).resolve()
     if isinstance(error, OSError):
-        inside = error.filename is None or folder in (named := Path(str(error.filename)).resolve()).parents
-        gone = error.filename is not None and not folder.is_dir() and folder in named.parents
-        return error.errno in DISK_ERRORS and inside or gone
+        inside = error.filename is None or folder in Path(str(error.filename)).resolve().parents
+        return inside and (error.errno in DISK_ERRORS or not folder.is_dir())
     # in words of safetensors, and of torch.save
     return any(words in str(error) for words in ("os error", "inline_container", "iostream error"))
 
@@ -164,10 +167,9 @@ def prepare_output_dir(output_dir, step, keep=()):
         if number > step:  # or "latest" would go back to it
             _remove_checkpoint(path)
     ours = _read_record(folder)
-    if ours:  # what a kill left of a checkpoint that was being written or deleted
-        for path in folder.glob("checkpoint-*"):
-            if LEFTOVER.fullmatch(path.name):
-                shutil.rmtree(path)
+    for path in folder.glob("*"):  # what a kill left of a folder that was being written or deleted
+        if LEFTOVER.fullmatch(path.name) and _is_ours(folder, path.name):
+            shutil.rmtree(path)
     metrics = folder / "metrics.jsonl"
     if metrics.exists():
         lines = metrics.read_text().splitlines(keepends=True)
@@ -176,7 +178,8 @@ def prepare_output_dir(output_dir, step, keep=()):
     # A file that the new model does not write would be read as a part of it; a summary says that a run ended.
     for name in (ours | {"summary.json"}) - {"metrics.jsonl", *keep}:
         (folder / name).unlink(missing_ok=True)
-        if (parent := (folder / name).parent) != folder and not any(parent.iterdir()):
+        parent = (folder / name).parent  # of a tokenizer's folder, say
+        if parent != folder and parent.is_dir() and not any(parent.iterdir()):
             parent.rmdir()
     _write_record(folder, {*RUN_FILES, *(ours & set(keep))})
 

@@ -276,6 +276,24 @@ def test_folders_of_a_tokenizer_are_committed_and_removed(tmp_path):
     assert contents(tmp_path) == {"run_files.json"} and not (tmp_path / "additional_chat_templates").exists()
 
 
+@pytest.mark.parametrize("name", ["model.tmp", "reference.tmp", "checkpoint-3.tmp", "checkpoint-3.deleted"])
+def test_a_folder_of_a_leftovers_name_is_a_users_unless_a_run_was_here(name, tmp_path):
+    (tmp_path / name).mkdir()
+    with pytest.raises(Refusal, match=f"no run says it wrote \\({name}\\)"):
+        check_output_dir(tmp_path, overwrite=True, resume=None)
+    (tmp_path / "run_files.json").write_text("[]")
+    check_output_dir(tmp_path, overwrite=False, resume=None)
+    prepare_output_dir(tmp_path, step=0)
+    assert contents(tmp_path) == {"run_files.json"} and not (tmp_path / name).exists()
+
+
+def test_what_only_begins_like_a_checkpoint_is_left_alone(tmp_path):
+    (tmp_path / "checkpoint-5-notes").mkdir()
+    check_output_dir(tmp_path, overwrite=False, resume=None)
+    prepare_output_dir(tmp_path, step=0)
+    assert (tmp_path / "checkpoint-5-notes").is_dir()
+
+
 def test_a_reference_that_a_kill_left_is_no_other_run(tmp_path):
     write(tmp_path, **{"reference_logps.safetensors": "mine"})
     with pytest.raises(Refusal, match="no run says it wrote"):

@@ -1,5 +1,10 @@
-"""Tiny random models of five families, and random documents."""
+"""Tiny random models of five families, random documents, and a place of their own for runs."""
 
+import json
+from contextlib import contextmanager
+
+import datasets
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -44,6 +49,24 @@ def tiny_model(family, attn_implementation="varlen", **overrides):
         config, dtype=torch.float32, attn_implementation=attn_implementation
     )
     return model.eval()
+
+
+@contextmanager
+def alone_on_the_cpu(cache):
+    """Inside, datasets are cached in this folder, and no GPU is seen, by subprocesses neither: a run on one
+    rank and a run on two are to be compared to the last digits.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cache))
+        patch.setenv("HF_DATASETS_CACHE", str(cache))
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield cache
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
 def documents(seed, lengths, vocab=VOCAB):

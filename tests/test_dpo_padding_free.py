@@ -20,7 +20,16 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import FROZEN, documents, freeze_first, gradients, tiny_model, worst
+from helpers import (
+    FROZEN,
+    alone_on_the_cpu,
+    documents,
+    freeze_first,
+    gradients,
+    tiny_model,
+    worst,
+    write_jsonl,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -65,19 +74,8 @@ WAYS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder))
-        patch.setenv("HF_DATASETS_CACHE", str(folder))  # for subprocesses
-        # a run on one rank and a run on two are to be compared to the last digits: both on the CPU
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with alone_on_the_cpu(tmp_path_factory.mktemp("cache")) as folder:
         yield folder
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def write_model(path, family="llama", dtype=torch.float32, chat_template=None, **overrides):

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
-import datasets
 import deepspeed
 import pytest
 import torch
@@ -31,7 +30,7 @@ from grpo_cases import (
     scored_lengths,
     write_model,
 )
-from helpers import FROZEN, freeze_first, tiny_model, worst
+from helpers import FROZEN, alone_on_the_cpu, freeze_first, tiny_model, worst, write_jsonl
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
 from transformers.generation import StopStringCriteria
@@ -39,7 +38,7 @@ from transformers.generation import StopStringCriteria
 import grpo_zero3
 from common.checkpoints import list_checkpoints
 from common.collators import flatten
-from common.flags import parse_arguments
+from common.flags import Refusal, parse_arguments
 from grpo_zero3 import (
     Arguments,
     Prompts,
@@ -274,20 +273,8 @@ def test_a_mask_off_by_one_would_be_seen(worker):
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder))
-        patch.setenv("HF_DATASETS_CACHE", str(folder))  # for subprocesses
-        # a run on one rank and a run on two are to be compared to the last digits: both on the CPU
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        patch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    with alone_on_the_cpu(tmp_path_factory.mktemp("cache")) as folder:
         yield folder
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -470,6 +457,25 @@ def test_a_resumed_run_on_the_host_is_the_uninterrupted_one(base, tmp_path):
     resumed = run(tmp_path / "resumed", flags, resume_from_checkpoint=checkpoint)
     assert [step["step"] for step in resumed.metrics] == [6, 7, 8]
     assert_same_bits(resumed, through._replace(metrics=through.metrics[5:]))
+
+
+def test_a_resumed_run_decays_by_its_own_flag(base, tmp_path, monkeypatch):
+    seen, save = [], grpo_zero3.save_model
+
+    def save_model(args, engine, *others):
+        seen.append([group["weight_decay"] for group in engine.optimizer.param_groups])
+        save(args, engine, *others)
+
+    monkeypatch.setattr(grpo_zero3, "save_model", save_model)
+    flags = {**base, "max_completion_length": 2, "save_steps": 1}
+    run(tmp_path, flags, weight_decay=0.1, max_steps=1)
+    more = {"max_steps": 2, "resume_from_checkpoint": "latest"}
+    run(tmp_path, flags, weight_decay=0.2, **more)
+    assert seen == [[0.1, 0.0], [0.2, 0.0]]
+    groups = grpo_zero3.parameter_groups
+    monkeypatch.setattr(grpo_zero3, "parameter_groups", lambda *args: groups(*args)[:1])
+    with pytest.raises(Refusal, match="checkpoint-2 holds the state of another optimizer"):
+        run(tmp_path, flags, **{**more, "max_steps": 3})
 
 
 def test_the_newest_checkpoints_are_kept(runs):

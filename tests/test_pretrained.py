@@ -7,11 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 from grpo_cases import DEMO_MODEL, write_model
-from helpers import documents, inputs, tiny_model, worst
+from helpers import alone_on_the_cpu, documents, inputs, tiny_model, worst, write_jsonl
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
@@ -36,18 +35,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder))
-        patch.setenv("HF_DATASETS_CACHE", str(folder))  # for subprocesses
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with alone_on_the_cpu(tmp_path_factory.mktemp("cache")) as folder:
         yield folder
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def loaded(name, **options):

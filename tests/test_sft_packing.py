@@ -21,7 +21,16 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import FROZEN, documents, freeze_first, gradients, tiny_model, worst
+from helpers import (
+    FROZEN,
+    alone_on_the_cpu,
+    documents,
+    freeze_first,
+    gradients,
+    tiny_model,
+    worst,
+    write_jsonl,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -52,19 +61,8 @@ VOCAB = 261
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder))
-        patch.setenv("HF_DATASETS_CACHE", str(folder))  # for subprocesses
-        # a run on one rank and a run on two are to be compared to the last digits: both on the CPU
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with alone_on_the_cpu(tmp_path_factory.mktemp("cache")) as folder:
         yield folder
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def write_model(path, family="llama", dtype=torch.float32, chat_template=None, **overrides):
@@ -1289,6 +1287,7 @@ def test_two_ranks_leave_a_checkpoint_that_one_rank_resumes(two_ranks, evaluated
 def test_an_error_on_the_first_rank_ends_the_other(base, tmp_path):
     returncode, stderr = torchrun(base, output_dir=tmp_path / "out", dataset_name=tmp_path / "none.jsonl")
     assert returncode != 0 and "none.jsonl does not exist" in stderr
+    assert "another rank cannot go on" in stderr and "Connection closed" not in stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -14,7 +14,7 @@ import transformers
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from common.flags import Refusal
+from common import Refusal
 from common.logps import head_computes
 
 try:

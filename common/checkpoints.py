@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from common.flags import Refusal
+from common import Refusal
 from common.reference import REFERENCE
 
 NAME = re.compile(r"checkpoint-(\d+)")

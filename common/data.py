@@ -19,8 +19,8 @@ from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.exceptions import DatasetNotFoundError
 from datasets.fingerprint import Hasher
 
+from common import Refusal
 from common.checkpoints import DISK_ERRORS
-from common.flags import Refusal
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 

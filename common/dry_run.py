@@ -23,7 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 from tqdm import tqdm
 
-from common.flags import Refusal
+from common import Refusal
 
 
 @contextmanager

@@ -10,22 +10,11 @@ import torch
 import torch.distributed as dist
 from transformers import HfArgumentParser
 
-
-class Refusal(ValueError):
-    """What the user asked for cannot be done; the message names the value, the limit and the remedy.
-
-    A class of its own, so that a script's end can tell it from a mistake in the script: a refusal is shown as
-    one line, everything else with its traceback.
-    """
+from common import Refusal, refuse
 
 
 def flag(default, text):
     return field(default=default, metadata={"help": text})
-
-
-def refuse(wrong, message):
-    if wrong:
-        raise Refusal(message)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import os
 import torch
 import torch.distributed.tensor  # Liger 0.8.0 uses this module without importing it
 
-from common.flags import Refusal
+from common import Refusal
 
 
 def check_liger(model_type=None):

@@ -1,7 +1,5 @@
 """Log-probabilities without the [N, V] logits: the head runs over chunks of tokens, and no chunk is kept.
 
-from common.flags import Refusal
-
 N = 16,384 tokens over V = 151,936 is 9.3 GiB of fp32 logits, and as much again for their gradient; a chunk
 of 256 tokens is 0.15 GiB. Results are exact: every chunk sees the whole vocabulary.
 """
@@ -10,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from common.flags import Refusal
+from common import Refusal
 
 VOCAB_BLOCK = 8192  # rows of the weight's gradient made at once where they need a cast: block * H elements
 

@@ -36,7 +36,7 @@ from torch.cuda._pin_memory_utils import pin_memory, unpin_memory
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
-from common.flags import Refusal
+from common import Refusal
 
 MIN_BYTES = 2**16  # below, launching a copy costs more than it frees
 ALIGNMENT = 512  # of the pieces of the slab, as CUDA aligns its own blocks

@@ -31,7 +31,8 @@ from transformers.initialization import no_init_weights
 from transformers.utils import cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from common.flags import Refusal, together
+from common import Refusal
+from common.flags import together
 from common.reference import sum_bits
 
 

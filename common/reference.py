@@ -9,7 +9,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from common.flags import Refusal
+from common import Refusal
 
 REFERENCE = "reference_logps.safetensors"  # in output_dir
 

@@ -14,7 +14,7 @@ import sys
 import traceback
 from decimal import Decimal
 
-from common.flags import Refusal, refuse
+from common import Refusal, refuse
 
 # In 10-7 the second number is 7, and in 1,2,3 the last one is 3. Exponents, as Python writes floats: 1e-05.
 NUMBER = re.compile(

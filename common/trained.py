@@ -1,6 +1,6 @@
 """What of a model is trained: parameters that require a gradient. A frozen one costs its weight, no more."""
 
-from common.flags import Refusal
+from common import Refusal
 
 
 def trained(model):

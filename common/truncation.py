@@ -2,7 +2,7 @@
 together.
 """
 
-from common.flags import Refusal
+from common import Refusal
 
 OVERFLOW = ("truncate", "split", "drop", "error")
 TRUNCATION_MODES = ("keep_start", "keep_end")

@@ -1,21 +1,24 @@
-"""Sequences -> the batch that the model sees: padded (the baseline) or one flat row without a padding
-token.
-"""
+"""Sequences -> the batch that the model sees: padded (the baseline), or one flat row without padding."""
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 IGNORE = -100  # transformers' and cross_entropy's "not scored"
 
 
-def _check(sequences):
+def _tensors(sequences):
+    """input_ids and labels of each sequence, (T_i,) int64; each first label is -100."""
     if len(sequences) == 0:
         raise ValueError("no sequences: a batch needs at least one.")
-    for i, sequence in enumerate(sequences):
-        if len(sequence["input_ids"]) != len(sequence["labels"]):
-            lengths = f"{len(sequence['input_ids'])} input_ids and {len(sequence['labels'])} labels"
-            raise ValueError(f"sequence {i} has {lengths}; they must be of one length.")
-        if len(sequence["input_ids"]) == 0:
-            raise ValueError(f"sequence {i} is empty; drop it before batching.")
+    input_ids = [torch.tensor(s["input_ids"], dtype=torch.int64) for s in sequences]
+    labels = [torch.tensor(s["labels"], dtype=torch.int64) for s in sequences]
+    for i, (ids, marks) in enumerate(zip(input_ids, labels)):
+        if len(ids) != len(marks) or len(ids) == 0:
+            lengths = f"{len(ids)} input_ids and {len(marks)} labels"
+            raise ValueError(f"sequence {i} has {lengths}; they must be of one length, at least 1.")
+        # Without this, the last token of one document would be trained to predict the first of the next.
+        marks[0] = IGNORE
+    return input_ids, labels
 
 
 def _offsets(lengths):
@@ -25,9 +28,8 @@ def _offsets(lengths):
 def pad(sequences, pad_token_id):
     """Stack B sequences, padded on the right to the longest: B * max(T_i) tokens.
 
-    Args:    sequences: dicts with input_ids and labels, lists of one length T_i >= 1; labels -100 = not
-             scored. pad_token_id: may equal a real token's id: the mask comes from the lengths, never from
-             the ids.
+    Args:    sequences: dicts with input_ids and labels, lists of one length T_i >= 1; labels -100 = unscored.
+             pad_token_id: may equal a real token's id: the mask comes from the lengths, never from the ids.
     Returns: input_ids, attention_mask, labels (B, T) int64. Each sequence's first label is -100.
     Raises:  ValueError for no sequences, an empty one, or lists of different lengths.
 
@@ -35,25 +37,18 @@ def pad(sequences, pad_token_id):
     >>> batch["input_ids"].tolist(), batch["labels"].tolist(), batch["attention_mask"].tolist()
     ([[5, 6], [7, 0]], [[-100, 6], [-100, -100]], [[1, 1], [1, 0]])
     """
-    _check(sequences)
-    shape = len(sequences), max(len(s["input_ids"]) for s in sequences)
-    input_ids = torch.full(shape, pad_token_id)
-    labels = torch.full(shape, IGNORE)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
-    for b, sequence in enumerate(sequences):
-        length = len(sequence["input_ids"])
-        input_ids[b, :length] = torch.as_tensor(sequence["input_ids"])
-        labels[b, :length] = torch.as_tensor(sequence["labels"])
-        attention_mask[b, :length] = 1
-    labels[:, 0] = IGNORE
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    input_ids, labels = _tensors(sequences)
+    return {
+        "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=pad_token_id),
+        "attention_mask": pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),
+    }
 
 
 def flatten(sequences):
     """Join B sequences into one flat row: sum(T_i) tokens, no padding.
 
-    Args:    sequences: dicts with input_ids and labels, lists of one length T_i >= 1; labels -100 = not
-             scored.
+    Args:    sequences: dicts with input_ids and labels, lists of one length T_i >= 1; labels -100 = unscored.
     Returns: input_ids, labels, position_ids (1, N) int64; cu_seq_lens_q, cu_seq_lens_k (B+1,) int32;
              max_length_q, max_length_k int. Each document's first label is -100: nothing precedes it.
     Raises:  ValueError for no sequences, an empty one, or lists of different lengths.
@@ -63,22 +58,39 @@ def flatten(sequences):
     >>> row["position_ids"].tolist(), row["labels"].tolist()
     ([[0, 1, 0]], [[-100, 6, -100]])
     """
-    _check(sequences)
-    lengths = [len(s["input_ids"]) for s in sequences]
-    offsets = _offsets(lengths)
-    input_ids = torch.cat([torch.as_tensor(s["input_ids"], dtype=torch.int64) for s in sequences])
-    labels = torch.cat([torch.as_tensor(s["labels"], dtype=torch.int64) for s in sequences])
-    # Without this, the last token of one document would be trained to predict the first of the next.
-    labels[offsets[:-1].long()] = IGNORE
+    input_ids, labels = _tensors(sequences)
+    lengths = [len(ids) for ids in input_ids]
     return {
-        "input_ids": input_ids[None],
-        "labels": labels[None],
+        "input_ids": torch.cat(input_ids)[None],
+        "labels": torch.cat(labels)[None],
         "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
-        "cu_seq_lens_q": offsets,
-        "cu_seq_lens_k": offsets,
+        "cu_seq_lens_q": _offsets(lengths),
+        "cu_seq_lens_k": _offsets(lengths),
         "max_length_q": max(lengths),
         "max_length_k": max(lengths),
     }
+
+
+def add_scored(batch):
+    """What the loss head sees of a batch of `pad` or `flatten`, beside that batch.
+
+    Args:    batch: labels (B, T) int64; each sequence's first label is -100.
+    Returns: batch with score_index (M,) int64: which flattened position, of B * T, predicts the m-th scored
+             token; score_ids (M,) int64: that token.
+
+    >>> batch = add_scored(pad([{"input_ids": [5, 6], "labels": [5, 6]}] * 2, 0))
+    >>> batch["score_index"].tolist(), batch["score_ids"].tolist()
+    ([0, 2], [6, 6])
+    """
+    # position t predicts the label at t + 1
+    targets = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE).flatten()
+    score_index = (targets != IGNORE).nonzero()[:, 0]
+    return batch | {"score_index": score_index, "score_ids": targets[score_index]}
+
+
+def count_padding(batch):
+    """How many of a batch's tokens are padding: 0 in a flat row, which has no mask."""
+    return int((batch["attention_mask"] == 0).sum()) if "attention_mask" in batch else 0
 
 
 def flatten_shared_prompt(groups):
@@ -128,7 +140,6 @@ def flatten_shared_prompt(groups):
             lengths_q.append(length)
             lengths_k.append(prompt_length + length)
             completion_lengths.append(length)
-    score_index = torch.tensor(score_index)
     labels = torch.tensor(labels)
     return {
         "input_ids": torch.tensor(input_ids)[None],
@@ -139,7 +150,7 @@ def flatten_shared_prompt(groups):
         "max_length_q": max(lengths_q),
         "max_length_k": max(lengths_k),
         "kv_index": torch.tensor(kv_index),
-        "score_index": score_index,
+        "score_index": torch.tensor(score_index),
         "score_ids": labels[labels != IGNORE],
         "completion_lengths": torch.tensor(completion_lengths),
     }

@@ -1,11 +1,7 @@
-"""Datasets by name -> rows -> token ids, the same way in all three scripts; errors name file and line, or
-example.
-"""
+"""Datasets by name -> rows -> token ids, in all three scripts; errors name file and line, or the example."""
 
-import errno
 import hashlib
 import json
-import os
 import re
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +12,9 @@ import pandas as pd
 import transformers
 from datasets import DatasetDict, Features, Value, load_dataset, load_from_disk
 from datasets.data_files import DataFilesDict, DataFilesList
-from datasets.exceptions import DatasetNotFoundError
 from datasets.fingerprint import Hasher
 
-from common import Refusal
-from common.checkpoints import DISK_ERRORS
+from common import Refusal, refuse
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -36,60 +30,45 @@ def load_rows(name, split="train"):
     path = Path(name)
     try:
         if path.is_dir():
-            rows = _load_folder(path, split)
+            rows = load_from_disk(name)
         elif path.is_file():
             rows = _load_file(path)
         elif path.suffix in BUILDERS or name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise Refusal(f"dataset {name} does not exist: no such file or folder.")
         else:
-            rows = _load_from_hub(name, split)
-    except OSError as error:
-        raise Refusal(f"dataset {name} cannot be read: {error}") from error
-    if len(rows) == 0:
-        raise Refusal(f"dataset {name} is empty.")
-    return rows
-
-
-def _load_folder(path, split):
-    try:
-        rows = load_from_disk(str(path))
-    except (FileNotFoundError, IndexError) as error:  # IndexError: no rows
-        raise Refusal(f"folder {path} is empty, or was not written by save_to_disk: {error}") from error
-    if isinstance(rows, DatasetDict):
-        if split not in rows:
-            raise Refusal(f"{path} has no split {split!r}, only {', '.join(rows)}.")
-        rows = rows[split]
-    return rows
-
-
-def _load_from_hub(name, split):
-    try:
-        with cache_errors_named():
-            return load_dataset(name, split=split)
+            with cache_errors_named():
+                rows = load_dataset(name, split=split)
     except Refusal:
         raise
-    except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError) as error:
-        raise Refusal(
-            f"dataset {name} is neither a local path nor to be had from the Hub: {error}"
-        ) from error
+    except Exception as error:  # pyarrow, pandas and datasets raise a dozen types for what is bad or missing
+        raise Refusal(f"dataset {name} is empty, or cannot be read: {error.__cause__ or error!r}") from error
+    if isinstance(rows, DatasetDict):
+        refuse(split not in rows, f"dataset {name} has no split {split!r}, only {', '.join(rows)}.")
+        rows = rows[split]
+    refuse(len(rows) == 0, f"dataset {name} is empty.")
+    return rows
 
 
 def _load_file(path):
-    builder = BUILDERS.get(path.suffix)
-    if builder is None:
-        raise Refusal(f"{path} has suffix {path.suffix!r}; known are {', '.join(BUILDERS)}.")
-    if path.stat().st_size == 0:
-        raise Refusal(f"dataset {path} is empty.")
+    known = ", ".join(BUILDERS)
+    refuse(path.suffix not in BUILDERS, f"{path} has suffix {path.suffix!r}; known are {known}.")
     if path.suffix == ".jsonl":
         _check_lines(path)
-    try:
-        options = _cells_as_text(path) if builder == "csv" else {}
-        with cache_errors_named():
-            return load_dataset(builder, data_files=_this_file(path), split="train", **options)
-    except Refusal:
-        raise
-    except Exception as error:  # pyarrow, pandas and datasets raise a dozen types for a bad file
-        raise Refusal(f"{path} cannot be read as {builder}: {error.__cause__ or error}") from error
+    options = _cells_as_text(path) if path.suffix == ".csv" else {}
+    with cache_errors_named():
+        return load_dataset(BUILDERS[path.suffix], data_files=_this_file(path), split="train", **options)
+
+
+def _check_lines(path):
+    """Name the first line that is not a JSON object; readers of Arrow name none."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line.strip() or "{}")
+            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+                raise Refusal(f"{path}, line {number}: not valid JSON: {error}") from error
+            kind = type(row).__name__
+            refuse(kind != "dict", f"{path}, line {number}: a {kind}, but each line must be an object.")
 
 
 def _cells_as_text(path):
@@ -99,16 +78,14 @@ def _cells_as_text(path):
     column a 7.0.
     """
     start = pd.read_csv(path, nrows=1, dtype=str)
-    if len(start) and not isinstance(start.index, pd.RangeIndex):  # the first fields would be an index
-        raise Refusal(f"{path}: a line has more fields than the header has names.")
+    shifted = len(start) and not isinstance(start.index, pd.RangeIndex)  # the first fields are an index
+    refuse(shifted, f"{path}: a line has more fields than the header has names.")
     features = Features({name: Value("string") for name in start.columns})
     return {"features": features, "keep_default_na": False, "na_values": [""]}
 
 
 def _this_file(path):
-    """What load_dataset takes as one file: it reads a plain name as a pattern, in which [, ] and * have a
-    meaning, and :: as "within".
-    """
+    """What load_dataset takes as one file: in a plain name, [ ] * ? make a pattern, and :: means "within"."""
     path = path.resolve()
     changed = f"{path.stat().st_mtime_ns} {path.stat().st_size}"  # a part of the cache's key
     if "::" in str(path):
@@ -123,17 +100,15 @@ def _this_file(path):
 
 @contextmanager
 def cache_errors_named():
-    """A cache that cannot be written is named as the cache: what datasets raises names neither it nor the
-    data.
-    """
+    """A cache that cannot be written is named: what datasets raises names neither it nor the data."""
     try:
         yield
     except Exception as error:
         for cause in (error, error.__cause__, error.__context__):
-            if isinstance(cause, OSError) and cause.errno in (*DISK_ERRORS, errno.ENOTDIR, errno.EEXIST):
+            if isinstance(cause, OSError) and cause.errno:  # those about a dataset come without a number
+                folder, remedy = datasets.config.HF_DATASETS_CACHE, "set HF_DATASETS_CACHE to another one."
                 raise Refusal(
-                    f"the cache of datasets {datasets.config.HF_DATASETS_CACHE} cannot be written: {cause}; "
-                    "set HF_DATASETS_CACHE to another folder."
+                    f"the cache of datasets {folder} cannot be written: {cause}; {remedy}"
                 ) from error
         raise
 
@@ -151,49 +126,36 @@ def map_rows(rows, function, code, **options):
         return rows.map(function, cache_file_name=str(folder / f"{key}.arrow"), **options)
 
 
-def _check_lines(path):
-    """Raise ValueError with the number of the first line that is not a JSON object; readers of Arrow name
-    none.
-    """
-    number = 0
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.strip())
-            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-                raise Refusal(f"{path}, line {number}: not valid JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise Refusal(
-                    f"{path}, line {number}: a {type(row).__name__}, but each line must be an object."
-                )
-
-
 def source_hash(script):
     """Names the text of a script, of this file and of those beside it."""
     files = [Path(script), *sorted(Path(__file__).parent.glob("*.py"))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def check_token_ids(examples, vocab_size, name, columns=("input_ids",)):
-    """Raise ValueError if a datasets.Dataset holds an id in `columns` that the model has no embedding for."""
-    batches = examples.with_format("numpy").iter(1_000)
-    largest = max(
-        int(np.concatenate(list(batch[column])).max(initial=0)) for batch in batches for column in columns
-    )
-    if largest >= vocab_size:
-        raise Refusal(
-            f"{name}: token id {largest} is outside the vocabulary of {vocab_size}. Tokenizer and model do "
-            "not belong together, or the embedding was not resized for added tokens."
-        )
+def named(function, name):
+    """function(example, index), whose Refusals then begin with the dataset's name and the example's index.
 
+    >>> named(lambda example, index: check_row(example, ["text"]), "rows.csv")({"text": None}, 7)
+    Traceback (most recent call last):
+    common.Refusal: rows.csv, example 7: text is None; wanted: a string.
+    """
+
+    # map_rows hashes a closure by its code and by what it holds: `function` is a part of the cache's key
+    def with_name(example, index):
+        try:
+            return function(example, index)
+        except Refusal as error:
+            raise Refusal(f"{name}, example {index}: {error}") from error
+
+    return with_name
+
+
+# --- What a row may hold ---
 
 # Columns of TRL's datasets that these scripts do not follow: a row in which one holds something is refused.
 NOT_SUPPORTED = ("tools", "images", "image", "videos", "video", "audios", "audio")
-# Arguments of apply_chat_template that a row's chat_template_kwargs may not set.
-SET_HERE = ("tokenize", "return_dict", "return_assistant_tokens_mask", "tools", "documents")
-SET_HERE += ("add_generation_prompt", "continue_final_message")
+KINDS = {"messages": {list: "a list of messages"}, "text": {str: "a string"}}
+ANY_KIND = {str: "a string", list: "a list of messages"}
 
 
 def check_row(example, columns):
@@ -205,86 +167,43 @@ def check_row(example, columns):
     for column in NOT_SUPPORTED:
         if example.get(column) and example[column] not in ("[]", "null"):  # TRL's tools may be JSON
             raise Refusal(f"{column} is {example[column]!r}, which these scripts do not support.")
-    template_kwargs = example.get("chat_template_kwargs") or {}
-    if not isinstance(template_kwargs, dict) or set(template_kwargs) & set(SET_HERE):
-        raise Refusal(
-            f"chat_template_kwargs is {template_kwargs!r}; wanted: a dict for the chat template, without "
-            f"{', '.join(SET_HERE)}."
-        )
-    conversations = []
     for column in columns:
-        value = example[column]
-        conversations.append(isinstance(value, list))
-        if isinstance(value, str) and _is_json_of_messages(value):
+        value, kinds = example[column], KINDS.get(column, ANY_KIND)
+        if isinstance(value, str) and re.fullmatch(r'\s*\[\s*\{.*"role".*\}\s*\]\s*', value, re.DOTALL):
             raise Refusal(f"{column} is messages as a JSON string, {value[:60]!r}..: load it (json.loads).")
-        kinds = {"messages": (list,), "text": (str,)}.get(column, (str, list))
-        if not isinstance(value, kinds) or value == []:
-            wanted = " or ".join({str: "a string", list: "a list of messages"}[kind] for kind in kinds)
-            raise Refusal(f"{column} is {value!r}; wanted: {wanted}.")
+        if not isinstance(value, tuple(kinds)) or value == []:
+            raise Refusal(f"{column} is {value!r}; wanted: {' or '.join(kinds.values())}.")
         for message in value if isinstance(value, list) else ():
             _check_message(message, column)
-    if len(set(conversations)) > 1:
-        raise Refusal(
-            f"{' and '.join(columns)} are partly strings and partly lists of messages: give all in one form, "
-            "or drop a prompt with which chosen and rejected begin."
-        )
+    mixed = f"{' and '.join(columns)} are partly strings and partly lists of messages: give all in one form."
+    refuse(len({type(example[column]) for column in columns}) > 1, mixed)
 
 
 def _check_message(message, column):
     fields = [message.get(name) if isinstance(message, dict) else None for name in ("role", "content")]
     if not all(isinstance(field, str) for field in fields):
         raise Refusal(f"{column} holds {message!r}; a message has a role and a content, both strings.")
-    if message.get("tool_calls"):
-        raise Refusal(f"{column} holds tool calls, which are not supported.")
-    if message.get("weight") not in (None, 1):
-        raise Refusal(
-            f"{column} holds a message of weight {message['weight']}; each scored token weighs the same: "
-            "leave the message out, or give the conversation as prompt and completion."
-        )
-
-
-def _is_json_of_messages(text):
-    if not text.lstrip().startswith("[{"):
-        return False
-    try:
-        return "role" in json.loads(text)[0]
-    except ValueError:
-        return False
-
-
-def template_kwargs(example):
-    """A row's own arguments for the chat template; Arrow fills keys that other rows have with nulls."""
-    return _without_nulls(example.get("chat_template_kwargs") or {})
+    refuse(message.get("tool_calls"), f"{column} holds tool calls, which are not supported.")
+    weight = message.get("weight")
+    refuse(
+        weight not in (None, 1), f"{column} holds a message of weight {weight}; all weigh 1: leave it out."
+    )
 
 
 def without_nulls(value):
-    """A text as it is; messages without the keys that hold null, for Arrow gives each message all keys that
-    any of them has, and templates ask which are there.
+    """Messages, or a dict, without the keys that hold null: Arrow gives each dict all keys that any of them
+    has, and templates ask which are there. Everything else as it is.
     """
-    return [_without_nulls(message) for message in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [without_nulls(message) for message in value]
+    if isinstance(value, dict):
+        return {name: field for name, field in value.items() if field is not None}
+    return value
 
 
-def _without_nulls(fields):
-    return {name: value for name, value in fields.items() if value is not None}
-
-
-def check_chat_template(tokenizer, name, model_name, assistant_only_loss=False):
-    """Raise Refusal if there is no chat template for the conversations of the dataset `name`, or none that
-    marks the assistant's turns.
-    """
-    if tokenizer.chat_template is None:
-        raise Refusal(f"{name} holds conversations, but {model_name} has no chat template.")
-    try:
-        template = tokenizer.get_chat_template()  # of several named ones, the default
-    except ValueError as error:
-        raise Refusal(
-            f"{name} holds conversations; of the chat templates of {model_name}: {error}"
-        ) from error
-    if assistant_only_loss and not re.search(r"\{%-?\s*generation\s*-?%\}", template):
-        raise Refusal(
-            f"--assistant_only_loss: the chat template of {model_name} marks no assistant turns with "
-            f"{{% generation %}}; it begins {template[:60]!r}."
-        )
+def template_kwargs(example):
+    """A row's own arguments for the chat template."""
+    return without_nulls(example.get("chat_template_kwargs") or {})
 
 
 def unused_columns(rows, used):
@@ -302,17 +221,44 @@ def check_repeats(name, repeats):
     if sum(repeats) > len(repeats) / 2:
         raise Refusal(
             f"{name}: in {sum(repeats)} of {len(repeats)} rows the completion begins with the whole prompt, "
-            "which would be trained twice: take the prompt off the completions, or drop the column prompt."
+            "which would be trained twice: take it off the completions, or drop the column prompt."
         )
+
+
+def check_token_ids(examples, vocab_size, name, columns=("input_ids",)):
+    """Raise ValueError if a datasets.Dataset holds an id in `columns` that the model has no embedding for."""
+    batches = examples.with_format("numpy").iter(1_000)
+    ids = (np.concatenate(list(batch[column])) for batch in batches for column in columns)
+    largest = max(int(part.max(initial=0)) for part in ids)
+    if largest >= vocab_size:
+        raise Refusal(
+            f"{name}: token id {largest} is outside the vocabulary of {vocab_size}: use the model's own "
+            "tokenizer, or resize the model's embedding for added tokens."
+        )
+
+
+def check_chat_template(tokenizer, name, model_name, assistant_only_loss=False):
+    """Raise Refusal if there is no chat template for the conversations of the dataset `name`, or none that
+    marks the assistant's turns.
+    """
+    try:
+        template = tokenizer.get_chat_template()  # of several named ones, the default
+    except ValueError as error:
+        raise Refusal(f"{name} is chats, but {model_name} has no chat template for them: {error}") from error
+    if assistant_only_loss and not re.search(r"\{%-?\s*generation\s*-?%\}", template):
+        raise Refusal(
+            f"--assistant_only_loss: the chat template of {model_name} marks no assistant turns with "
+            f"{{% generation %}}; it begins {template[:60]!r}."
+        )
+
+
+# --- Text and conversations -> token ids ---
 
 
 def end_token_ids(tokenizer, eos_token_id):
     """Ids that end a sequence: the tokenizer's EOS, and the model's own, one, several or None."""
-    ends = [tokenizer.eos_token_id, eos_token_id]
-    return sorted({i for end in ends if end is not None for i in (end if isinstance(end, list) else [end])})
-
-
-# --- Text and conversations -> token ids ---
+    own = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
+    return sorted({tokenizer.eos_token_id, *own} - {None})
 
 
 def text_ids(text, tokenizer):
@@ -320,7 +266,7 @@ def text_ids(text, tokenizer):
     but the text's own, for what follows a prompt goes on.
     """
     input_ids = tokenizer(text)["input_ids"]
-    bos, eos = getattr(tokenizer, "bos_token_id", None), tokenizer.eos_token_id
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is not None and input_ids[:2] == [bos, bos]:
         input_ids = input_ids[1:]
     if eos is not None and input_ids[-1:] == [eos]:
@@ -337,18 +283,23 @@ def end_with_eos(input_ids, tokenizer, end_ids=()):
     """
     eos = tokenizer.eos_token_id
     ends = {eos, *end_ids} - {None}
-    for end in range(len(input_ids), 0, -1):
-        if input_ids[end - 1] in ends:
-            if end == len(input_ids) or not tokenizer.decode(input_ids[end:]).strip():
-                return input_ids[:end]
-            break
+    length = next((n for n in range(len(input_ids), 0, -1) if input_ids[n - 1] in ends), None)
+    if length and not tokenizer.decode(input_ids[length:]).strip():
+        return input_ids[:length]
     return input_ids if eos is None else [*input_ids, eos]
 
 
 def render(messages, tokenizer, template_kwargs=None, **options):
-    """Messages -> what apply_chat_template makes of them: text, ids or a dict, as the options say."""
+    """Messages -> text, or what the options of apply_chat_template ask for.
+
+    Raises: Refusal where the template fails, or where a row's template_kwargs name what is set here.
+    """
+    fixed = {"tokenize": False, "add_generation_prompt": False, "continue_final_message": False}
+    fixed |= {"tools": None, "documents": None, "return_dict": True, "return_assistant_tokens_mask": False}
+    fixed |= options
     try:
-        return tokenizer.apply_chat_template(without_nulls(messages), **(template_kwargs or {}), **options)
+        # a name that is in both is a TypeError
+        return tokenizer.apply_chat_template(without_nulls(messages), **(template_kwargs or {}), **fixed)
     except Exception as error:  # a template is a program, and raises what it likes
         raise Refusal(f"the chat template fails: {error}") from error
 
@@ -358,19 +309,13 @@ def render_chat(messages, tokenizer, assistant_only_loss=False, template_kwargs=
 
     One that ends with the assistant ends with an end-of-sequence token, by end_with_eos.
     """
-    encoded = render(
-        messages,
-        tokenizer,
-        template_kwargs,
-        return_dict=True,
-        return_assistant_tokens_mask=assistant_only_loss,
-    )
+    options = {"tokenize": True, "return_assistant_tokens_mask": assistant_only_loss}
+    encoded = render(messages, tokenizer, template_kwargs, **options)
     input_ids = encoded["input_ids"]
-    scored = [bool(mark) for mark in encoded["assistant_masks"]] if assistant_only_loss else []
+    scored = list(map(bool, encoded["assistant_masks"])) if assistant_only_loss else [True] * len(input_ids)
     if messages[-1]["role"] == "assistant":
         input_ids = end_with_eos(input_ids, tokenizer, end_ids)
-    missing = len(input_ids) - len(scored)
-    return input_ids, scored[: len(input_ids)] + [True] * missing
+    return input_ids, [*scored, True][: len(input_ids)]  # one EOS longer, if any
 
 
 def encode_prompt(prompt, tokenizer, template_kwargs=None):
@@ -381,15 +326,10 @@ def encode_prompt(prompt, tokenizer, template_kwargs=None):
     """
     if isinstance(prompt, str):
         return text_ids(prompt, tokenizer)
-    return tokenizer(_render_prompt(prompt, tokenizer, template_kwargs), add_special_tokens=False)[
-        "input_ids"
-    ]
-
-
-def _render_prompt(prompt, tokenizer, template_kwargs, answered=True):
-    begun = answered and prompt[-1]["role"] == "assistant"
-    options = {"add_generation_prompt": answered and not begun, "continue_final_message": begun}
-    return render(prompt, tokenizer, template_kwargs, tokenize=False, **options)
+    begun = prompt[-1]["role"] == "assistant"
+    options = {"add_generation_prompt": not begun, "continue_final_message": begun}
+    text = render(prompt, tokenizer, template_kwargs, **options)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def encode_completion(
@@ -410,42 +350,36 @@ def encode_completion(
         return text_ids(prompt, tokenizer) if prompt else [], input_ids, [True] * len(input_ids)
     if prompt and completion[: len(prompt)] == prompt:  # a whole conversation, which repeats the prompt
         completion = completion[len(prompt) :]
-    if not completion:
-        raise Refusal("a completion holds the prompt and nothing else.")
-    if prompt and completion[0]["role"] != "assistant" and completion[0] in (prompt[0], prompt[-1]):
-        raise Refusal(
-            f"a completion begins with {completion[0]!r}, which is a part of the prompt as well: give it "
-            "without the prompt's messages, or with all of them."
-        )
-    messages, answered = [*prompt, *completion], completion[0]["role"] == "assistant"
-    if prompt and answered and prompt[-1]["role"] == "assistant":  # the turn that the prompt has begun
+    refuse(not completion, "a completion holds the prompt and nothing else.")
+    answered = completion[0]["role"] == "assistant"
+    if prompt and not answered and completion[0] in (prompt[0], prompt[-1]):
+        remedy = "give it without the prompt's messages, or with all of them."
+        raise Refusal(f"a completion begins with {completion[0]!r}, a part of the prompt as well: {remedy}")
+    messages = [*prompt, *completion]
+    begun = bool(prompt) and answered and prompt[-1]["role"] == "assistant"
+    if begun:  # one turn, which the completion goes on with
         turn = {**prompt[-1], **completion[0], "content": prompt[-1]["content"] + completion[0]["content"]}
         messages = [*prompt[:-1], turn, *completion[1:]]
     input_ids, scored = render_chat(messages, tokenizer, assistant_only_loss, template_kwargs, end_ids)
     if not prompt:
         return [], input_ids, scored
-    whole = render(messages, tokenizer, template_kwargs, tokenize=False)
-    alone = _render_prompt(prompt, tokenizer, template_kwargs, answered)
-    if not whole.startswith(alone):
-        without = render(prompt, tokenizer, template_kwargs, tokenize=False)  # a generation prompt
-        begun = answered and prompt[-1]["role"] == "assistant"
-        if begun or not whole.startswith(without):
-            at = len(os.path.commonprefix([alone, whole]))
-            texts = [repr(text[max(0, at - 30) : at + 30]) for text in (alone, whole)]
-            raise Refusal(
-                "the chat template renders the prompt differently once the completion follows: around "
-                f"character {at}, {texts[0]} alone, {texts[1]} with it. So nobody can say where it ends: use "
-                "a template that renders it alike, or give prompt and completion as texts."
-            )
-    prompt_ids = tokenizer(alone, add_special_tokens=False)["input_ids"]
-    return prompt_ids, input_ids, scored
+    whole = render(messages, tokenizer, template_kwargs)
+    options = {"add_generation_prompt": answered and not begun, "continue_final_message": begun}
+    alone = render(prompt, tokenizer, template_kwargs, **options)
+    without_generation_prompt = alone if begun else render(prompt, tokenizer, template_kwargs)
+    if not whole.startswith((alone, without_generation_prompt)):
+        at = shared_prefix_length(alone, whole)
+        one, other = (text[max(0, at - 30) : at + 30] for text in (alone, whole))
+        raise Refusal(
+            f"the chat template renders the prompt differently once a completion follows, {one!r} alone, "
+            f"{other!r} with it: use one that renders it alike, or give prompt and completion as texts."
+        )
+    return tokenizer(alone, add_special_tokens=False)["input_ids"], input_ids, scored
 
 
 def shared_prefix_length(first, second):
-    """How many leading tokens two lists share: where a prompt ends if joint tokenisation differs at its
-    border.
+    """How many items two sequences begin with alike: of ids, where a prompt ends if joint tokenisation
+    differs at its border.
     """
-    length = 0
-    while length < min(len(first), len(second)) and first[length] == second[length]:
-        length += 1
-    return length
+    shortest = min(len(first), len(second))
+    return next((i for i in range(shortest) if first[i] != second[i]), shortest)

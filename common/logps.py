@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from common import Refusal
+from common.offload import keep_on_device
 
 VOCAB_BLOCK = 8192  # rows of the weight's gradient made at once where they need a cast: block * H elements
 
@@ -48,6 +49,31 @@ def nll_sum(hidden, weight, target_ids, *, bias=None, chunk_size=256):
     return _NllSum.apply(hidden, weight, bias, target_ids, chunk_size, torch.is_grad_enabled())
 
 
+def liger_nll_sum(hidden, weight, target_ids, *, bias=None):
+    """`nll_sum` by Liger's fused linear cross entropy, which chooses the size of its chunks itself.
+
+    The logits' gradients are written over the logits in forward, the gradients of hidden, weight and bias
+    are saved, and backward scales those in place: no hook may move saved tensors, and backward runs once.
+
+    Args:    hidden (N, H), weight (V, H), bias (V,) or None, of one dtype; target_ids (N,) int64, all scored.
+    Returns: () float32, with gradients for hidden, weight and bias, summed over chunks in fp32.
+    Raises:  ValueError if weight wants a gradient and hidden does not: Liger would leave it out.
+    """
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    if torch.is_grad_enabled() and weight.requires_grad and not hidden.requires_grad:
+        raise Refusal(
+            "Liger's cross entropy gives the head no gradient while nothing below it is trained: "
+            "drop --liger_cross_entropy."
+        )
+    if len(hidden) == 0:
+        # Liger divides by the number of tokens. Sums over nothing are 0, and so are their gradients.
+        nothing = [hidden.sum(), weight[:0].sum(), *([] if bias is None else [bias[:0].sum()])]
+        return sum(x.float() for x in nothing)
+    loss = LigerFusedLinearCrossEntropyLoss(reduction="sum", accum_dtype=torch.float32)
+    return loss(weight, hidden, target_ids, bias)
+
+
 @contextmanager
 def head_computes(model, function):
     """While inside, the model's output head returns function(hidden, weight, bias) instead of logits.
@@ -67,41 +93,29 @@ def head_computes(model, function):
             head.forward = before
 
 
-@torch.no_grad()
-def check_head(model, batch, max_tokens=64):
-    """Raise ValueError for a model that changes the logits after its head (softcap, scale): it would not be
-    exact.
+# What of a batch goes into the model's forward; everything else is the script's.
+INPUTS = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q")
+INPUTS += ("max_length_k", "kv_index")
 
-    Args:    batch: padded or flat (collators.py), on the model's device; only its first tokens are looked at.
+
+def at_scored(model, batch, compute):
+    """Run the model on a batch, and compute(hidden, weight, target_ids, bias) in the place of its logits.
+
+    Args:    batch: of collators.py, with score_index and score_ids; compute: function of hidden (M, H), the
+             hidden states that predict the M scored tokens, the head's weight (V, H), target_ids (M,) and the
+             head's bias (V,) or None. A prompt costs no logits.
+    Returns: what compute returned: it arrives as `model(..).logits`.
     """
-    inputs = {"input_ids": batch["input_ids"][:1, :max_tokens]}
-    if "cu_seq_lens_q" in batch:
-        length = min(max_tokens, int(batch["cu_seq_lens_q"][1]))
-        offsets = batch["cu_seq_lens_q"][:2].clamp(max=length)
-        inputs = {name: batch[name][:, :length] for name in ("input_ids", "position_ids")}
-        inputs |= {
-            "cu_seq_lens_q": offsets,
-            "cu_seq_lens_k": offsets,
-            "max_length_q": length,
-            "max_length_k": length,
-        }
-    passed = []
 
-    def keep(hidden, weight, bias):
-        passed.append(torch.nn.functional.linear(hidden, weight, bias))
-        return passed[0]
+    def head(hidden, weight, bias):
+        hidden = hidden.flatten(0, 1).index_select(0, batch["score_index"])
+        with keep_on_device():  # backward begins here: what this saves would come straight back
+            return compute(hidden, weight, batch["score_ids"], bias)
 
-    with head_computes(model, keep):
-        logits = model(**inputs, use_cache=False).logits
-    if not passed[0].isfinite().all():
-        raise Refusal(f"{type(model).__name__} gives logits that are not finite: its weights are broken.")
-    if not torch.equal(passed[0], logits):
-        names = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-        settings = {name: getattr(model.config.get_text_config(), name, None) for name in names}
-        raise Refusal(
-            f"{type(model).__name__} changes its logits after the output head ({settings}), which the "
-            "chunked loss does not follow. Choose another model, or write the change into common/logps.py."
-        )
+    inputs = {name: batch[name] for name in INPUTS if name in batch}
+    with head_computes(getattr(model, "module", model), head):  # DeepSpeed's engine holds the model
+        # With a cache or a mask, transformers ignores that position_ids restart: documents mix.
+        return model(**inputs, use_cache=False).logits
 
 
 def _check(hidden, weight, target_ids, chunk_size):

@@ -1,17 +1,37 @@
-"""The memory ledger: what a training step holds, measured in bytes, beside what the configuration
-predicts.
+"""The memory ledger: the bytes that a training step holds, measured, or counted without a GPU.
+
+A dry run takes the script's own step on tensors that have shapes and no storage, and counts bytes as a real
+run does.
 """
 
+import itertools
 import resource
 import statistics
 import sys
 import time
+import traceback
+from collections import Counter
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.distributed._tools.mem_tracker import MemTracker  # private: the only exact counter on a CPU
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import _disable_current_modes
+from tqdm import tqdm
 
-# private API: the only exact byte counter on a CPU
-from torch.distributed._tools.mem_tracker import MemTracker
+from common import Refusal
+from common.exactness import refusals_of
+from common.logps import two_chunks_only
 
 GIB = 2**30
 
@@ -60,102 +80,97 @@ class ByteCounter(MemTracker):
 
 
 class MemoryMeter:
-    """Measures training steps: on CUDA every step, from the allocator's statistics; on a CPU one step, by
-    MemTracker.
+    """Measures training steps: on CUDA all, by the allocator's statistics; on a CPU one, by MemTracker.
 
     Args:    model, optimizer; device: where the model runs; track: count on a CPU as well (slows that step).
              track_step: which call of `step` MemTracker watches; the second one finds the optimizer's state
-             there. offload: an OffloadActivations, for on_host: bytes that waited on the host at once.
-             others: further models that run in a step, frozen ones.
-    After:   measured: the most that any measured step held: parameters, gradients, optimizer, activations
-             (held when the loss head starts), loss_head (its own peak beyond that) and peak, in bytes of
-             this rank; empty if nothing was measured.
+             there. offload: an OffloadActivations, for on_host. others: further models, frozen ones.
+    After:   measured: the most that any measured step held, in bytes of this rank: parameters, gradients,
+             optimizer, and if steps were measured activations (held when the loss head starts), loss_head
+             (its own peak beyond that) and peak; peak_moment: in which part of the step it was.
     """
 
     def __init__(self, model, optimizer, device, track=False, track_step=2, offload=None, others=()):
         self.model, self.optimizer, self.device, self.offload = model, optimizer, device, offload
         self.track, self.track_step, self.calls = track and device.type == "cpu", track_step, 0
-        self.others = list(others)
-        self.measured = {}
-        self.largest_batch = None  # of the measured steps; of all steps if none was measured
+        self.others, self.tracker = list(others), None
+        self.measured, self.peak_moment = {}, ""
         self.counting = False  # whether MemTracker watched the latest step
-        self.tracker = None
 
     @contextmanager
     def step(self, batches):
         """Wrap one optimizer step: forwards, backwards and update; batches: its inputs, dicts of tensors.
 
-        A step without any batch computes nothing: it is not measured, and not counted.
+        A step without an update has computed nothing: it measures nothing.
         """
-        if not batches:
-            self.counting = False
-            yield
-            return
-        self.calls += 1
-        tracked = self.counting = self.track and self.calls == self.track_step
-        if tracked:
-            self.largest_batch = None
-        if tracked or not self.track or self.calls < self.track_step:
-            seen = batches if self.largest_batch is None else [self.largest_batch, *batches]
-            self.largest_batch = max(seen, key=lambda batch: batch["input_ids"].numel())
-        if self.device.type != "cuda" and not tracked:
-            yield
-            return
-        if tracked:
+        self.counting = self.track and self.calls + 1 == self.track_step
+        measures = self.counting or self.device.type == "cuda"
+        now = Counter()  # bytes by name; what no hook sets is 0
+        hooks = [self.optimizer.register_step_pre_hook(lambda *_: self._before_update(now))]
+        if measures:
+            hooks += self._phase_hooks(now)
+        if self.counting:
             self.tracker = ByteCounter()
             tensors = [v for batch in batches for v in batch.values() if torch.is_tensor(v)]
             self.tracker.track_external(self.model, *self.others, self.optimizer, *tensors)
-        now = {"activations": 0, "loss_head": 0, "peak": 0}
+        try:
+            with self.tracker or nullcontext():
+                if measures:
+                    self._reset_peak()
+                yield
+                if measures:
+                    self._note_peak(now, "in the optimizer's step")
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self.tracker = None
+        if "gradients" not in now:  # no update
+            self.counting = False
+            return
+        self.calls += 1
+        states = [v for state in self.optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
+        now |= {"parameters": _bytes(self.model.parameters()), "optimizer": _bytes(states)}
+        if self.others:
+            now["reference"] = _bytes(p for model in self.others for p in model.parameters())
+        if self.offload is not None:
+            now["on_host"] = self.offload.step_host_bytes
+        self.measured = {name: max(n, self.measured.get(name, 0)) for name, n in now.items()} | {
+            name: n for name, n in self.measured.items() if name not in now
+        }
+
+    def _before_update(self, now):
+        now["gradients"] = _bytes(p.grad for p in self.model.parameters() if p.grad is not None)
+        if "peak" in now:
+            self._note_peak(now, "in a backward")
+
+    def _phase_hooks(self, now):
         start = {}
 
         def forward_starts(*_):  # by now FSDP has gathered the outer weights: they are no activations
+            self._note_peak(now, "in a backward")
             start["forward"] = self._allocated() - _gather_buffer_bytes(self.model)
 
         def head_starts(*_):
-            now["peak"] = max(now["peak"], self._peak())
+            self._note_peak(now, "in a forward")
             start["head"] = self._reset_peak()
             held = start["head"] - _gather_buffer_bytes(self.model)
             now["activations"] = max(now["activations"], held - start["forward"])
 
         def head_ends(*_):
             now["loss_head"] = max(now["loss_head"], self._peak() - start["head"])
-
-        def update_starts(*_):
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            now["gradients"] = _bytes(gradients)
+            self._note_peak(now, "in the loss head")
 
         embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
-        hooks = [
+        return [
             embedding.register_forward_pre_hook(forward_starts),
             head.register_forward_pre_hook(head_starts),
             head.register_forward_hook(head_ends),
-            self.optimizer.register_step_pre_hook(update_starts),
         ]
-        try:
-            with self.tracker or nullcontext():
-                self._reset_peak()
-                yield
-                now["peak"] = max(now["peak"], self._peak())
-        finally:
-            for hook in hooks:
-                hook.remove()
-            self.tracker = None
-        states = [v for state in self.optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
-        if self.offload is not None:
-            now["on_host"] = self.offload.step_host_bytes
-        self.measured = {
-            "parameters": _bytes(self.model.parameters()),
-            **({"reference": _bytes(p for m in self.others for p in m.parameters())} if self.others else {}),
-            "gradients": now.pop("gradients"),
-            "optimizer": _bytes(states),
-            **{name: max(count, self.measured.get(name, 0)) for name, count in now.items()},
-        }
 
-    def peak_bytes(self):
-        """Highest so far: on CUDA allocated by tensors, on a CPU resident in the process."""
-        if self.device.type == "cuda" and self.measured:
-            return self.measured["peak"]
-        return peak_memory_bytes(self.device)
+    def _note_peak(self, now, moment):
+        if self._peak() > max(now["peak"], self.measured.get("peak", 0)):
+            self.peak_moment = moment
+        now["peak"] = max(now["peak"], self._peak())
 
     def _allocated(self):
         if self.tracker is None:
@@ -176,180 +191,226 @@ class MemoryMeter:
         return self._allocated()
 
 
-def predict_ledger(
-    config,
-    num_tokens,
-    num_scored,
-    *,
-    num_parameters,
-    num_trained=None,
-    gradient_checkpointing,
-    bf16,
-    chunk_size,
-    rows=1,
-    masked=False,
-    accumulates=False,
-    offload_min_bytes=None,
-    world=1,
-    num_keys=None,
-    num_masked=0,
-    head_recomputes=False,
-    num_frozen=0,
-):
-    """What one step of a Llama-like decoder (rotary, RMSNorm, gated MLP) will hold, from its configuration
-    alone.
-
-    Args:    config: a transformers configuration. num_tokens, num_scored: of the largest forward, padding
-             included. num_parameters: tied weights counted once; num_trained: of them, None = all; otherwise
-             activations and peak are upper bounds. rows: of a padded batch, 1 for a flat row; masked: whether
-             it holds any padding. accumulates: whether a step has several forwards.
-             offload_min_bytes: with offloading, storages from this size on wait on the host (offload.py).
-             num_keys: tokens that serve as keys, where shared prompts repeat some; num_masked: elements of
-             the masks that SDPA is given segment by segment. head_recomputes: the loss head makes its logits
-             again in backward (token_logps) instead of its gradient in forward (nll_sum). num_frozen:
-             parameters of further models.
-    Returns: {name: (formula, bytes)} for one rank, in the ledger's order; {} for other architectures.
-    """
-    needs = ("hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps", "num_key_value_heads")
-    experts = ("num_experts", "num_local_experts", "n_routed_experts")
-    # a model with a text model inside has other parts as well, which nothing here counts
-    known = config.get_text_config() is config and all(hasattr(config, name) for name in needs)
-    if not known or any(getattr(config, name, None) for name in experts):
-        return {}
-    h, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    vocabulary = config.vocab_size
-    head_dim = getattr(config, "head_dim", None) or h // config.num_attention_heads
-    q = config.num_attention_heads * head_dim
-    # a mask makes SDPA repeat keys and values for each query head
-    kv = q if masked else config.num_key_value_heads * head_dim
-    mask = num_tokens * (num_tokens // rows) if masked else 0  # B T T elements
-    c = 2 if bf16 else 4  # bytes of an activation
-    head_weight = vocabulary * h
-    in_layers = num_parameters - head_weight * (1 if config.tie_word_embeddings else 2)
-
-    # Saved by one layer for each token. Norms compute in fp32: in bf16 they keep an fp32 copy of their input.
-    norms = 2 * (8 * h if bf16 else 12 * h)  # input, normalised, scaled
-    joined = q if rows == 1 else 0  # a flat row's documents are joined after attention: a copy of its output
-    attention = c * (2 * q + joined)  # q, output
-    keys = c * 2 * kv * (num_keys or num_tokens)  # k, v
-    mlp = c * 4 * inner  # gate, silu(gate), up, their product
-    masks = c * (mask + num_masked)  # added as numbers
-    one_layer = num_tokens * (norms + attention + mlp) + keys + masks
-    # the last norm, the rotary cosines and sines, the mask as booleans
-    outside = num_tokens * norms // 2 + 2 * c * head_dim * num_tokens // rows + mask
-    if gradient_checkpointing:
-        formula, kept = f"layer inputs {c} N h L", num_tokens * c * h
-        recomputed = one_layer
-    else:
-        checkpointed = format_gib(num_tokens * c * h * layers + outside).strip()
-        formula, kept = f"all L layers (with checkpointing: {checkpointed})", one_layer
-        recomputed = 0
-    activations, prefetched, host = layers * kept + outside, 0, {}
-    if offload_min_bytes is not None and kept >= offload_min_bytes:
-        formula = f"of one layer (of all L: {format_gib(activations).strip()})"
-        activations, prefetched = kept + outside, kept
-        host = {"on_host": ("activations of L - 1 layers", (layers - 1) * kept)}
-    logits = 4 * num_scored * vocabulary
-    hidden = num_scored * h * c  # of the scored tokens; as much again for their gradient
-    chunk = min(chunk_size, num_scored) * vocabulary * (6 if bf16 else 4)
-    # the weight's gradient is summed up in fp32, and then cast
-    in_chunks = chunk + min(chunk_size, num_scored) * h * c
-    head_backward = 2 * hidden + 4 * head_weight + max(in_chunks, c * head_weight if bf16 else 0)
-    loss_head = hidden + chunk if head_recomputes else head_backward
-
-    num_trained = num_parameters if num_trained is None else num_trained
-    states = (4 * num_parameters + 8 * num_trained + 4 * num_frozen) // world
-    gradients = 4 * num_trained // world
-    sharded = bf16 or world > 1
-    # FSDP gathers what lies outside the layers for the whole step, and two layers at a time (one is
-    # prefetched)
-    gathered = c * ((num_parameters - in_layers) + 2 * in_layers // layers) if sharded else 0
-    before = states + gathered + (gradients if accumulates else 0)
-    at_head = before + activations + head_backward
-    # the last layer's backward: everything is still there, plus the gradients that flow
-    flowing = c * head_weight + c * num_tokens * (h + inner)
-    if sharded:  # one layer's gradient: as computed, in fp32 for the reduce-scatter, and this rank's part
-        flowing += (c + 4 + 4 // world) * in_layers // layers
-    in_last = before + activations + prefetched + recomputed + flowing
-    # the first layer's backward: the other layers' activations are gone, their gradients are there
-    own = in_layers // layers if sharded else 0  # in `flowing`
-    others = 0 if accumulates else min(4 * (in_layers - own) // world, gradients)
-    in_first = before + others + outside + (recomputed or kept) + flowing
-    # the second layer's: the first one's activations are back from the host, its gradient is not there
-    in_second = in_first - others // layers + prefetched
-    # the embedding's backward: a gradient of V * h of its own, and the head's, to which it is added if tied
-    extra = (1 if config.tie_word_embeddings else 0) + (1 if accumulates else 0)
-    at_end = states + gradients + c * head_weight * extra
-    if sharded:  # both are whole until all are there; then fp32 copies of them become this rank's part
-        outer = num_parameters - in_layers
-        reduced = 4 * outer + max(c * outer, 4 * outer // world)
-        at_end = (
-            states + min(4 * in_layers // world, gradients) + max(gathered + 2 * c * head_weight, reduced)
-        )
-        at_end += 4 * outer // world if accumulates else 0
-    moments = {
-        "at the loss head": at_head,
-        "in the last layer's backward": in_last,
-        "in the second layer's backward": in_second,
-        "in the first layer's backward": in_first,
-        "in the embedding's backward": at_end,
-    }
-    head_formula = "chunk x V" + ("" if head_recomputes else " + 4 V h")
-    share = (" trained P" if num_trained < num_parameters else " P") + (" / W" if world > 1 else "")
-    frozen = {"reference": ("fp32   4 P" + (" / W" if world > 1 else ""), 4 * num_frozen // world)}
-    return {
-        "parameters": ("fp32   4 P" + (" / W" if world > 1 else ""), 4 * num_parameters // world),
-        **(frozen if num_frozen else {}),
-        "gradients": (f"fp32   4{share}", gradients),
-        "optimizer": (f"AdamW  8{share}", 8 * num_trained // world),
-        "activations": (formula, activations),
-        "loss_head": (f"{head_formula} (all at once: {format_gib(logits).strip()})", loss_head),
-        "peak": (max(moments, key=moments.get), max(moments.values())),
-        **host,
-    }
-
-
-def format_gib(count):
-    """Bytes as GiB, with enough digits for a model of a few megabytes."""
-    if count is None:
-        return f"{'-':>10}"
-    return f"{count / GIB:10.2f}" if count >= GIB / 10 else f"{count / GIB:10.4f}"
-
-
-def memory_ledger(predicted, measured):
-    """Join the two sides into rows: dicts with name, formula, predicted and measured (bytes, or None)."""
-    names = [*predicted, *(name for name in measured if name not in predicted)]
-    return [
-        {
-            "name": name,
-            "formula": predicted[name][0] if name in predicted else "",
-            "predicted": predicted[name][1] if name in predicted else None,
-            "measured": measured.get(name),
-        }
-        for name in names
-    ]
-
-
-def format_ledger(title, rows):
-    """The table that a run ends with."""
-    if not rows:
-        return f"memory ledger  {title}: not predicted for this model, and not measured"
-    lines = [f"memory ledger  {title:<52}  predicted   measured   (GiB)"]
-    for row in rows:
-        name = row["name"].replace("_", " ")
-        lines.append(
-            f"{name:<16}{row['formula']:<51}{format_gib(row['predicted'])} {format_gib(row['measured'])}"
-        )
-    if any(row["formula"] for row in rows):
-        lines.append("P parameters, N tokens of a forward, h hidden size, L layers, V vocabulary, W ranks")
-    return "\n".join(lines)
-
-
 def peak_memory_bytes(device):
     """Highest so far: on CUDA allocated by tensors, on a CPU resident in the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# --- The table ---
+
+# What decides a row, and what makes it smaller; names as in MemoryMeter.measured, and of GRPO.
+WORDS = {
+    "parameters": ("this rank's share of the weights", "more ranks"),
+    "reference": ("a second model's weights", "--precompute_ref_log_probs, more ranks"),
+    "gradients": ("4 bytes for each trained weight", "more ranks, frozen layers"),
+    "bucket": ("gradients on their way to their shards", "reduce_bucket_size"),
+    "optimizer": ("fp32 states of the trained weights", "more ranks, frozen layers"),
+    "activations": ("kept for backward when the head starts", "checkpointing, offloading, shorter rows"),
+    "loss_head": ("a chunk's logits, the head's gradient", "--loss_chunk_size"),
+    "on_host": ("activations that waited on the host", ""),
+    "rollout_weights": ("whole at once in a rollout", "--gather_budget_gib"),
+    "kv_cache": ("keys and values of all completions", "fewer or shorter completions"),
+    "reference_on_host": ("the reference's shards", "more ranks"),
+}
+
+
+def ledger(counts, peak_moment):
+    """{name: bytes} -> rows for summary.json and the screen: name, bytes, decided_by, made_smaller_by."""
+    words = WORDS | {"peak": (peak_moment, "what makes that moment's rows smaller")}
+    return [
+        {"name": name, "bytes": counts[name], "decided_by": decided_by, "made_smaller_by": smaller}
+        for name, (decided_by, smaller) in words.items()
+        if name in counts
+    ]
+
+
+def format_ledger(title, rows):
+    """The table that a run ends with."""
+    lines = [f"memory ledger  {title}", f"{'':<18}{'GiB':>10}   {'decided by':<40}made smaller by"]
+    for row in rows:
+        name, gib = row["name"].replace("_", " "), row["bytes"] / GIB
+        shown = f"{gib:.2f}" if gib >= 0.1 else f"{gib:.4f}"  # of a model of a few megabytes
+        lines.append(f"{name:<18}{shown:>10}   {row['decided_by']:<40}{row['made_smaller_by']}".rstrip())
+    if not any(row["name"] == "peak" for row in rows):
+        lines.append("activations and peak: not measured; on a CPU --measure_memory counts one, slower, step")
+    return "\n".join(lines)
+
+
+# --- Memory before the GPU ---
+
+
+class PretendedRun:
+    """Stands in for a run.Run where tensors have no values: its numbers are ones that nobody needs."""
+
+    rank, pretends = 0, True
+
+    def __init__(self, world, mesh):
+        self.world, self.mesh, self.device = world, mesh, torch.device("cpu")
+
+    def sum(self, values):
+        return dict.fromkeys(values, 1.0)
+
+    max = sum
+
+    def value(self, tensor):
+        return 1.0
+
+    def to_device(self, batch):
+        return batch
+
+    def watch(self, phase):
+        pass
+
+
+@contextmanager
+def plans_uncounted():
+    """Hide from counters what DTensor plans an operation with: pretended tensors of whole size."""
+    plan = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def plan_uncounted(*args):
+        with _disable_current_modes():
+            return plan(*args)
+
+    ShardingPropagator._propagate_tensor_meta_non_cached = plan_uncounted
+    try:
+        yield
+    finally:
+        ShardingPropagator._propagate_tensor_meta_non_cached = plan
+
+
+@contextmanager
+def pretend(args, sharded=None):
+    """Inside, new tensors are pretended ones, on a pretended CPU. Yields a PretendedRun.
+
+    Real tensors may join them, and those that Python has to read (a row's boundaries) should stay real.
+
+    Args:   sharded: whether FSDP2 shards on args.dry_run_world_size ranks; None = as load_model decides.
+    Raises: ValueError for a model that looks at its tensors' values to decide what to compute.
+    """
+    world = args.dry_run_world_size
+    sharded = world > 1 or args.bf16 if sharded is None else sharded
+    mesh = None
+    if sharded:
+        dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+        mesh = init_device_mesh("cpu", (world,))
+    try:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        # The cache, which makes the rest twice as fast, would keep each storage alive that offloading sets.
+        mode.cache_enabled = not getattr(args, "activation_offloading", False)
+        with plans_uncounted(), two_chunks_only(), mode:
+            yield PretendedRun(world, mesh)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        # the innermost line that is not torch's own: the model's, or the script's
+        torchs_own = str(Path(torch.__file__).parent)
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [f for f in frames if not f.filename.startswith(torchs_own) and f.name != "__torch_dispatch__"]
+        line = f"{own[-1].filename}:{own[-1].lineno}: {own[-1].line}"
+        raise Refusal(
+            f"--dry_run has tensors without values, and this line reads one ({error}):\n{line}"
+        ) from error
+    finally:
+        if sharded:
+            dist.destroy_process_group()
+
+
+def count_step(step, batches, model, optimizer, offload=None, others=()):
+    """Count step(), an optimizer step over batches, on pretended tensors.
+
+    Returns: {name: bytes}, and the moment of the peak.
+    """
+    for parameter in model.parameters():  # the first step makes AdamW's moments: count a later one
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    meter = MemoryMeter(model, optimizer, torch.device("cpu"), True, 1, offload, others)
+    with meter.step(batches), refusals_of(model, "The dry run cannot go on."):
+        step()
+    return meter.measured, meter.peak_moment
+
+
+def longest_that_fits(peak_bytes, available_bytes, most, unit=64):
+    """The largest multiple of `unit` tokens below `most` whose peak is within available_bytes, or `most`; 0
+    if there is none.
+
+    Args: peak_bytes: function of a length in tokens, growing with it, in nearly straight lines.
+    """
+    if most < 1:
+        return 0
+    bytes_high = peak_bytes(most)
+    if most <= unit or bytes_high <= available_bytes:
+        return most if bytes_high <= available_bytes else 0
+    if (bytes_low := peak_bytes(unit)) > available_bytes:
+        return 0
+    low, high = unit, most  # the first fits, the second does not
+    for turn in itertools.count(1):
+        if high - low <= unit:
+            return low
+        # where the straight line between the two meets the border; now and then the middle, in case of a bend
+        share = 0.5 if turn % 3 == 0 else (available_bytes - bytes_low) / (bytes_high - bytes_low)
+        length = int(low + share * (high - low)) // unit * unit
+        length = min(max(length, low + unit), (high - 1) // unit * unit)
+        if (count := peak_bytes(length)) <= available_bytes:
+            low, bytes_low = length, count
+        else:
+            high, bytes_high = length, count
+
+
+def dry_run(args, check, count, changes, length_flag, most):
+    """Print the ledger of a pretended step, what single flags would save of its peak, and what fits.
+
+    Args:    args: the script's Arguments. check: raises ValueError for wrong ones; count: function of
+             Arguments: {name: bytes} of one rank, among them "peak", and when the peak is. changes: {what one
+             would type: {flag: value}}. length_flag: the flag whose largest fitting value --gpu_memory_gib
+             asks for; most: its largest value.
+    Returns: args, ledger; savings: {what one would type: bytes less at the peak}, the largest first, without
+             what is refused or changes less than a thousandth; length_flag; fits, longest: None without
+             --gpu_memory_gib.
+    """
+    counts, moment = count(args)
+    rows, peak = ledger(counts, moment), counts["peak"]
+    print(
+        format_ledger(f"{Path(args.model_name_or_path).name}  dry run  world {args.dry_run_world_size}", rows)
+    )
+    savings, fits, longest = {}, None, None
+    for text, change in tqdm(changes.items(), "Flags that may save memory", leave=False):
+        changed = replace(args, **change)
+        try:
+            check(changed)
+        except Refusal:
+            continue
+        saved = peak - count(changed)[0]["peak"] if changed != args else 0
+        if abs(saved) > peak / 1000:
+            savings[text] = saved
+    savings = dict(sorted(savings.items(), key=lambda item: -item[1]))
+    lines = ["single changes, at the peak (GiB)"] if savings else []
+    for text, saved in savings.items():
+        lines.append(f"{text:<67}{'saves' if saved >= 0 else 'costs'} {abs(saved) / GIB:10.4f}")
+    if args.gpu_memory_gib is not None:
+        available = int(args.gpu_memory_gib * GIB)
+        fits = peak <= available
+        with tqdm(desc="Lengths that may fit", unit="try", leave=False) as bar:
+
+            def peak_at(length):
+                bar.update()
+                return count(replace(args, **{length_flag: length}))[0]["peak"]
+
+            longest = longest_that_fits(peak_at, available, most)
+        verdict = "fits into" if fits else "does not fit into"
+        lines.append(
+            f"{verdict} {args.gpu_memory_gib:g} GiB; longest --{length_flag} that fits: {longest or 'none'}"
+        )
+    lines.append(
+        "leave room for what is not counted: CUDA context, NCCL, gaps between the allocator's blocks"
+    )
+    print("\n".join(lines))
+    found = {"savings": savings, "length_flag": length_flag, "fits": fits, "longest": longest}
+    return {"args": asdict(args), "ledger": rows, **found}
+
+
+# --- Activation offloading ---
 
 
 def measure_bandwidth(device, num_bytes=2**26, repetitions=5):
@@ -371,17 +432,22 @@ def measure_bandwidth(device, num_bytes=2**26, repetitions=5):
     return {"to_host": measure(on_host, on_device), "to_device": measure(on_device, on_host)}
 
 
-def traffic(report, bandwidth):
+def measure_traffic(offload, device):
     """Whether offloading hides: a layer's bytes over the bandwidth, against the layer's forward.
 
-    Forward is the tighter side: backward computes at least twice as long over the same bytes.
+    Forward is the tighter side: backward computes at least twice as long over the same bytes. On the pretend
+    device, where the same processor copies and computes, nothing hides.
 
-    Args:    report: OffloadActivations.report(); bandwidth: measure_bandwidth(device). On the pretend device,
-             where the same processor copies and computes, nothing hides, and no bandwidth is asked for.
-    Returns: the report with bytes_per_second, copy_seconds_per_layer and hides (None on the pretend device).
+    Args:    offload: an OffloadActivations that has trained, or None.
+    Returns: its report with bytes_per_second, copy_seconds_per_layer and hides (None on the pretend device);
+             None without offloading.
     """
+    if offload is None:
+        return None
+    report = offload.report()
     if report["pretend"]:
         return {**report, "bytes_per_second": None, "copy_seconds_per_layer": None, "hides": None}
+    bandwidth = measure_bandwidth(device)
     copy_seconds = report["bytes_per_layer"] / bandwidth["to_host"]
     hides = copy_seconds <= report["layer_seconds"]
     return {**report, "bytes_per_second": bandwidth, "copy_seconds_per_layer": copy_seconds, "hides": hides}

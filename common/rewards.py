@@ -35,7 +35,7 @@ def last_word(prompts, completions, answer, **columns):
     """
     words = [(text_of(c).split() or [""])[-1].rstrip(".") for c in completions]
     pairs = zip(words, (str(wanted).strip() for wanted in answer))
-    return [float(word == wanted or _equal(_as_number(word), _as_number(wanted))) for word, wanted in pairs]
+    return [float(word == wanted or _as_number(word) == _as_number(wanted)) for word, wanted in pairs]
 
 
 def last_number(prompts, completions, answer, **columns):
@@ -47,22 +47,18 @@ def last_number(prompts, completions, answer, **columns):
     [1.0, 1.0]
     """
     pairs = zip(map(text_of, completions), map(str, answer))
-    return [float(_equal(_find_number(text), _find_number(wanted))) for text, wanted in pairs]
+    return [float(_find_number(text) == _find_number(wanted)) for text, wanted in pairs]
 
 
 def _find_number(text):
     marked = NUMBER.search(text.split("####")[-1]) if "####" in text else None
     found = [marked.group()] if marked else NUMBER.findall(text)
-    return _as_number(found[-1]) if found else None
+    return _as_number(found[-1] if found else "")
 
 
 def _as_number(text):
-    """The number that the whole text is, or None. Exact: in a float, 20 digits would be rounded to 16."""
-    return Decimal(text.replace(",", "")) if NUMBER.fullmatch(text) else None
-
-
-def _equal(number, wanted):
-    return number is not None and number == wanted
+    """The number that the whole text is, or NaN, which equals nothing. Exact: floats keep 16 digits of 20."""
+    return Decimal(text.replace(",", "") if NUMBER.fullmatch(text) else "nan")
 
 
 BUILT_IN = {"last_word": last_word, "last_number": last_number}
@@ -95,57 +91,32 @@ def load_reward_funcs(names, columns):
     Raises:  ValueError for what cannot be found or called, wants a column that is not there, or does not take
              one that is.
     """
-    functions, taken = {}, [name for name in GIVEN if name in columns]
-    if taken:
-        raise Refusal(
-            f"the dataset's column {', '.join(taken)} has the name of what a reward is given: rename it."
-        )
+    taken = ", ".join(name for name in GIVEN if name in columns)
+    refuse(taken, f"the dataset's column {taken} has the name of what a reward is given: rename it.")
+    functions, given = {}, dict.fromkeys([*GIVEN, *columns])
     for name in map(str.strip, names.split(",")):
-        refuse(not name, f"--reward_funcs {names!r} names nothing between two commas, or at an end.")
-        module, colon, function = name.partition(":")
-        if not colon:
-            if name not in BUILT_IN:
-                raise Refusal(
-                    f"--reward_funcs {name}: choose {', '.join(BUILT_IN)}, or name a module:function."
-                )
-            functions[name] = BUILT_IN[name]
-        else:
-            if "" not in sys.path:
-                sys.path.insert(0, "")
-            try:
-                functions[name] = getattr(importlib.import_module(module), function)
-            except Exception as error:  # whatever the module's own code raises
-                raise Refusal(f"--reward_funcs {name} cannot be imported: {error}") from error
-        if not callable(functions[name]):
-            raise Refusal(
-                f"--reward_funcs {name} is {functions[name]!r}: wanted a function (prompts, completions, ..)."
-            )
+        functions[name] = _find_function(name)
         try:
-            parameters = inspect.signature(functions[name]).parameters.values()
-        except (TypeError, ValueError) as error:  # some that are written in C
-            raise Refusal(f"--reward_funcs {name} does not say what it takes: {error}") from error
-        wanted = [
-            parameter.name
-            for parameter in parameters
-            if parameter.default is parameter.empty
-            and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        ]
-        missing = set(wanted) - set(GIVEN) - set(columns)
-        if missing:
-            raise Refusal(
-                f"--reward_funcs {name} wants the column {', '.join(sorted(missing))}; beside "
-                f"{', '.join(GIVEN)} it is given {', '.join(sorted(columns)) or 'nothing'}."
-            )
-        left_over = [
-            given
-            for given in ("prompts", "completions", *sorted(columns))
-            if not _takes(functions[name], given)
-        ]
-        if left_over:
-            raise Refusal(
-                f"--reward_funcs {name} does not take {', '.join(left_over)}: add the parameter **columns."
-            )
+            inspect.signature(functions[name]).bind(**_arguments(functions[name], given))
+        except (TypeError, ValueError) as error:  # other parameters; not callable, or written in C
+            remedy = "add the parameter **columns for those that it does not read."
+            called = f"cannot be called with {', '.join(given)}: {error}"
+            raise Refusal(f"--reward_funcs {name} {called}; {remedy}") from error
     return functions
+
+
+def _find_function(name):
+    module, colon, function = name.partition(":")
+    if not colon:
+        known = ", ".join(BUILT_IN)
+        refuse(name not in BUILT_IN, f"--reward_funcs {name}: choose {known}, or name a module:function.")
+        return BUILT_IN[name]
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # the current folder
+    try:
+        return getattr(importlib.import_module(module), function)
+    except Exception as error:  # whatever the module's own code raises
+        raise Refusal(f"--reward_funcs {name} cannot be imported: {error}") from error
 
 
 def columns_read(functions, columns):
@@ -162,57 +133,45 @@ def _takes(function, name):
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
+def _arguments(function, arguments):
+    """What a function is called with: all arguments, but completion_ids only if it takes them."""
+    left_out = () if _takes(function, "completion_ids") else ("completion_ids",)
+    return {name: values for name, values in arguments.items() if name not in left_out}
+
+
 def call_rewards(functions, prompts, completions, columns, completion_ids):
     """Each function's rewards: {name: list of B finite floats}.
 
     Args:   prompts, completions (B); columns: {name: list of B values}; completion_ids: B lists of ids, for
             the functions that take them.
-    Raises: ValueError naming function, prompt and completion, if one raises (with its line), is async, or
-            returns no list, another count or something that is not a finite number.
+    Raises: ValueError naming the function, if it is async, or returns no list, or another count; with prompt
+            and completion, if it raises (with its line, too), or returns something that is no finite number.
     """
-    rewards, columns = {}, {**columns, "completion_ids": completion_ids}
+    rewards, arguments = {}, dict(zip(GIVEN, (prompts, completions, completion_ids))) | columns
     for name, function in functions.items():
         try:
-            values = _call(function, prompts, completions, columns)
+            values = _call(function, arguments)
         except (Exception, SystemExit) as error:  # a library's sys.exit would end the run without a word
-            i = _culprit(function, prompts, completions, columns)
-            raise Refusal(
-                f"reward {name} raised {type(error).__name__}: {error}{_place(error, function)}; "
-                f"{_pair(prompts, completions, i)}"
-            ) from error
-        if hasattr(values, "__await__") or hasattr(values, "__aiter__"):
-            if inspect.iscoroutine(values):
-                values.close()  # or Python would warn that nobody awaited it
-            raise Refusal(f"reward {name} is async: make it a plain function, e.g. with asyncio.run inside.")
-        if not isinstance(values, list):
-            raise Refusal(
-                f"reward {name} returned {values!r}; wanted: a list with a number for each completion; "
-                f"first: {_pair(prompts, completions, 0)}"
-            )
-        if len(values) != len(completions):
-            raise Refusal(
-                f"reward {name} returned {len(values)} numbers for {len(completions)} completions; first: "
-                f"{_pair(prompts, completions, 0)}"
-            )
+            raised = f"raised {type(error).__name__}: {error}{_place(error, function)}"
+            pair = _pair(arguments, _culprit(function, arguments))
+            raise Refusal(f"reward {name} {raised}; {pair}") from error
+        wanted = f"wanted: a list of {len(completions)} numbers, one for each completion, and nothing async."
+        refuse(not isinstance(values, list), f"reward {name} returned {values!r}; {wanted}")
+        refuse(len(values) != len(completions), f"reward {name} returned {len(values)} values; {wanted}")
         for i, value in enumerate(values):
             if not _is_finite(value):
-                raise Refusal(
-                    f"reward {name} returned {value!r}; wanted: a finite number; "
-                    f"{_pair(prompts, completions, i)}"
-                )
+                wanted = f"wanted: a finite number; {_pair(arguments, i)}"
+                raise Refusal(f"reward {name} returned {value!r}; {wanted}")
         rewards[name] = [float(value) for value in values]
     return rewards
 
 
-def _call(function, prompts, completions, columns):
+def _call(function, arguments):
     """What one function returns, as a list if it can be one: a generator's body runs, and raises, in here.
 
     It is given copies: what it changes in them, no other reward sees, and nobody trains on.
     """
-    prompts, completions, columns = copy.deepcopy((prompts, completions, columns))
-    if not _takes(function, "completion_ids"):
-        del columns["completion_ids"]
-    values = function(prompts=prompts, completions=completions, **columns)
+    values = function(**copy.deepcopy(_arguments(function, arguments)))
     number = not hasattr(values, "__iter__") or getattr(values, "ndim", 1) == 0  # a tensor of one number, too
     return values if number or isinstance(values, dict) else list(values)
 
@@ -228,21 +187,19 @@ def _place(error, function):
 def _is_finite(value):
     try:
         return math.isfinite(value)
-    # a list, a tensor of several numbers, 10**400
-    except (TypeError, ValueError, OverflowError, RuntimeError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # None, a list, 10**400, a tensor of several
         return False
 
 
-def _culprit(function, prompts, completions, columns):
+def _culprit(function, arguments):
     """The first completion for which the function raises alone; 0 if it only raises for all together."""
-    for i in range(len(completions)):
+    for i in range(len(arguments["completions"])):
         try:
-            one = {name: values[i : i + 1] for name, values in columns.items()}
-            _call(function, prompts[i : i + 1], completions[i : i + 1], one)
+            _call(function, {name: values[i : i + 1] for name, values in arguments.items()})
         except (Exception, SystemExit):
             return i
     return 0
 
 
-def _pair(prompts, completions, i):
-    return f"prompt {prompts[i]!r}, completion {completions[i]!r}"
+def _pair(arguments, i):
+    return f"prompt {arguments['prompts'][i]!r}, completion {arguments['completions'][i]!r}"

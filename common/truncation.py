@@ -1,8 +1,6 @@
-"""Length limits: what to do with an example that is too long. Ids, labels and masks are always cut
-together.
-"""
+"""Length limits: what to do with an example that is too long. Ids and labels are always cut together."""
 
-from common import Refusal
+from common import refuse
 
 OVERFLOW = ("truncate", "split", "drop", "error")
 TRUNCATION_MODES = ("keep_start", "keep_end")
@@ -10,8 +8,8 @@ TRUNCATION_MODES = ("keep_start", "keep_end")
 
 def check_limit(name, limit):
     """Raise ValueError unless `limit` is None (off) or a whole number >= 1."""
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise Refusal(f"{name} is {limit!r}; give a whole number >= 1, or leave it out.")
+    wrong = limit is not None and (type(limit) is not int or limit < 1)  # True is an int as well
+    refuse(wrong, f"{name} is {limit!r}; give a whole number >= 1, or leave it out.")
 
 
 def fit_to_length(input_ids, labels, max_length, overflow):
@@ -23,8 +21,7 @@ def fit_to_length(input_ids, labels, max_length, overflow):
              max_length tokens (the last may be shorter), "drop" returns nothing, "error" raises.
     Returns: a list of (input_ids, labels): one pair if it fits, no pair if dropped, several if split.
              The first token of a later piece has lost its context; collators do not score it.
-    Raises:  ValueError for a bad limit, an unknown overflow, lists of different lengths, or "error" and too
-             long.
+    Raises:  ValueError for a bad limit, an unknown overflow, unequal lengths, or "error" and too long.
 
     >>> fit_to_length([1, 2, 3], [-100, 2, 3], 2, "split")
     [([1, 2], [-100, 2]), ([3], [3])]
@@ -32,23 +29,15 @@ def fit_to_length(input_ids, labels, max_length, overflow):
     [([1, 2], [-100, 2])]
     """
     check_limit("max_length", max_length)
-    if overflow not in OVERFLOW:
-        raise Refusal(f"overflow is {overflow!r}; choose one of {', '.join(OVERFLOW)}.")
-    if len(input_ids) != len(labels):
-        raise Refusal(f"an example has {len(input_ids)} input_ids but {len(labels)} labels.")
-    if max_length is None or len(input_ids) <= max_length:
+    length, remedy = len(input_ids), "raise it, or choose overflow truncate, split or drop."
+    refuse(overflow not in OVERFLOW, f"overflow is {overflow!r}; choose one of {', '.join(OVERFLOW)}.")
+    refuse(length != len(labels), f"an example has {length} input_ids but {len(labels)} labels.")
+    if max_length is None or length <= max_length:
         return [(input_ids, labels)]
-    if overflow == "truncate":
-        return [(input_ids[:max_length], labels[:max_length])]
-    if overflow == "split":
-        starts = range(0, len(input_ids), max_length)
-        return [(input_ids[i : i + max_length], labels[i : i + max_length]) for i in starts]
-    if overflow == "drop":
-        return []
-    raise Refusal(
-        f"an example has {len(input_ids)} tokens, max_length is {max_length}. "
-        "Raise max_length, or choose overflow truncate, split or drop."
-    )
+    refuse(overflow == "error", f"an example has {length} tokens, max_length is {max_length}: {remedy}")
+    pieces = {"drop": 0, "truncate": 1}.get(overflow)  # None = all
+    starts = range(0, length, max_length)[:pieces]
+    return [(input_ids[i : i + max_length], labels[i : i + max_length]) for i in starts]
 
 
 def truncate_pair(
@@ -77,8 +66,8 @@ def truncate_pair(
     check_limit("max_prompt_length", max_prompt_length)
     check_limit("max_completion_length", max_completion_length)
     check_limit("max_length", max_length)
-    if truncation_mode not in TRUNCATION_MODES:
-        raise Refusal(f"truncation_mode is {truncation_mode!r}; choose keep_start or keep_end.")
+    unknown = truncation_mode not in TRUNCATION_MODES
+    refuse(unknown, f"truncation_mode is {truncation_mode!r}; choose keep_start or keep_end.")
     # list[-0:] would be the whole list: safe only because no limit is 0
     prompt_ids = list(prompt_ids)[-max_prompt_length:] if max_prompt_length else list(prompt_ids)
     completion_ids = list(completion_ids)[:max_completion_length]

@@ -1,0 +1,657 @@
+"""What surrounds any training loop: flags, ranks, the output folder, progress, metrics, the last page.
+
+A script's `main` opens a `Run`, asks it where to go on, and tells it of each step. Nothing here knows what a
+step computes.
+"""
+
+import faulthandler
+import itertools
+import json
+import math
+import operator
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+import datasets
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+from torch.distributed.device_mesh import init_device_mesh
+from tqdm import tqdm
+from transformers import HfArgumentParser, get_scheduler
+
+from common import Refusal, refuse
+from common.folders import (
+    PROGRESS,
+    check_output_dir,
+    commit_folder,
+    disk_errors_refused,
+    find_checkpoint,
+    fresh_folder,
+    prepare_output_dir,
+    rotate_checkpoints,
+)
+from common.memory import format_ledger, format_traffic, peak_memory_bytes
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# --- Arguments ---
+
+
+def flag(default, text, group="technique", **bounds):
+    """A field of a script's Arguments: its default, its line in --help, and bounds as in BOUNDS."""
+    return field(default=default, metadata={"help": text, "group": group, **bounds})
+
+
+BOUNDS = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt, "at_most": operator.le}
+DATA, TRAINING, MEMORY, FILES, DRY_RUN = (
+    "model and data",
+    "training",
+    "memory",
+    "progress and files",
+    "dry run",
+)
+
+
+@dataclass
+class RunArguments:
+    """The flags that all three scripts share; a script's own class gives other defaults where it has to."""
+
+    model_name_or_path: str = flag(str(ROOT / "demo/model"), "Hub name or folder of a causal LM", DATA)
+    dataset_name: str = flag("", "Hub name, file, or folder written by save_to_disk", DATA)
+    dataset_train_split: str = flag("train", "split of a Hub dataset to train on", DATA)
+    dataset_num_proc: int | None = flag(None, "processes that tokenise", DATA, at_least=1)
+
+    learning_rate: float = flag(1e-4, "peak of the schedule", TRAINING, at_least=0)
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = flag(
+        "linear", "how the learning rate decays", TRAINING
+    )
+    warmup_steps: int = flag(0, "steps of linear warm-up", TRAINING, at_least=0)
+    weight_decay: float = flag(
+        0.0, "AdamW's, of matrices: norms and biases do not decay", TRAINING, at_least=0
+    )
+    max_grad_norm: float = flag(
+        1.0, "clip the global gradient norm to this; 0 = no clipping", TRAINING, at_least=0
+    )
+    num_train_epochs: float = flag(1.0, "passes over the data", TRAINING, above=0)
+    max_steps: int = flag(-1, "optimizer steps, overriding num_train_epochs; -1 = off", TRAINING, at_least=-1)
+    seed: int = flag(0, "order of the data, and what is drawn", TRAINING, at_least=0)
+
+    gradient_checkpointing: bool = flag(True, "keep layers' inputs only; compute the rest again", MEMORY)
+    bf16: bool = flag(False, "compute in bfloat16; gradients and optimizer states stay in fp32", MEMORY)
+    loss_chunk_size: int = flag(256, "tokens per chunk of the loss head", MEMORY, at_least=1)
+
+    output_dir: str = flag("", "folder for model, checkpoints, metrics.jsonl and summary.json", FILES)
+    overwrite_output_dir: bool = flag(False, "replace the run that output_dir holds", FILES)
+    logging_steps: int = flag(
+        1, "refresh the bar every so many steps; metrics.jsonl has each", FILES, at_least=1
+    )
+    save_steps: int | None = flag(
+        None, "steps between checkpoints; None = only on SIGTERM", FILES, at_least=1
+    )
+    save_total_limit: int | None = flag(
+        None, "newest checkpoints that are kept; None = all", FILES, at_least=1
+    )
+    resume_from_checkpoint: str | None = flag(None, "a folder checkpoint-<step>, or latest", FILES)
+    check_exact: bool = flag(
+        True, "prove on a few tokens that this run computes what transformers does", FILES
+    )
+    collective_timeout_s: float = flag(
+        3600.0, "end a run in which nothing has moved for so many seconds", FILES, above=0, below=1e9
+    )
+
+    dry_run: bool = flag(False, "do not train: count the bytes of one step, from the configuration", DRY_RUN)
+    dry_run_world_size: int = flag(1, "the number of ranks to count for", DRY_RUN, at_least=1)
+    gpu_memory_gib: float | None = flag(None, "say what fits into so many GiB", DRY_RUN, above=0)
+
+
+def choices(hint):
+    """The values of a Literal, also of one or None; () for other types."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    return tuple(value for part in get_args(hint) for value in choices(part))
+
+
+def check_run_arguments(args):
+    """Raise Refusal for a value outside its flag's bounds, and for shared flags that contradict others."""
+    for each in fields(args):
+        value, bounds = getattr(args, each.name), {n: each.metadata[n] for n in BOUNDS if n in each.metadata}
+        if value is None:
+            continue
+        options = choices(each.type)
+        unknown = options and value not in options
+        refuse(unknown, f"--{each.name} is {value!r}; choose one of {', '.join(map(str, options))}.")
+        if bounds and not (math.isfinite(value) and all(BOUNDS[n](value, at) for n, at in bounds.items())):
+            wanted = " and ".join(f"{n.replace('_', ' ')} {at}" for n, at in bounds.items())
+            raise Refusal(f"--{each.name} is {value}; it must be finite, and {wanted}.")
+    refuse(args.max_steps == 0, "--max_steps 0: give a number >= 1, or -1 for num_train_epochs.")
+    constant = args.warmup_steps and args.lr_scheduler_type == "constant"
+    refuse(constant, f"--warmup_steps {args.warmup_steps} needs --lr_scheduler_type constant_with_warmup.")
+    both = args.overwrite_output_dir and args.resume_from_checkpoint
+    refuse(both, "--overwrite_output_dir removes what --resume_from_checkpoint needs: drop one of the two.")
+    counts = args.dry_run_world_size > 1 or args.gpu_memory_gib is not None
+    alone = "--dry_run_world_size and --gpu_memory_gib say what to count: add --dry_run."
+    refuse(counts and not args.dry_run, alone)
+    launched = args.dry_run and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    refuse(launched, "--dry_run is one process: start it with python; --dry_run_world_size names the ranks.")
+
+
+class Parser(HfArgumentParser):
+    """Shows the flags in their groups; transformers' own would hand a field's bounds on to argparse."""
+
+    def _parse_dataclass_field(self, parser, each):
+        title = each.metadata["group"]
+        known = {group.title: group for group in self._action_groups}
+        bare = field(default=each.default, metadata={"help": each.metadata["help"]})
+        bare.name, bare.type = each.name, each.type
+        super()._parse_dataclass_field(known.get(title) or self.add_argument_group(title), bare)
+
+
+def parse_arguments(arguments_class, words):
+    """Command-line words -> an instance of arguments_class.
+
+    --local_rank, which DeepSpeed's launcher adds, is ignored: the environment says the same.
+    """
+    ours = [word for word in words if not word.startswith(("--local_rank", "--local-rank"))]
+    args, unknown = Parser(arguments_class, usage="%(prog)s [flags]").parse_args_into_dataclasses(
+        ours, return_remaining_strings=True
+    )
+    refuse(unknown, f"unknown arguments: {' '.join(unknown)}; --help lists those that there are.")
+    return args
+
+
+def run_script(main, arguments_class):
+    """main(args) with what the command line says; a refusal, or a loss that is not finite, ends in code 2."""
+    try:
+        main(parse_arguments(arguments_class, sys.argv[1:]))
+    except (Refusal, FloatingPointError) as error:
+        kind = "ValueError" if isinstance(error, Refusal) else "FloatingPointError"
+        print(f"{kind}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def learning_rates(args, total_steps):
+    """The schedule as a function of the steps done: nothing that a checkpoint would have to hold."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
+    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, total_steps)
+    return lambda step: args.learning_rate * scheduler.lr_lambdas[0](step)
+
+
+# --- One process among several ---
+
+HUNG = 3  # the exit code of a run that the watchdog ends
+
+
+class Watchdog:
+    """A thread that ends the process if no phase begins within timeout_s seconds of the one before.
+
+    A lost rank leaves the others waiting in a collective, and the process group's own timeout names no phase.
+    """
+
+    def __init__(self, timeout_s, rank):
+        self.timeout_s, self.rank = timeout_s, rank
+        self.phase, self.since = "start", time.monotonic()
+        self.closed = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+
+    def begin(self, phase):
+        self.phase, self.since = phase, time.monotonic()
+
+    def close(self):
+        self.closed.set()
+        self.thread.join()
+
+    def _watch(self):
+        while not self.closed.wait(min(1.0, self.timeout_s / 4)):
+            phase, waited = self.phase, time.monotonic() - self.since
+            if waited > self.timeout_s:
+                print(
+                    f"rank {self.rank}: {phase}: nothing has moved for {waited:.0f} s, over "
+                    f"--collective_timeout_s {self.timeout_s}. Another rank is lost or hangs; or this phase "
+                    "is only slow (a large model or dataset, a reward that takes its time): then start again "
+                    f"with a larger limit, --collective_timeout_s {2 * self.timeout_s:g} for example.",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                faulthandler.dump_traceback(all_threads=True)
+                os._exit(HUNG)  # the main thread is inside a collective: no exception reaches it
+
+
+class Run:
+    """Ranks and device, the output folder, SIGTERM, and where the run stands; a context manager.
+
+        with Run(args, "SFT") as run:
+            run.resume(); run.match(..)
+            run.start(..)
+            for .. in ..:
+                with run.step(..):
+                    ..
+                run.log(..)
+                if run.save_when_due(..):
+                    return run.stopped()
+            return run.finish(..)
+
+    Attributes: rank, local_rank, world, device; checkpoint: the folder to resume from, or None;
+                progress: {"step": optimizer steps done, "updates": those of them that changed weights,
+                "epoch", "done": items done in it}, and what `match` adds: what progress.json holds.
+    """
+
+    pretends = False  # see memory.PretendedRun
+
+    def __init__(self, args, name, unfinished=()):
+        check_output_dir(args, unfinished)
+        self.args, self.name, self.stop = args, name, False
+        self.rank, self.local_rank, self.world = (
+            int(os.environ.get(name, default))
+            for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+        )
+        self.first = self.rank == 0
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", self.local_rank) if cuda else torch.device("cpu")
+        self.checkpoint, self.progress = None, {"step": 0, "updates": 0, "epoch": 0, "done": 0}
+        self.totals = {"seconds": 0.0, "num_tokens": 0, "padding": 0, "real_tokens": 0}
+
+    def __enter__(self):
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        self.owns_group = not dist.is_initialized()
+        if self.owns_group:
+            # torchrun and deepspeed describe the group in the environment; a single process makes its own
+            alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+            alone = {} if "WORLD_SIZE" in os.environ else alone
+            # longer than the watchdog's limit, which knows the phase
+            timeout = timedelta(seconds=2 * self.args.collective_timeout_s + 60)
+            dist.init_process_group(
+                "nccl" if self.device.type == "cuda" else "gloo", timeout=timeout, **alone
+            )
+        self.sigterm = []
+        self.previous_handler = signal.signal(signal.SIGTERM, lambda *_: self.sigterm.append(True))
+        self.watchdog = Watchdog(self.args.collective_timeout_s, self.rank)
+        self.disk = disk_errors_refused(self.args.output_dir)
+        self.disk.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        try:
+            return self.disk.__exit__(*error)
+        finally:
+            signal.signal(signal.SIGTERM, self.previous_handler)
+            if self.owns_group and dist.is_initialized():
+                dist.destroy_process_group()
+            self.watchdog.close()  # last: leaving a group may hang as well
+
+    @cached_property
+    def mesh(self):
+        """What FSDP2 shards on: all ranks."""
+        return init_device_mesh(self.device.type, (self.world,))
+
+    def watch(self, phase):
+        """Say what begins: the watchdog counts from here, and names it where nothing follows."""
+        self.watchdog.begin(phase)
+
+    # Ranks.
+
+    def sum(self, values):
+        """{name: number or () tensor} -> {name: float}, summed over all ranks in float64.
+
+        Every rank has to call it, with the same names; SIGTERM on one rank sets `stop` on all of them.
+        """
+        numbers = [*values.values(), len(self.sigterm)]
+        numbers = torch.stack([torch.as_tensor(x, device=self.device).detach().double() for x in numbers])
+        dist.all_reduce(numbers)
+        *sums, stop = numbers.tolist()
+        self.stop = stop > 0
+        return dict(zip(values, sums))
+
+    def max(self, values):
+        """The same, but the largest of all ranks."""
+        numbers = torch.stack(
+            [torch.as_tensor(x, device=self.device).detach().double() for x in values.values()]
+        )
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        return dict(zip(values, numbers.tolist()))
+
+    def value(self, tensor):
+        """A () tensor's number, the same on all ranks already."""
+        return float(tensor)
+
+    def to_device(self, batch):
+        return {
+            k: v.to(self.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()
+        }
+
+    @contextmanager
+    def together(self):
+        """What goes wrong inside on one rank ends all of them: the others would wait for it, or lose it."""
+        error = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        failed = torch.tensor(float(error is not None), device=self.device)
+        dist.all_reduce(failed)
+        if failed:
+            raise error or Refusal("another rank cannot go on; its own message says why.")
+
+    def on_each_machine(self, function, *args):
+        """function(*args) on every rank, the first one of each machine before the others.
+
+        It fills the machine's cache of tokenised data, and the others read it.
+        """
+        self.watch("reading the data")
+        for turn in (True, False):
+            with self.together():
+                if (self.local_rank == 0) == turn:
+                    result = function(*args)
+        return result
+
+    # Where the run stands.
+
+    def resume(self):
+        """Look up --resume_from_checkpoint, and take over its progress."""
+        if name := self.args.resume_from_checkpoint:
+            self.checkpoint = find_checkpoint(self.args.output_dir, name)
+            found = json.loads((self.checkpoint / PROGRESS).read_text())
+            earlier = f"{self.checkpoint} is of an earlier version of this script: begin a new run."
+            refuse(not self.progress.keys() <= found.keys(), earlier)
+            self.progress = found
+
+    def match(self, name, value, remedy):
+        """Note in `progress` a fact that a resumed run has to share with the one that it goes on with."""
+        same = self.progress.setdefault(name, value) == value
+        refuse(not same, f"{self.checkpoint}: its {name.replace('_', ' ')} is not this run's. {remedy}")
+
+    def plan(self, total_steps):
+        """The run's last step is known: raise Refusal if the checkpoint is past it, or the run has ended."""
+        self.total_steps, done, folder = total_steps, self.progress["step"], Path(self.args.output_dir)
+        refuse(done > total_steps, f"{self.checkpoint} is past --max_steps {total_steps}: raise it.")
+        ended = done == total_steps and (folder / "summary.json").exists()
+        refuse(ended, f"{folder} has finished its {total_steps} steps: raise --max_steps to go on.")
+
+    def start(self, data, keep=()):
+        """Before the first step: clear the output folder of what is not this run's, and say what begins."""
+        if self.first:
+            prepare_output_dir(self.args.output_dir, self.progress["step"], keep)
+            print(describe_start(self.args, data, self.total_steps))
+        dist.barrier()
+        done = self.progress["step"]
+        self.bar = tqdm(
+            total=self.total_steps, initial=done, desc=self.name, unit="step", disable=not self.first
+        )
+        self.learning_rate_at = learning_rates(self.args, self.total_steps)
+
+    @property
+    def counted_step(self):
+        """Of the steps to come, the one whose bytes are counted on a CPU: the second finds AdamW's states."""
+        return min(2, self.total_steps - self.progress["step"])
+
+    @property
+    def unfinished(self):
+        return self.progress["step"] < self.total_steps
+
+    @contextmanager
+    def step(self, optimizer, what):
+        """One optimizer step: sets the learning rate, takes the time, and moves `progress` on by a step.
+
+        Args: what: function that names the step's data, for the message of a FloatingPointError.
+        """
+        self.watch(f"step {self.progress['step'] + 1}")
+        self.learning_rate = self.learning_rate_at(self.progress["step"])
+        for group in optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        started = time.perf_counter()
+        try:
+            yield
+        except FloatingPointError as error:
+            raise FloatingPointError(f"step {self.progress['step'] + 1}: {error} {what()}") from error
+        self.step_seconds = time.perf_counter() - started
+        self.progress["step"] += 1
+
+    def due(self, every):
+        """Whether something that happens every so many steps (None = never) does so after this one."""
+        return bool(every) and self.progress["step"] % every == 0
+
+    def log(self, metrics, *, padding=0, real_tokens=None, counts=True):
+        """One line of metrics.jsonl, and the progress bar.
+
+        Args: metrics: {name: number}, num_tokens (computed, of all ranks) among them. padding: of those;
+              real_tokens: of the data, None = all but padding; counts: whether the step counts for the
+              throughput (one whose bytes are counted is slower).
+        """
+        seconds, tokens = self.step_seconds, metrics["num_tokens"]
+        metrics = {"step": self.progress["step"], **metrics, "learning_rate": self.learning_rate}
+        metrics |= {"tokens_per_second": tokens / seconds, "step_seconds": seconds}
+        metrics["peak_memory_bytes"] = peak_memory_bytes(self.device)
+        self.metrics = {name: int(x) if name.startswith("num_") else x for name, x in metrics.items()}
+        if counts:
+            real_tokens = tokens - padding if real_tokens is None else real_tokens
+            done = {"seconds": seconds, "num_tokens": tokens, "padding": padding, "real_tokens": real_tokens}
+            self.totals = {name: total + done[name] for name, total in self.totals.items()}
+        if not self.first:
+            return
+        with open(Path(self.args.output_dir) / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(self.metrics) + "\n")
+        self.bar.update()
+        evaluated = [f"{name} {x:.4f}" for name, x in metrics.items() if name.startswith("eval_")]
+        if evaluated:
+            tqdm.write(f"step {metrics['step']}: {'  '.join(evaluated)}")
+        if self.due(self.args.logging_steps):
+            memory = f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB"
+            shown = {"loss": f"{metrics['loss']:.4f}", "tok/s": f"{tokens / seconds:.0f}", "mem": memory}
+            self.bar.set_postfix(shown)
+
+    def save_when_due(self, write, stop_every=1):
+        """Write a checkpoint every --save_steps steps and after SIGTERM. Returns whether the run has to stop.
+
+        Args: write: function of a folder, called on all ranks, that writes what is not in `progress`.
+              stop_every: a checkpoint holds a whole number of so many steps.
+        """
+        stop = self.stop and self.due(stop_every)
+        if stop or self.due(self.args.save_steps):
+            self.watch("saving a checkpoint")
+            path = Path(self.args.output_dir) / f"checkpoint-{self.progress['step']}"
+            temporary = path.with_suffix(".tmp")
+            if self.first:
+                fresh_folder(temporary)
+            dist.barrier()
+            write(temporary)
+            dist.barrier()
+            if self.first:
+                (temporary / PROGRESS).write_text(json.dumps(self.progress, indent=1))
+                commit_folder(temporary, path)
+                rotate_checkpoints(self.args.output_dir, self.args.save_total_limit)
+            dist.barrier()
+        if stop and self.first:
+            remedy = "continue with --resume_from_checkpoint latest"
+            tqdm.write(f"SIGTERM: saved checkpoint-{self.progress['step']}; {remedy}", file=sys.stderr)
+        return stop
+
+    # The last page.
+
+    def finish(self, data, ledger, traffic=None, lines=()):
+        """Write summary.json and show the last page. Returns what summary.json holds.
+
+        Args: data: counts of what became of the examples. ledger: memory.ledger's rows. traffic: of
+              activation offloading. lines: of the script's own.
+        """
+        self.bar.close()
+        totals, seconds = self.totals, max(self.totals["seconds"], 1e-9)
+        modules = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
+        cuda = self.device.type == "cuda"
+        summary = {
+            "args": asdict(self.args),
+            "versions": {"python": platform.python_version(), **modules},
+            "device": torch.cuda.get_device_name(self.device) if cuda else f"cpu {platform.machine()}",
+            "world_size": self.world,
+            "data": data,
+            "throughput": {
+                "tokens_per_second": totals["num_tokens"] / seconds,
+                "real_tokens_per_second": totals["real_tokens"] / seconds,
+                "num_tokens": int(totals["num_tokens"]),
+                "seconds": totals["seconds"],
+            },
+            "ledger": ledger,
+            "activation_offloading": traffic,
+            "final_metrics": self.metrics,
+        }
+        if self.first:
+            (Path(self.args.output_dir) / "summary.json").write_text(json.dumps(summary, indent=1))
+            speed = summary["throughput"]
+            title = f"{Path(self.args.model_name_or_path).name}  {summary['device']}  world {self.world}"
+            page = [
+                *describe_data(data),
+                *lines,
+                f"speed     {speed['tokens_per_second']:.0f} tokens/s computed, "
+                f"{speed['real_tokens_per_second']:.0f} tokens/s of the data",
+                format_ledger(title, ledger),
+            ]
+            print("\n".join(page + ([format_traffic(traffic)] if traffic else [])))
+        return summary
+
+
+class Tally:
+    """Named sums, and named maxima, over a step's micro-batches; they stay on the device until asked for."""
+
+    def __init__(self):
+        self.sums, self.maxima = {}, {}
+
+    def add(self, sums, maxima=None):
+        """Add {name: number or () tensor} of one micro-batch."""
+        for name, value in sums.items():
+            value = value.detach().double() if torch.is_tensor(value) else value
+            self.sums[name] = self.sums.get(name, 0) + value
+        for name, value in (maxima or {}).items():
+            self.maxima[name] = max(self.maxima.get(name, -math.inf), value)
+
+    def of_all_ranks(self, run):
+        return run.sum(self.sums) | (run.max(self.maxima) if self.maxima else {})
+
+
+def check_finite(loss, grad_norm):
+    """Raise FloatingPointError unless both numbers are finite."""
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise FloatingPointError(f"loss {loss}, gradient norm {grad_norm}; stopped before the update.")
+
+
+# --- The order of the data ---
+
+
+class Epochs:
+    """Numbered items of training data: an order of its own for each epoch, dealt to ranks in micro-batches.
+
+    A subclass has `__len__`; `cut(numbers)`, which yields micro-batches, as arrays of item numbers; and
+    `batch(numbers)`, a micro-batch's tensors, of no numbers one in which nothing is scored.
+    """
+
+    def __init__(self, args, world):
+        self.args, self.world = args, world
+
+    def order(self, epoch):
+        """The epoch's shuffle: a function of seed and epoch, so that a checkpoint need not store it."""
+        return np.random.default_rng([self.args.seed, epoch]).permutation(len(self))
+
+    def steps(self, epoch, done):
+        """What is left of an epoch after `done` items: for each optimizer step, all ranks' micro-batches.
+
+        Where one ends depends on what follows the last one's end alone: a resumed run cuts as the first did.
+        """
+        chunks = self.cut(self.order(epoch)[done:])
+        while step := list(itertools.islice(chunks, self.args.gradient_accumulation_steps * self.world)):
+            yield step
+
+    def count_steps(self, progress):
+        """Optimizer steps of the whole run, those that `progress` has done included.
+
+        Counted from the items that are left: a run resumed with other ranks or batches trains each one as
+        often as before. Part of an epoch is rounded up to whole steps.
+        """
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        total, done = progress["step"], progress["done"]
+        for epoch in range(progress["epoch"], math.ceil(self.args.num_train_epochs)):
+            # 1e-9: 1.6 - 1 is 0.6000000000000001
+            last = math.ceil(min(1, self.args.num_train_epochs - epoch) * len(self) - 1e-9)
+            for step in self.steps(epoch, done):
+                total += done < last
+                done += sum(map(len, step))
+            done = 0
+        return total
+
+    def remaining_steps(self, run):
+        """Yields the run's remaining steps: item numbers, and the micro-batches that they are cut into."""
+        while run.unfinished:
+            for chunks in self.steps(run.progress["epoch"], run.progress["done"]):
+                yield np.concatenate(chunks), chunks
+                if not run.unfinished:
+                    return
+
+    def advance(self, progress, numbers):
+        """Move `progress` on by these items. Returns the epochs done, as a fraction."""
+        progress["done"] += len(numbers)
+        epoch = progress["epoch"] + progress["done"] / len(self)
+        if progress["done"] == len(self):
+            progress["epoch"], progress["done"] = progress["epoch"] + 1, 0
+        return epoch
+
+    def micro_batches(self, chunks, run):
+        """This rank's: every world-th one."""
+        # Ranks must run equally many forwards, or collectives stall: some get a batch without an item.
+        chunks = list(chunks)
+        chunks += [np.array([], dtype=np.int64)] * (-len(chunks) % run.world)
+        return [self.batch(chunk) for chunk in chunks[run.rank :: run.world]]
+
+
+# --- What the screen says of the data ---
+
+# counts of examples that are cut or left out, of all three scripts
+LOST = ("examples_truncated", "examples_dropped", "examples_unscored", "examples_equal")
+LOST += ("prompts_truncated", "completions_truncated")
+
+
+def bold(text):
+    return f"\033[1m{text}\033[0m" if sys.stdout.isatty() else text
+
+
+def describe_start(args, data, total_steps):
+    """Lines for the screen before the first step: what of the data is cut or left out, in bold where it is
+    more than a tenth; columns that nobody reads; a warm-up that the run does not outlast.
+    """
+    read, parts = data["examples_read"], [f"{data['examples_read']} read"]
+    for name in LOST:
+        if data.get(name):
+            share = data[name] / read / (2 if name.startswith("completions") else 1)  # of a pair, two
+            part = f"{name.replace('examples_', '').replace('_', ' ')} {data[name]} ({share:.1%})"
+            parts.append(bold(part) if share > 0.1 else part)
+    limits = [name for name in vars(args) if name.startswith("max_") and name.endswith("_length")]
+    limits = "  ".join(f"--{name} {getattr(args, name)}" for name in limits if getattr(args, name))
+    lines = [f"examples  {', '.join(parts)}; {limits}"]
+    if data["columns_unused"]:
+        lines.append(f"columns   not used: {', '.join(data['columns_unused'])}")
+    if args.warmup_steps and args.warmup_steps >= total_steps:
+        steps = f"--warmup_steps {args.warmup_steps}, and {total_steps} steps in all"
+        lines.append(bold(f"schedule  {steps}: the learning rate never reaches {args.learning_rate:g}"))
+    return "\n".join(lines)
+
+
+def describe_data(data):
+    """Lines of the last page: all counts of `data`, those of examples and of tokens side by side."""
+    groups = {"examples": [], "tokens": [], "further": []}
+    for name, value in data.items():
+        if isinstance(value, (int, float)):
+            group, _, rest = name.partition("_")
+            text = f"{value:.1%}" if isinstance(value, float) else value
+            known = group in groups
+            groups[group if known else "further"].append(f"{rest if known else name} {text}")
+    return [f"{name:<10}{'  '.join(counts)}" for name, counts in groups.items() if counts]

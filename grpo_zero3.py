@@ -16,19 +16,17 @@ no GPU   python grpo_zero3.py --dry_run --dry_run_world_size 8 --gpu_memory_gib 
 Sources: arXiv 2402.03300 (GRPO), 2503.14476 (DAPO), 2503.20783 (Dr. GRPO), 1910.02054 (ZeRO)
 """
 
-import copy
 import hashlib
 import inspect
 import json
 import math
 import os
-import signal
-import sys
 import time
 import warnings
+from collections import defaultdict
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from datetime import timedelta
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -38,23 +36,14 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, free_param
-from deepspeed.utils import safe_get_full_fp32_param, safe_set_local_fp32_param, set_z3_leaf_modules
+from deepspeed.utils import safe_get_full_fp32_param, set_z3_leaf_modules
 from tqdm import tqdm
-from transformers import DynamicCache, get_scheduler
+from transformers import DynamicCache
 from transformers.generation import StopStringCriteria
 
-from common.attention import check_isolation, register_varlen_attention
-from common.checkpoints import (
-    check_output_dir,
-    commit_files,
-    commit_folder,
-    disk_errors_refused,
-    find_checkpoint,
-    fresh_folder,
-    prepare_output_dir,
-    rotate_checkpoints,
-)
-from common.collators import flatten, flatten_shared_prompt
+from common import Refusal, refuse
+from common.attention import register_varlen_attention
+from common.collators import flatten_shared_prompt
 from common.data import (
     check_chat_template,
     check_row,
@@ -63,258 +52,228 @@ from common.data import (
     end_token_ids,
     load_rows,
     map_rows,
+    named,
     source_hash,
     template_kwargs,
     unused_columns,
 )
-from common.dry_run import explore, pretend
-from common.flags import Refusal, check_dry_run, flag, refuse, run_script, together
-from common.logps import check_head, head_computes, token_logps, two_chunks_only
-from common.memory import ByteCounter, MemoryMeter, format_ledger, memory_ledger, peak_memory_bytes
-from common.pretrained import (
+from common.exactness import NUM_SCORED, check_exact, logps_alone, proof_tokens
+from common.logps import at_scored, token_logps
+from common.memory import ByteCounter, PretendedRun, count_step, dry_run, ledger, peak_memory_bytes, pretend
+from common.rewards import call_rewards, check_answers, columns_read, load_reward_funcs
+from common.run import (
+    DATA,
+    FILES,
+    MEMORY,
+    ROOT,
+    TRAINING,
+    Epochs,
+    Run,
+    RunArguments,
+    Tally,
+    check_finite,
+    check_run_arguments,
+    flag,
+    run_script,
+)
+from common.sharding import (
     assert_loaded,
+    check_flat,
+    checkpoint_layers,
+    clip_gradients,
+    decoder_layers,
     empty_model,
-    load_config,
+    frozen_names,
     load_whole,
     max_positions,
+    parameter_groups,
     read_pretrained,
-    saved_shapes,
+    trained,
     try_to_write,
-    write_pretrained_streamed,
+    write_pretrained,
 )
-from common.report import (
-    describe_dry_run,
-    describe_prompts,
-    describe_rewards,
-    describe_speed,
-    describe_start,
-    format_completions,
-    ledger_title,
-    summarize,
-    write_metrics,
-)
-from common.rewards import call_rewards, check_answers, columns_read, load_reward_funcs
-from common.trained import check_frozen, checkpoint_layers, parameter_groups, trained
-from common.truncation import check_limit, truncate_pair
-from common.watchdog import Watchdog
-from common.zero3 import (
-    ReducesPretended,
-    gathers_pretended,
-    most_whole,
-    zero3_learned_bytes,
-    zero3_ledger,
-    zero3_moments,
-)
-
-HERE = Path(__file__).resolve().parent
-
+from common.truncation import truncate_pair
 
 # --- 1. Arguments ---
 
 
-Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
-
-
 @dataclass
-class Arguments:
-    model_name_or_path: str = flag(str(HERE / "demo/model"), "Hub name or folder of a causal language model")
-    dataset_name: str = flag(str(HERE / "demo/prompts.jsonl"), "Hub name, file, or folder by save_to_disk")
-    dataset_train_split: str = flag("train", "split of a Hub dataset to train on")
-    dataset_num_proc: int | None = flag(None, "processes that tokenise")
-    output_dir: str = flag("outputs/grpo", "folder for model, checkpoints, metrics.jsonl and summary.json")
-    overwrite_output_dir: bool = flag(False, "replace the run that output_dir holds")
-    reward_funcs: str = flag("last_word", "last_word, last_number, or module:function; several with commas")
+class Arguments(RunArguments):
+    dataset_name: str = flag(str(ROOT / "demo/prompts.jsonl"), "Hub name, file, or folder of datasets", DATA)
+    output_dir: str = flag("outputs/grpo", "folder for model, checkpoints, metrics, summary.json", FILES)
+    reward_funcs: str = flag("last_word", "last_word, last_number, module:function; or several, a,b", DATA)
 
-    max_prompt_length: int = flag(256, "tokens of a prompt, whose end is kept")
-    max_completion_length: int = flag(64, "tokens after which a completion is cut off")
-    num_generations: int = flag(8, "completions of a prompt, which are compared with one another")
-    per_device_train_batch_size: int = flag(32, "completions per rank and rollout, whole groups")
-    max_tokens_per_batch: int | None = flag(
-        None, "tokens per forward of the update; None = the longest possible group"
-    )
-    temperature: float = flag(1.0, "of sampling, and of the log-probabilities")
-    top_k: int = flag(0, "sample from the k likeliest tokens; 0 = all")
-    top_p: float = flag(1.0, "sample from the likeliest tokens whose probabilities sum up to this")
+    max_prompt_length: int = flag(256, "tokens of a prompt, whose end is kept", at_least=1)
+    max_completion_length: int = flag(64, "tokens after which a completion is cut off", at_least=1)
+    num_generations: int = flag(8, "completions of a prompt, compared with one another", at_least=2)
+    per_device_train_batch_size: int = flag(32, "completions per rank and rollout, whole groups", at_least=1)
+    max_tokens_per_batch: int | None = flag(None, "tokens per forward; None = the longest group", at_least=1)
+    # at 0, every completion of a group would be the same one, and teach nothing
+    temperature: float = flag(1.0, "of sampling, and of the log-probabilities", above=0)
+    top_k: int = flag(0, "sample from the k likeliest tokens; 0 = all", at_least=0)
+    top_p: float = flag(1.0, "sample from the likeliest tokens of this probability", above=0, at_most=1)
     stop_strings: list[str] | None = flag(None, "texts that end a completion as well as the EOS token")
 
-    ds3_gather_for_generation: bool = flag(True, "gather all weights for a rollout; --no_..: none")
-    gather_budget_gib: float | None = flag(None, "instead: GiB of weights to keep gathered on each rank")
-    offload_optimizer: bool = flag(False, "keep the optimizer's states, and update, on the host")
-    offload_param: bool = flag(False, "keep the shards on the host, too")
-    deepspeed: str | None = flag(None, "a JSON file with DeepSpeed settings that replace this script's")
-    collective_timeout_s: float = flag(1800.0, "end a run in which nothing has moved for so many seconds")
+    ds3_gather_for_generation: bool = flag(True, "gather all weights for a rollout; --no_..: none", MEMORY)
+    gather_budget_gib: float | None = flag(None, "instead: GiB to keep gathered, a rank", MEMORY, at_least=0)
+    offload_optimizer: bool = flag(False, "keep the optimizer's states, and update, on the host", MEMORY)
+    offload_param: bool = flag(False, "keep the shards on the host, too", MEMORY)
+    bf16: bool = flag(False, "weights, activations and gathers in bfloat16; the optimizer in fp32", MEMORY)
 
-    loss_type: str = flag("dapo", "what a token's loss is divided by: dapo, grpo, bnpo, dr_grpo")
+    loss_type: Literal["dapo", "grpo", "bnpo", "dr_grpo"] = flag("dapo", "what a token's loss is divided by")
     scale_rewards: bool = flag(True, "divide advantages by the standard deviation of the group's rewards")
-    epsilon: float = flag(0.2, "clip the probability ratio below 1 - epsilon")
-    epsilon_high: float | None = flag(None, "and above 1 + epsilon_high; None = epsilon")
-    num_iterations: int = flag(1, "optimizer steps on each rollout")
-    beta: float = flag(0.0, "weight of the KL divergence from the reference; 0 = no reference model")
+    epsilon: float = flag(0.2, "clip the probability ratio below 1 - epsilon", at_least=0, below=1)
+    epsilon_high: float | None = flag(None, "and above 1 + epsilon_high; None = epsilon", above=0)
+    num_iterations: int = flag(1, "optimizer steps on each rollout", at_least=1)
+    beta: float = flag(0.0, "weight of the KL divergence from the reference; 0 = no reference", at_least=0)
     mask_truncated_completions: bool = flag(False, "completions that were cut off teach nothing")
-
-    learning_rate: float = flag(1e-6, "peak of the schedule")
-    lr_scheduler_type: Schedule = flag("linear", "how the learning rate decays")
-    warmup_steps: int = flag(0, "steps of linear warm-up")
-    weight_decay: float = flag(0.0, "AdamW's, of matrices: norms and biases do not decay")
-    max_grad_norm: float = flag(1.0, "clip the global gradient norm to this; 0 = no clipping")
-    num_train_epochs: float = flag(1.0, "passes over the prompts, rounded up to whole rollouts")
-    max_steps: int = flag(-1, "optimizer steps, overriding num_train_epochs; -1 = off")
-    gradient_checkpointing: bool = flag(True, "keep the layers' inputs only; compute the rest again")
-    bf16: bool = flag(False, "weights, activations and gathers in bfloat16; the optimizer stays in fp32")
-    loss_chunk_size: int = flag(256, "tokens per chunk of the loss head")
-    seed: int = flag(0, "order of the prompts, and sampling")
-
-    logging_steps: int = flag(1, "refresh the progress bar every so many steps; metrics.jsonl has each step")
-    log_completions_steps: int | None = flag(None, "show a few completions every so many steps")
-    save_steps: int | None = flag(None, "write a checkpoint every so many steps; None = only on SIGTERM")
-    save_total_limit: int | None = flag(None, "keep this many newest checkpoints; None = all")
-    resume_from_checkpoint: str | None = flag(None, "a folder checkpoint-<step>, or 'latest' in output_dir")
-    check_isolation: bool = flag(True, "before training, prove on the first prompts that they do not mix")
-    dry_run: bool = flag(False, "do not train: from the model's configuration, count the bytes of one step")
-    dry_run_world_size: int = flag(1, "with --dry_run: the number of ranks to count for")
-    gpu_memory_gib: float | None = flag(None, "with --dry_run: say what fits into so many GiB")
+    learning_rate: float = flag(1e-6, "peak of the schedule", TRAINING, at_least=0)
+    log_completions_steps: int | None = flag(None, "show completions every so many steps", FILES, at_least=1)
 
 
 def check_arguments(args):
     """Raise ValueError for values and combinations that would be wrong or ignored."""
-    required = ("max_prompt_length", "max_completion_length", "per_device_train_batch_size", "num_iterations")
-    for name in (*required, "loss_chunk_size", "logging_steps"):
-        check_limit(f"--{name}", getattr(args, name) or 0)
-    optional = ("max_tokens_per_batch", "save_steps", "save_total_limit", "log_completions_steps")
-    for name in (*optional, "dataset_num_proc"):
-        check_limit(f"--{name}", getattr(args, name))
-    for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "beta", "epsilon"):
-        if not 0 <= getattr(args, name) < math.inf:
-            raise Refusal(f"--{name} is {getattr(args, name)}; it must be a finite number >= 0.")
-    steps, epochs, group = args.max_steps, args.num_train_epochs, args.num_generations
-    refuse(steps < 1 and steps != -1, f"--max_steps {steps}: give a number >= 1, or -1 for num_train_epochs.")
-    ignored = args.warmup_steps and args.lr_scheduler_type == "constant"
-    refuse(ignored, f"--warmup_steps {args.warmup_steps} needs --lr_scheduler_type constant_with_warmup.")
-    refuse(not 0 < epochs < math.inf, f"--num_train_epochs {epochs}: it must be a finite number above 0.")
-    refuse(args.seed < 0, f"--seed {args.seed}: give a number >= 0.")
-    refuse(group < 2, f"--num_generations {group}: a completion needs another one to be compared with.")
-    size = args.per_device_train_batch_size
+    check_run_arguments(args)
+    size, group = args.per_device_train_batch_size, args.num_generations
     whole = f"--per_device_train_batch_size {size} is not a multiple of --num_generations {group}: groups are"
     refuse(size % group, f"{whole} not split over ranks. Choose {max(size // group, 1) * group}.")
-    refuse(args.loss_type not in LOSSES, f"--loss_type {args.loss_type}: choose one of {', '.join(LOSSES)}.")
-    refuse(args.epsilon >= 1, f"--epsilon {args.epsilon}: a ratio is above 0, so clip below 1 - epsilon > 0.")
-    high = args.epsilon_high
-    refuse(high is not None and not 0 < high < math.inf, f"--epsilon_high {high}: give a number above 0.")
-    longest = args.max_prompt_length + group * args.max_completion_length
-    budget = args.max_tokens_per_batch
+    budget, longest = args.max_tokens_per_batch, longest_group(args)
     needs = f"a group may take {longest} (max_prompt_length + num_generations * max_completion_length)."
-    refuse(budget and budget < longest, f"--max_tokens_per_batch {budget} is too small: {needs} Raise it.")
-    same = "every completion of a group would be the same one, and teach nothing: give a number above 0."
-    refuse(not 0 < args.temperature < math.inf, f"--temperature {args.temperature}: {same}")
-    refuse(args.top_k < 0, f"--top_k {args.top_k}: give a number of tokens, or 0 for all.")
-    refuse(not 0 < args.top_p <= 1, f"--top_p {args.top_p}: give a number above 0 and up to 1.")
+    small = f"--max_tokens_per_batch {budget} is too small: {needs} Raise it."
+    refuse(budget and budget < longest, small)
     empty = '--stop_strings "" would end every completion at its first token: drop it.'
     refuse("" in (args.stop_strings or ()), empty)
-    gather = args.gather_budget_gib
-    refuse(gather is not None and not 0 <= gather < math.inf, f"--gather_budget_gib {gather}: give GiB >= 0.")
     both = (
         "--gather_budget_gib says how much to gather, --no_ds3_gather_for_generation says nothing: drop one."
     )
-    refuse(gather is not None and not args.ds3_gather_for_generation, both)
+    refuse(args.gather_budget_gib is not None and not args.ds3_gather_for_generation, both)
     every = args.num_iterations
     for name in ("save_steps", "max_steps"):
-        count = getattr(args, name)
+        count = getattr(args, name) or 0
         mid = f"--{name} {count} falls into mid-rollout: give a multiple of --num_iterations {every}."
-        refuse(count and count > 0 and count % every, mid)
-    seconds = args.collective_timeout_s
-    refuse(not 0 < seconds < 1e9, f"--collective_timeout_s {seconds}: give a finite number above 0.")
+        refuse(count > 0 and count % every, mid)
     host = (
         "--offload_param keeps the shards on the host, where the optimizer must be: add --offload_optimizer."
     )
     refuse(args.offload_param and not args.offload_optimizer, host)
-    check_dry_run(args)
-    deepspeed_config(args)  # reads the file of --deepspeed
+
+
+def longest_group(args):
+    """Tokens of a prompt and its completions at their longest."""
+    return args.max_prompt_length + args.num_generations * args.max_completion_length
 
 
 # --- 2. Data ---
 
 
-class Prompts:
+class Prompts(Epochs):
     """Tokenised prompts in an endless, shuffled stream, with their columns for the rewards."""
 
-    def __init__(self, args, tokenizer):
-        name = args.dataset_name
-        rows = load_rows(name, args.dataset_train_split)
-        if "prompt" not in rows.column_names:
-            raise Refusal(f"{name} has the columns {', '.join(rows.column_names)}; wanted: prompt.")
-        self.conversational = isinstance(rows[0]["prompt"], list)
+    def __init__(self, args, tokenizer, world=1):
+        super().__init__(args, world)
+        self.tokenizer = tokenizer
+        name, limit = args.dataset_name, args.max_prompt_length
+        self.rows = load_rows(name, args.dataset_train_split)
+        columns = self.rows.column_names
+        refuse("prompt" not in columns, f"{name} has the columns {', '.join(columns)}; wanted: prompt.")
+        self.conversational = isinstance(self.rows[0]["prompt"], list)
         if self.conversational:
             check_chat_template(tokenizer, name, args.model_name_or_path)
-        # by itself: the cache's key is a hash of all that the function refers to
-        limit = args.max_prompt_length
 
+        # the cache's key is a hash of all that a function refers to: not of args, then
         def encode(example, index):
-            try:
-                check_row(example, ["prompt"])
-                prompt_ids = encode_prompt(example["prompt"], tokenizer, template_kwargs(example))
-            except Refusal as error:  # a null, a number, a role that the template refuses
-                raise Refusal(f"{name}, example {index}: {error}") from error
-            if not prompt_ids:
-                raise Refusal(f"{name}, example {index}: the prompt is empty.")
+            check_row(example, ["prompt"])
+            prompt_ids = encode_prompt(example["prompt"], tokenizer, template_kwargs(example))
+            refuse(not prompt_ids, "the prompt is empty.")
             kept, _ = truncate_pair(prompt_ids, [], max_prompt_length=limit)
             return {"input_ids": kept, "tokens_cut": len(prompt_ids) - len(kept)}
 
         self.examples = map_rows(
-            rows,
-            encode,
+            self.rows,
+            named(encode, name),
             source_hash(__file__),
             with_indices=True,
-            remove_columns=rows.column_names,
+            remove_columns=columns,
             num_proc=args.dataset_num_proc,
             desc=f"Tokenising {name}",
         )
-        self.rows, self.seed = rows, args.seed
         # a completion in the data is not the one that a reward judges
-        self.reward_columns = [name for name in rows.column_names if name not in ("prompt", "completion")]
+        self.reward_columns = [column for column in columns if column not in ("prompt", "completion")]
         cut = np.array(self.examples["tokens_cut"])
         self.data = {
-            "examples_read": len(rows),
+            "examples_read": len(self),
             "examples_truncated": int((cut > 0).sum()),
             "tokens_kept": sum(map(len, self.examples["input_ids"])),
             "tokens_cut": int(cut.sum()),
         }
 
     def __len__(self):
-        return len(self.examples)
+        return len(self.rows)
 
     def fingerprint(self):
         """Names the prompts' tokens and their order: a position in it means nothing in another one."""
-        text = json.dumps([self.examples["input_ids"][:], self.seed])
+        text = json.dumps([self.examples["input_ids"][:], self.args.seed])
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def numbers(self, start, count):
-        """The stream's prompts start .. start + count: each epoch in an order of its own, without a gap."""
-        places = np.arange(start, start + count)
-        epochs = {e: np.random.default_rng([self.seed, e]) for e in set((places // len(self)).tolist())}
-        orders = {epoch: rng.permutation(len(self)) for epoch, rng in epochs.items()}
-        return [int(orders[place // len(self)][place % len(self)]) for place in places.tolist()]
+    def place(self, progress):
+        """How many prompts of the stream are done."""
+        return progress["epoch"] * len(self) + progress["done"]
 
-    def columns(self, numbers, num_generations):
-        """Prompts and further columns as the rewards want them: a value for each completion."""
-        rows = self.rows[[number for number in numbers for _ in range(num_generations)]]
-        return rows["prompt"], {name: rows[name] for name in self.reward_columns}
+    def next_rollout(self, progress):
+        """The numbers of the next rollout's prompts, of all ranks: each epoch has an order of its own, and
+        the next one may begin in the middle of a rollout.
+        """
+        count = self.args.per_device_train_batch_size // self.args.num_generations * self.world
+        start = self.place(progress)
+        places = [divmod(place, len(self)) for place in range(start, start + count)]
+        orders = {epoch: self.order(epoch) for epoch in {epoch for epoch, _ in places}}
+        return [int(orders[epoch][place]) for epoch, place in places]
 
-    def as_completions(self, texts):
-        """Texts in the form of the prompts: strings, or an assistant's message each."""
-        if not self.conversational:
-            return texts
-        return [[{"role": "assistant", "content": text}] for text in texts]
+    def advance(self, progress, numbers):
+        """Move `progress` on by these prompts. Returns the epochs done, as a fraction."""
+        done = self.place(progress) + len(numbers)
+        progress["epoch"], progress["done"] = divmod(done, len(self))
+        return done / len(self)
 
-    def try_rewards(self, functions, tokenizer, num_generations):
-        """Raise ValueError for a reward that fails with one made-up completion, given as a whole group."""
-        text = "The answer is 7."
-        prompts, columns = self.columns([0], num_generations)
-        completions = self.as_completions([text] * num_generations)
-        completion_ids = [tokenizer(text, add_special_tokens=False)["input_ids"]] * num_generations
-        try:
-            call_rewards(functions, prompts, completions, columns, completion_ids)
-        except Refusal as error:
-            raise Refusal(f"before the first rollout, for a made-up completion: {error}") from error
+    def count_steps(self, progress):
+        """Optimizer steps of the whole run, those that `progress` has done included."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        wanted = math.ceil(self.args.num_train_epochs * len(self) - 1e-9)
+        left = max(0, wanted - self.place(progress))
+        rollouts = math.ceil(left / len(self.next_rollout(progress)))
+        return progress["step"] + rollouts * self.args.num_iterations
+
+    def judge(self, functions, numbers, completion_ids):
+        """What the reward functions say of num_generations completions of each prompt.
+
+        Returns: {name of a function: a number for each completion}; pairs of texts, prompt and completion.
+        """
+        rows = self.rows[[number for number in numbers for _ in range(self.args.num_generations)]]
+        prompts, columns = rows["prompt"], {name: rows[name] for name in self.reward_columns}
+        texts = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+        completions, asked = texts, prompts
+        if self.conversational:
+            completions = [[{"role": "assistant", "content": text}] for text in texts]
+            asked = [prompt[-1]["content"] for prompt in prompts]
+        return call_rewards(functions, prompts, completions, columns, completion_ids), list(zip(asked, texts))
+
+
+def prepare_data(args, pretrained, run):
+    """Returns the prompts, and {name: reward function}, each of which has been tried."""
+    prompts = Prompts(args, pretrained.tokenizer, run.world)
+    check_token_ids(prompts.examples, pretrained.vocab_size, args.dataset_name)
+    functions = load_reward_funcs(args.reward_funcs, prompts.reward_columns)
+    check_answers(functions, prompts.rows, args.dataset_name)
+    read = columns_read(functions, prompts.reward_columns)
+    prompts.data["columns_unused"] = unused_columns(prompts.rows, ("prompt", *read))
+    run.watch("trying the rewards")
+    made_up = pretrained.tokenizer("The answer is 7.", add_special_tokens=False)["input_ids"]
+    try:
+        prompts.judge(functions, [0], [made_up] * args.num_generations)
+    except Refusal as error:
+        raise Refusal(f"before the first rollout, for a made-up completion: {error}") from error
+    return prompts, functions
 
 
 # --- 3. The technique ---
@@ -338,13 +297,9 @@ def generation_units(module):
     return units + [(list(layer.parameters()), [layer]) for layer in layers]
 
 
-def decoder_layers(module):
-    return [m for m in module.modules() if type(m).__name__ in (module._no_split_modules or ())]
-
-
 def whole_bytes(parameters):
-    """Bytes of ZeRO-3 parameters once gathered."""
-    return sum(p.ds_numel * p.element_size() for p in parameters)
+    """Bytes of parameters once they are gathered, where ZeRO-3 has sharded them."""
+    return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in parameters)
 
 
 def plan_residents(module, budget_bytes):
@@ -501,86 +456,66 @@ def check_cache(config):
 
 
 @torch.no_grad()
-def generate(
-    model,
-    prompts,
-    num_generations,
-    max_completion_length,
-    *,
-    end_ids,
-    device=None,
-    uniform=None,
-    temperature=1.0,
-    top_k=0,
-    top_p=1.0,
-    stopped=None,
-    all_sum=lambda values: values,
-    after_token=lambda count: None,
-):
+def generate(model, prompts, args, run, *, end_ids, uniform=None, stopped=None):
     """Complete every prompt num_generations times, in one batch.
 
     Args:    prompts: lists of ids, padded on the left here; end_ids: ids that end a completion, and belong to
-             it; device: where gathered weights are, if not where their shards are; uniform (B * G,
-             max_completion_length): see `sample`; stopped: ids of the completions so far (B * G, T) -> bool
-             (B * G,), for stop strings; all_sum: sums a list over ranks; after_token: called with their
-             number.
+             it; uniform (B * G, max_completion_length): see `sample`; stopped: ids of the completions so far
+             (B * G, T) -> bool (B * G,), for stop strings.
     Returns: completions: lists of >= 1 ids, those of a prompt side by side; finished: whether each ended by
-             itself; entropies: the mean over each one's tokens.
+             itself; entropies: the mean over each one's tokens; how many tokens the longest one took.
     Raises:  FloatingPointError, on all ranks alike, for logits that are not finite.
     """
-    device, width = device or model.device, max(map(len, prompts))
+    device, width, group = run.device, max(map(len, prompts)), args.num_generations
     input_ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     position_ids = (mask.cumsum(1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config)
-    size = len(prompts) * num_generations
-    tokens = input_ids.repeat_interleave(num_generations, 0)
+    size = len(prompts) * group
+    tokens = input_ids.repeat_interleave(group, 0)
     finished = torch.zeros(size, dtype=torch.bool, device=device)
     lengths, entropies = torch.zeros(2, size, device=device)
     ends = torch.tensor(sorted(end_ids), device=device)
-    for step in range(max_completion_length):
-        out = model(
+    steps = range(args.max_completion_length)
+    for step in tqdm(steps, "rollout", unit="token", leave=False, disable=not run.first):
+        logits = model(
             input_ids=input_ids,
             attention_mask=mask,
             position_ids=position_ids,
             use_cache=True,
             logits_to_keep=1,
             **as_argument(cache, model),
-        )
-        logits = out.logits[:, -1]
+        ).logits[:, -1]
         if step == 0:  # a prompt is computed once, and its keys and values are copied for its completions
-            cache.batch_repeat_interleave(num_generations)
+            cache.batch_repeat_interleave(group)
             logits, mask, position_ids = (
-                x.repeat_interleave(num_generations, 0) for x in (logits, mask, position_ids[:, -1:])
+                x.repeat_interleave(group, 0) for x in (logits, mask, position_ids[:, -1:])
             )
         drawn = None if uniform is None else uniform[:, step].to(device)
-        ids, entropy = sample(logits, drawn, temperature, top_k, top_p)
+        ids, entropy = sample(logits, drawn, args.temperature, args.top_k, args.top_p)
         lengths += ~finished
         entropies += entropy * ~finished
         tokens = torch.cat([tokens, ids[:, None]], dim=1)
         finished = finished | torch.isin(ids, ends)
         if stopped is not None:
             finished = finished | stopped(tokens[:, width:])  # a stop string never begins in the prompt
-        after_token(step + 1)
+        run.watch(f"a rollout, after token {step + 1} of {args.max_completion_length}")
         # All ranks step on until the last one is done: each forward is a collective where weights stream.
-        unfinished, broken = all_sum(torch.stack([(~finished).sum(), entropy.isnan().sum()]).tolist())
-        if broken:
+        counts = run.sum({"unfinished": (~finished).sum(), "broken": entropy.isnan().sum()})
+        if counts["broken"]:
             raise FloatingPointError(
-                f"token {step + 1}: the logits of {int(broken)} completions are not finite: an update has "
-                "broken the weights. Go on from an earlier checkpoint with a lower --learning_rate."
+                f"token {step + 1}: the logits of {int(counts['broken'])} completions are not finite: an "
+                "update has broken the weights; go on from an earlier checkpoint, at a lower --learning_rate."
             )
-        if unfinished == 0:
+        if not counts["unfinished"]:
             break
         input_ids, position_ids = ids[:, None], position_ids + 1
         mask = torch.cat([mask, mask.new_ones(size, 1)], dim=1)
     completions = [row[:n] for row, n in zip(tokens[:, width:].tolist(), lengths.int().tolist())]
-    return completions, finished.tolist(), (entropies / lengths).tolist()
+    return completions, finished.tolist(), (entropies / lengths).tolist(), step + 1
 
 
 # --- 4. Loss ---
-
-
-LOSSES = ("dapo", "grpo", "bnpo", "dr_grpo")
 
 
 def group_advantages(rewards, num_generations, scale_rewards=True):
@@ -606,7 +541,7 @@ def group_advantages(rewards, num_generations, scale_rewards=True):
     return advantages.flatten().float()
 
 
-def loss_denominators(lengths, num_generations, loss_type, max_completion_length, all_sum):
+def loss_denominators(lengths, num_generations, loss_type, max_completion_length, sum_ranks=dict):
     """What each completion's token losses are divided by, so that the loss is one sum over all tokens.
 
     dapo      sum_i sum_t l_it / sum_i |o_i|              each token of the step weighs the same
@@ -615,15 +550,15 @@ def loss_denominators(lengths, num_generations, loss_type, max_completion_length
     dr_grpo   1/(B L) sum_i sum_t l_it                    L = max_completion_length: no length in it
 
     Args:    lengths (B,): scored tokens of this rank's completions; 0 = masked, and then counted nowhere.
-             all_sum: sums a list over ranks: all micro-batches and ranks make one mean.
+             sum_ranks: Run.sum: all micro-batches and ranks make one mean; of one rank alone dict.
     Returns: (B,) float64; inf for a masked completion.
     Source:  arXiv 2503.14476, equation 8 (dapo); arXiv 2402.03300, equation 3 (grpo); arXiv 2503.20783,
              section 3 (dr_grpo); bnpo is named by TRL.
     """
     lengths = lengths.double()
     of_group = lengths.view(-1, num_generations).sum(1)
-    totals = all_sum([lengths.sum().item(), (lengths > 0).sum().item(), (of_group > 0).sum().item()])
-    tokens, completions, groups = totals
+    counts = {"tokens": lengths.sum(), "completions": (lengths > 0).sum(), "groups": (of_group > 0).sum()}
+    tokens, completions, groups = map(float, sum_ranks(counts).values())
     denominators = {
         "dapo": torch.full_like(lengths, tokens),
         "grpo": completions * lengths,
@@ -665,37 +600,43 @@ def grpo_loss(
 
 
 def per_token_logps(engine, batch, args):
-    """Log-probabilities of the batch's completion tokens at their rollout's temperature, (M,) float32."""
+    """Log-probabilities of the batch's completion tokens, at the temperature of sampling: (M,) float32."""
 
-    def head(hidden, weight, bias):
-        # here, because the weight is whole only while the head runs; prompts cost no logits
-        hidden = hidden.flatten(0, 1).index_select(0, batch["score_index"])
-        return token_logps(
-            hidden,
-            weight,
-            batch["score_ids"],
-            bias=bias,
-            temperature=batch["temperature"],
-            chunk_size=args.loss_chunk_size,
-        )
+    def head(hidden, weight, target_ids, bias):
+        options = {"temperature": args.temperature, "chunk_size": args.loss_chunk_size}
+        return token_logps(hidden, weight, target_ids, bias=bias, **options)
 
-    inputs = {name: value for name, value in batch.items() if name not in NOT_INPUTS}
-    with head_computes(engine.module, head):
-        # With a cache or a mask, transformers ignores that position_ids restart: completions mix.
-        return engine(**inputs, use_cache=False).logits
+    return at_scored(engine, batch, head)
 
 
-NOT_INPUTS = ("labels", "score_index", "score_ids", "completion_lengths", "advantages", "denominators")
-NOT_INPUTS += ("temperature", "old_per_token_logps", "ref_per_token_logps")
+def batch_loss(engine, batch, args):
+    """The loss to take gradients of, summed over the batch's tokens; and named sums for the metrics."""
+    logps = per_token_logps(engine, batch, args)
+    # the first step on a rollout is taken by the weights that sampled it: they are their own old ones
+    old = batch.setdefault("old_per_token_logps", logps.detach())
+    losses, kl, clipped = grpo_loss(
+        logps,
+        old,
+        batch["advantages"],
+        epsilon=args.epsilon,
+        epsilon_high=args.epsilon_high,
+        beta=args.beta,
+        ref_per_token_logps=batch.get("ref_per_token_logps"),
+    )
+    loss = (losses / batch["denominators"]).sum()
+    scored = batch["denominators"].isfinite()
+    return loss, {"loss": loss, "kl": kl.where(scored, 0).sum(), "clipped": (clipped & scored).sum()}
 
 
-def make_batches(groups, advantages, denominators, budget, device, all_max, *, temperature):
+# --- 5. Training ---
+
+
+def make_batches(groups, advantages, denominators, budget, run):
     """Groups -> micro-batches of at most `budget` tokens, equally many on all ranks.
 
     Args:    groups: this rank's [(prompt_ids, [completion_ids, ..]), ..]; advantages, denominators (B,): of
-             their completions; all_max: the largest of a number over ranks; temperature: what the
-             completions were sampled at.
-    Returns: flat rows with shared prompts (collators.flatten_shared_prompt), their temperature and, for each
+             their completions.
+    Returns: flat rows with shared prompts (collators.flatten_shared_prompt), on the device, with, for each
              completion token, advantages and denominators (M,).
     """
     chunks, tokens = [], 0
@@ -715,56 +656,63 @@ def make_batches(groups, advantages, denominators, budget, device, all_max, *, t
         done += len(lengths)
         batches.append(row)
     # Ranks must run equally many forwards and backwards, or collectives stall: tokens that weigh nothing.
-    for _ in range(int(all_max(len(batches))) - len(batches)):
+    most = int(run.max({"batches": len(batches)})["batches"])
+    for _ in range(most - len(batches)):
         row = flatten_shared_prompt([(groups[0][0][:1], [groups[0][0][:1]])])
         batches.append(row | {"advantages": torch.zeros(1), "denominators": torch.full((1,), math.inf)})
-    return [to_device(batch | {"temperature": temperature}, device) for batch in batches]
+    return [run.to_device(batch) for batch in batches]
 
 
-def to_device(batch, device):
-    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+def train_step(engine, batches, args, run):
+    """One optimizer step over this rank's micro-batches; where no token is scored it changes nothing.
 
-
-def update(engine, batches, args, world, watch):
-    """One optimizer step over all micro-batches. Returns this rank's sums: loss, kl, clipped tokens."""
-    sums = torch.zeros(3, dtype=torch.float64)
-    bar = tqdm(batches, "update", unit="batch", leave=False, disable=dist.get_rank() != 0)
-    for i, batch in enumerate(bar):
-        watch(f"micro-batch {i + 1} of {len(batches)}")
+    Args:    engine: DeepSpeed's, or an Unsharded model.
+    Returns: sums over all ranks: num_scored_tokens, num_tokens (computed), and those of `batch_loss`; the
+             norm of the gradient before it was clipped.
+    Raises:  FloatingPointError if loss or gradient are not finite: DeepSpeed has skipped the update.
+    """
+    counts = {
+        "num_scored_tokens": sum(batch["denominators"].isfinite().sum() for batch in batches),
+        "num_tokens": sum(batch["input_ids"].numel() for batch in batches),
+    }
+    sums = run.sum(counts)
+    if not sums["num_scored_tokens"]:  # every completion masked: not even Adam's momentum may move a weight
+        return defaultdict(float), 0.0
+    tally = Tally()
+    for i, batch in enumerate(batches):
+        run.watch(f"micro-batch {i + 1} of {len(batches)}")
         engine.set_gradient_accumulation_boundary(i == len(batches) - 1)
-        logps = per_token_logps(engine, batch, args)
-        # the first step on a rollout is taken by the weights that sampled it: they are their own old ones
-        old = batch.setdefault("old_per_token_logps", logps.detach())
-        losses, kl, clipped = grpo_loss(
-            logps,
-            old,
-            batch["advantages"],
-            epsilon=args.epsilon,
-            epsilon_high=args.epsilon_high,
-            beta=args.beta,
-            ref_per_token_logps=batch.get("ref_per_token_logps"),
-        )
-        loss = (losses / batch["denominators"]).sum()
+        loss, metrics = batch_loss(engine, batch, args)
         # DeepSpeed averages gradients over ranks: times world cancels that; and micro-batches are summed
-        engine.backward(loss * world, scale_wrt_gas=False)
-        scored = batch["denominators"].isfinite()
-        sums += torch.stack(
-            [x.detach().double().cpu() for x in (loss, kl[scored].sum(), clipped[scored].sum())]
-        )
-    watch("optimizer step")
+        engine.backward(loss * run.world, scale_wrt_gas=False)
+        tally.add(metrics)
+    run.watch("optimizer step")
     engine.step()
-    return sums.tolist()
+    grad_norm = run.value(engine.get_global_grad_norm())
+    sums |= tally.of_all_ranks(run)
+    check_finite(sums["loss"], grad_norm)
+    return sums, grad_norm
 
 
-# --- 5. Training ---
+@contextmanager
+def deepspeed_groups(run):
+    """DeepSpeed's process groups beside the run's own, which go with it."""
+    # torch 2.11 knows only the older names of some functions, by which DeepSpeed calls them as well
+    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # takes the group that is there
+    try:
+        yield
+    finally:
+        if run.owns_group:
+            deepspeed.comm.destroy_process_group()  # with torch's
 
 
 def deepspeed_config(args, trainable=True):
-    """DeepSpeed's configuration; --deepspeed replaces single settings of it."""
-    host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    """DeepSpeed's configuration. The place to change what no flag says."""
     config = {
         # The two that DeepSpeed insists on. Micro-batches are cut by tokens, and their number varies:
-        # `update` says itself where a step ends, and divides by nothing but the loss's own denominators.
+        # `train_step` says itself where a step ends, and divides by nothing but the loss's own denominators.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": args.max_grad_norm,
@@ -783,178 +731,76 @@ def deepspeed_config(args, trainable=True):
         },
         "steps_per_print": 10**9,  # the script has a progress bar
     }
+    host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if args.offload_param or not trainable:  # a reference is read once per rollout: it lives on the host
         config["zero_optimization"]["offload_param"] = host
     if args.offload_optimizer and trainable:
         config["zero_optimization"]["offload_optimizer"] = host
-    if args.deepspeed:
-        try:
-            settings = json.loads(Path(args.deepspeed).read_text())
-        except (OSError, ValueError) as error:
-            raise Refusal(f"--deepspeed {args.deepspeed} is no JSON file: {error}") from error
-        ours = copy.deepcopy(config)
-        merge(config, settings, f"--deepspeed {args.deepspeed}")
-        for section, names in SET_BY_FLAGS.items():
-            new, old = (c[section] if section else c for c in (config, ours))
-            for name in names:
-                found, wanted = new.get(name), old.get(name)
-                taken = f"--deepspeed {args.deepspeed} sets {name} to {found}; the script and its flags say"
-                refuse(found != wanted, f"{taken} {wanted}: drop it from the file.")
     return config
 
 
-SET_BY_FLAGS = {
-    None: (
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "gradient_clipping",
-        "bf16",
-        "fp16",
-        "optimizer",
-        "scheduler",
-    ),
-    "zero_optimization": (
-        "stage",
-        "stage3_param_persistence_threshold",
-        "offload_optimizer",
-        "offload_param",
-    ),
-}
+def prepare_training(model, args, run):
+    """What a real run and a dry run have to share: the optimizer.
 
-
-def merge(config, other, where):
-    """Let other's values replace config's, at any depth."""
-    refuse(not isinstance(other, dict), f"{where}: found {other!r}, wanted a JSON object.")
-    for name, value in other.items():
-        if isinstance(config.get(name), dict):
-            merge(config[name], value, f"{where}, {name}")
-        else:
-            config[name] = value
-
-
-def start_distributed(args):
-    """Returns rank, local rank, world size and device. Every launcher describes them in the environment."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        alone = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        # longer than the watchdog's, which knows the phase
-        timeout = timedelta(seconds=2 * args.collective_timeout_s + 60)
-        dist.init_process_group(backend, timeout=timeout, **alone)
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # takes the group that is there
-    return int(os.environ.get("RANK", 0)), local_rank, world, device
-
-
-def all_sum(values, device):
-    """Sum each of a list of numbers over all ranks, in float64."""
-    values = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(values)
-    return values.tolist()
-
-
-def all_max(value, device):
-    value = torch.tensor([value], dtype=torch.float64, device=device)
-    dist.all_reduce(value, dist.ReduceOp.MAX)
-    return value.item()
-
-
-def load_engine(args, device, trainable=True, watch=lambda phase: None, pretrained=None):
-    """The model in a ZeRO-3 engine: no rank but the first ever holds more of it than its shards.
-
-    pretrained: what was read of the name before; None = read it now.
-    """
-    pretrained = pretrained or read_pretrained(args.model_name_or_path, dropout=False)
-    register_varlen_attention()
-    config = deepspeed_config(args, trainable)
-    options = {"dtype": torch.bfloat16 if args.bf16 else torch.float32}
-    # in the dtype of its files, whatever the shards' will be: see `write_fp32_weights`
-    whole = load_whole(pretrained, device)
-    first = whole is not None
-    # inside Init, each module's weights are sharded as soon as it is made
-    with deepspeed.zero.Init(config_dict_or_path=config):
-        model = empty_model(pretrained.model_config, attn_implementation="varlen", **options)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            watch(f"loading {name}")
-            with GatheredParameters([parameter], modifier_rank=0):  # the first rank's is dealt out at the end
-                if first:
-                    parameter.copy_(whole.get_parameter(name))
-        for name, buffer in model.named_buffers():
-            # Init makes every tensor in the weights' dtype: rotary frequencies in bf16 would be wrong ones
-            dtype = torch.float32 if buffer.is_floating_point() else buffer.dtype
-            shared = torch.empty(buffer.shape, dtype=dtype, device=device)
-            dist.broadcast(shared.copy_(whole.get_buffer(name)) if first else shared, 0)
-            buffer.data = shared
-    assert_loaded(whole, dict(own_shards(model)), device)
-    # For training, too: a leaf module's weights come in one coalesced gather, not one for each matrix in it.
-    set_z3_leaf_modules(model, list({type(layer) for layer in decoder_layers(model)}))
-    if not trainable:
-        return deepspeed.initialize(model=model.requires_grad_(False).eval(), config=config)[0]
-    prepare_model(model, args)
-    keep_frozen(pretrained, model, whole, device)
-    ask_for_an_inputs_gradient(decoder_layers(model))
-    groups, options = parameter_groups(model, args.weight_decay), {"lr": args.learning_rate}
-    if args.offload_optimizer:
-        # DeepSpeed's own updates on the host from vector registers; it refuses torch's there
-        optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
-    else:
-        # fused: the default makes temporaries as large as the weights while it updates
-        optimizer = torch.optim.AdamW(groups, fused=True, **options)
-    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-    if args.bf16:
-        write_fp32_weights(model, whole, device, watch)
-    return engine
-
-
-def keep_frozen(pretrained, model, whole, device):
-    """Keep, on the first rank's host, the frozen weights of which the shards hold a rounded copy only."""
-    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    if not frozen:
-        return
-    rounded = torch.zeros(len(frozen), device=device)
-    if whole is not None:
-        dtypes = [whole.get_parameter(name).dtype for name in frozen]
-        rounded[:] = torch.tensor([dtype != model.dtype for dtype in dtypes])
-    dist.broadcast(rounded, 0)  # all ranks have to know what will not be gathered
-    kept = [name for name, is_rounded in zip(frozen, rounded.tolist()) if is_rounded]
-    pretrained.frozen = {name: whole.get_parameter(name) if whole is not None else None for name in kept}
-
-
-def own_shards(model):
-    """(name, this rank's elements) of each weight: of the shard, what is no padding."""
-    for name, parameter in model.named_parameters():
-        shard = parameter.ds_tensor.flatten()
-        yield name, shard[: max(0, parameter.ds_numel - dist.get_rank() * len(shard))]
-
-
-def write_fp32_weights(model, whole, device, watch):
-    """Give the optimizer's fp32 copy the weights as the first rank loaded them: it was made of bf16 ones."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:  # the optimizer has no copy of it
-            continue
-        watch(f"loading {name} in fp32")
-        share = parameter.ds_tensor.numel()  # equal on all ranks: the last one's is padded
-        flat = torch.zeros(share * world, device=device)
-        if rank == 0:
-            flat[: parameter.ds_numel] = whole.get_parameter(name).detach().flatten()
-        dist.broadcast(flat, 0)
-        safe_set_local_fp32_param(parameter, flat[rank * share : (rank + 1) * share])
-
-
-def prepare_model(model, args):
-    """What a real model and a dry run's have to share. The place to freeze what is not to be trained, with
-    model.get_input_embeddings().requires_grad_(False), say.
+    The place to freeze what is not to be trained: model.get_input_embeddings().requires_grad_(False), say.
     """
     if args.gradient_checkpointing:
         checkpoint_layers(model)
-    return model.train()
+    groups, options = parameter_groups(model, args.weight_decay), {"lr": args.learning_rate}
+    if args.offload_optimizer and not run.pretends:
+        # DeepSpeed's own updates on the host from vector registers; it refuses torch's there
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+    # fused: the default makes temporaries as large as the weights while it updates
+    return torch.optim.AdamW(groups, fused=True, **options)
+
+
+def load_engine(args, run, pretrained, trainable=True):
+    """The model in a ZeRO-3 engine: no rank but the first ever holds more of it than its shards.
+
+    It attends as transformers has it; what is not trainable, a reference, as the update does.
+    """
+    run.watch("loading the model")
+    register_varlen_attention()
+    config = deepspeed_config(args, trainable)
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    whole = load_whole(pretrained, run)  # in the dtype of its files, whatever the shards' will be
+    # inside Init, each module's weights are sharded as soon as it is made
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        model = empty_model(pretrained.model_config, dtype=dtype)
+    check_flat(model)
+    hand_out(whole, model, run)
+    # For training, too: a leaf module's weights come in one coalesced gather, not one for each matrix in it.
+    set_z3_leaf_modules(model, list({type(layer) for layer in decoder_layers(model)}))
+    if not trainable:
+        model.set_attn_implementation("varlen")
+        return deepspeed.initialize(model=model.requires_grad_(False).eval(), config=config)[0]
+    optimizer = prepare_training(model.train(), args, run)
+    if run.first:  # of what leaves as it came, where the shards hold a rounded copy
+        kept = {name: whole.get_parameter(name) for name in frozen_names(model)}
+        pretrained.frozen = {name: weight for name, weight in kept.items() if weight.dtype != dtype}
+    ask_for_an_inputs_gradient(decoder_layers(model))
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+@torch.no_grad()
+def hand_out(whole, model, run):
+    """Give the ranks' shards the first one's weights; whole: the model there, None on the others."""
+    for name, parameter in model.named_parameters():
+        run.watch(f"loading {name}")
+        with GatheredParameters([parameter], modifier_rank=0):  # the first rank's is dealt out at the end
+            if run.first:
+                parameter.copy_(whole.get_parameter(name))
+    for name, buffer in model.named_buffers():
+        # Init makes every tensor in the weights' dtype: rotary frequencies in bf16 would be wrong ones
+        dtype = torch.float32 if buffer.is_floating_point() else buffer.dtype
+        shared = torch.empty(buffer.shape, dtype=dtype, device=run.device)
+        dist.broadcast(shared.copy_(whole.get_buffer(name)) if run.first else shared, 0)
+        buffer.data = shared
+    shards = {}
+    for name, parameter in model.named_parameters():
+        shard = parameter.ds_tensor.flatten()  # the last rank's is padded
+        shards[name] = shard[: max(0, parameter.ds_numel - run.rank * len(shard))]
+    assert_loaded(whole, shards, run.device)
 
 
 def ask_for_an_inputs_gradient(layers):
@@ -974,6 +820,36 @@ def ask_for_an_inputs_gradient(layers):
             return
 
 
+def prove(engine, prompts, args, run):
+    """Prove on two prompts that the update computes what transformers does; sets the attention.
+
+    There are no completions yet: the beginning and the end of one prompt follow the other.
+    """
+    model, longest = engine.module, args.max_prompt_length + args.max_completion_length
+    num_scored = min(NUM_SCORED, args.max_completion_length)
+    first, last = (prompts.examples[i]["input_ids"] for i in (0, len(prompts) - 1))
+    groups = [
+        (
+            proof_tokens(ids, model.config, longest)[: longest - num_scored],
+            [other[:num_scored], other[-num_scored:]],
+        )
+        for ids, other in ((first, last), (last, first))
+    ]
+    sequences = [(prompt + ids, len(ids)) for prompt, completions in groups for ids in completions]
+    expected = logps_alone(model, sequences, run.device) if args.check_exact else None
+    model.set_attn_implementation("varlen")
+    if args.check_exact:
+        batch = run.to_device(flatten_shared_prompt(groups))
+        check_exact(
+            model,
+            expected,
+            lambda: per_token_logps(model, batch, replace(args, temperature=1.0)),
+            bf16=args.bf16,
+            what="where completions share a prompt",
+            remedy="Choose another model: the update of this script knows no other rows.",
+        )
+
+
 def budget_bytes(args):
     """Of gathered weights during a rollout, as `generation_weights` takes it."""
     if args.gather_budget_gib is not None:
@@ -984,21 +860,17 @@ def budget_bytes(args):
 class Rollouts:
     """Samples completions with the engine's present weights, and lets the rewards judge them."""
 
-    def __init__(self, args, engine, prompts, pretrained, functions, rank, world, device, watch):
-        tokenizer = pretrained.tokenizer
-        self.args, self.engine, self.prompts, self.tokenizer = args, engine, prompts, tokenizer
-        self.functions, self.rank, self.world, self.device, self.watch = functions, rank, world, device, watch
-        self.end_ids = end_token_ids(tokenizer, pretrained.eos_token_id)
-        self.stopped = None
+    def __init__(self, args, run, engine, prompts, pretrained, functions):
+        self.args, self.run, self.engine, self.prompts = args, run, engine, prompts
+        self.functions, self.stopped = functions, None
+        self.end_ids = end_token_ids(pretrained.tokenizer, pretrained.eos_token_id)
         if args.stop_strings:
-            criteria = StopStringCriteria(tokenizer, args.stop_strings)
+            criteria = StopStringCriteria(pretrained.tokenizer, args.stop_strings)
             self.stopped = lambda completion_ids: criteria(completion_ids, None)
-        self.budget_bytes = budget_bytes(args)
-        resident, self.gathered_bytes_per_token, largest = plan_residents(engine.module, self.budget_bytes)
-        self.resident_bytes = whole_bytes(resident)
-        self.held_bytes = self.resident_bytes + largest
-        self.seconds = self.tokens = self.most_whole_bytes = 0
-        if rank == 0:
+        resident, self.gathered_bytes_per_token, _ = plan_residents(engine.module, budget_bytes(args))
+        self.resident_bytes, self.most_whole_bytes = whole_bytes(resident), 0
+
+        if run.first:
             tqdm.write(self.describe())
 
     def describe(self):
@@ -1010,251 +882,183 @@ class Rollouts:
             f"{self.args.per_device_train_batch_size} completions of a rank share"
         )
 
-    def sample(self, progress):
-        """One rollout of whole groups on this rank: groups, rewards and what the update wants to know."""
-        args, temperature, started = self.args, self.args.temperature, time.perf_counter()
-        count = args.per_device_train_batch_size // args.num_generations
-        everyone = self.prompts.numbers(progress["prompts_done"], count * self.world)
-        mine = everyone[self.rank * count : (self.rank + 1) * count]
-        prompt_ids = [self.prompts.examples[number]["input_ids"] for number in mine]
+    def sample(self, numbers):
+        """One rollout, of all ranks' prompts `numbers`: this rank's groups, rewards, and what the update and
+        the metrics want to know.
+        """
+        args, run, started = self.args, self.run, time.perf_counter()
+        size, share = args.per_device_train_batch_size, len(numbers) // run.world
+        mine = numbers[run.rank * share : (run.rank + 1) * share]
+        prompt_ids = self.prompts.examples[mine]["input_ids"]
         # of every rank's completions, so that sampling depends on the seed and the rollout alone
-        rng = np.random.default_rng([args.seed, progress["rollout"]])
-        size = args.per_device_train_batch_size
-        uniform = rng.random((size * self.world, args.max_completion_length), dtype=np.float32)
-        uniform = torch.from_numpy(uniform[self.rank * size : (self.rank + 1) * size])
-        rollout, limit = progress["rollout"] + 1, args.max_completion_length
-        bar = tqdm(total=limit, desc=f"rollout {rollout}", unit="token", leave=False, disable=self.rank != 0)
-        if self.seconds:  # of the rollout before
-            bar.set_postfix({"last": f"{self.seconds:.1f} s", "update": f"{self.update_seconds:.1f} s"})
-
-        def after_token(number):
-            self.watch(f"rollout {rollout}, after token {number} of {limit}")
-            bar.update()
-            self.tokens = number
-
-        self.watch(f"rollout {rollout}, gathering weights")
-        with generation_weights(self.engine, self.budget_bytes) as model, most_whole(model) as most:
+        rng = np.random.default_rng([args.seed, run.progress["step"] // args.num_iterations])
+        uniform = rng.random((size * run.world, args.max_completion_length), dtype=np.float32)
+        uniform = torch.from_numpy(uniform[run.rank * size : (run.rank + 1) * size])
+        weights = generation_weights(self.engine, budget_bytes(args))
+        with weights as model, most_whole(model) as most:
             gathered = time.perf_counter()
-            completions, finished, entropies = generate(
-                model,
-                prompt_ids,
-                args.num_generations,
-                limit,
-                end_ids=self.end_ids,
-                device=self.device,
-                uniform=uniform,
-                temperature=temperature,
-                top_k=args.top_k,
-                top_p=args.top_p,
-                stopped=self.stopped,
-                all_sum=lambda values: all_sum(values, self.device),
-                after_token=after_token,
+            completions, finished, entropies, num_steps = generate(
+                model, prompt_ids, args, run, end_ids=self.end_ids, uniform=uniform, stopped=self.stopped
             )
-        bar.close()
+        seconds = time.perf_counter() - started
         self.most_whole_bytes = max(self.most_whole_bytes, most["bytes"])
-        self.seconds = time.perf_counter() - started
-        self.watch(f"rollout {rollout}, rewards")
-        texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
-        prompts, columns = self.prompts.columns(mine, args.num_generations)
-        judged = self.prompts.as_completions(texts)
-        with together(self.device):
-            rewards = call_rewards(self.functions, prompts, judged, columns, completions)
+        run.watch("the rewards")
+        with run.together():
+            rewards, texts = self.prompts.judge(self.functions, mine, completions)
         lengths = torch.tensor([len(ids) for ids in completions])
         groups = [completions[i : i + args.num_generations] for i in range(0, size, args.num_generations)]
         return {
             "groups": list(zip(prompt_ids, groups)),
-            "temperature": temperature,  # the update scores at it, whatever the flag says by then
             "rewards": rewards,
             "reward": torch.tensor(list(rewards.values()), dtype=torch.float64).sum(0),
             "lengths": lengths,
-            "scored_lengths": lengths * torch.tensor(finished)
-            if args.mask_truncated_completions
-            else lengths,
             "finished": torch.tensor(finished),
             "entropy_sum": float(sum(e * n for e, n in zip(entropies, lengths.tolist()))),
-            "gather_seconds": gathered - started,
-            "texts": list(zip(map(prompt_text, prompts), texts)),
-            "num_prompts": count * self.world,
+            "texts": texts,
             # of the data: a prompt counts once for each completion
             "num_tokens": int(lengths.sum()) + args.num_generations * sum(map(len, prompt_ids)),
+            "costs": {
+                "gathered_bytes_per_token": self.gathered_bytes_per_token,
+                "resident_bytes": self.resident_bytes,
+                "gather_seconds": gathered - started,
+                "generation_seconds": seconds,
+                "generation_steps": num_steps,
+            },
         }
 
 
-def prompt_text(prompt):
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+@contextmanager
+def most_whole(module):
+    """Yields {"bytes": the most bytes of weights that were whole at once on this rank}.
+
+    It looks as the forward of each module starts for the first time: one forward shows them all.
+    """
+    most, hooks = {"bytes": 0}, {}
+
+    def look(part, *_):
+        hooks.pop(part).remove()
+        held = sum(parameter.nbytes for parameter in module.parameters())  # of one that is not whole: 0
+        most["bytes"] = max(most["bytes"], held)
+
+    for part in module.modules():
+        hooks[part] = part.register_forward_pre_hook(look)
+    try:
+        yield most
+    finally:
+        for hook in hooks.values():
+            hook.remove()
 
 
-def prepare_update(rollout, args, reference, device, watch):
-    """Advantages, and micro-batches on the device. Returns the batches and the scored tokens of all ranks."""
-
-    def sum_ranks(values):
-        return all_sum(values, device)
-
+def prepare_update(rollout, args, run, reference=None):
+    """The rollout's micro-batches, with advantages, and with the reference's log-probabilities."""
     advantages = group_advantages(rollout["reward"], args.num_generations, args.scale_rewards)
-    lengths, size = rollout["scored_lengths"], args.num_generations
-    denominators = loss_denominators(lengths, size, args.loss_type, args.max_completion_length, sum_ranks)
-    budget = args.max_tokens_per_batch or args.max_prompt_length + size * args.max_completion_length
+    lengths, size, limit = rollout["lengths"], args.num_generations, args.max_completion_length
+    if args.mask_truncated_completions:
+        lengths = lengths * rollout["finished"]
     batches = make_batches(
         rollout["groups"],
         advantages,
-        denominators,
-        budget,
-        device,
-        lambda n: all_max(n, device),
-        temperature=rollout["temperature"],
+        loss_denominators(lengths, size, args.loss_type, limit, run.sum),
+        args.max_tokens_per_batch or longest_group(args),
+        run,
     )
-    if reference is not None:
-        for i, batch in enumerate(batches):
-            watch(f"reference, micro-batch {i + 1} of {len(batches)}")
-            with torch.no_grad():
-                batch["ref_per_token_logps"] = per_token_logps(reference, batch, args)
-    return batches, sum_ranks([lengths.sum().item()])[0]
+    for i, batch in enumerate(batches if reference else ()):
+        run.watch(f"reference, micro-batch {i + 1} of {len(batches)}")
+        with torch.no_grad():
+            batch["ref_per_token_logps"] = per_token_logps(reference, batch, args)
+    return batches
 
 
-def rollout_metrics(rollout, args, gathers):
+def rollout_metrics(rollout, args, run):
     """This rollout's metrics over all ranks, under TRL's names."""
     reward, groups = rollout["reward"], rollout["reward"].view(-1, args.num_generations)
-    deviations = groups.std(1)
-    sums = {
-        "completions": len(reward),
-        "groups": len(groups),
-        "tokens": rollout["lengths"].sum().item(),
-        "reward": reward.sum().item(),
-        "reward_std": deviations.sum().item(),
-        "zero": (groups.amax(1) == groups.amin(1)).sum().item(),
-        "clipped": (~rollout["finished"]).sum().item(),
-        "entropy": rollout["entropy_sum"],
-        **{f"rewards/{name}/mean": sum(values) for name, values in rollout["rewards"].items()},
+    means = {  # name: (this rank's sum, and of how many)
+        "reward": (reward.sum(), len(reward)),
+        **{f"rewards/{name}/mean": (sum(x), len(x)) for name, x in rollout["rewards"].items()},
+        "reward_std": (groups.std(1).sum(), len(groups)),
+        "frac_reward_zero_std": ((groups.amax(1) == groups.amin(1)).sum(), len(groups)),
+        "completions/mean_length": (rollout["lengths"].sum(), len(reward)),
+        "completions/clipped_ratio": ((~rollout["finished"]).sum(), len(reward)),
+        "entropy": (rollout["entropy_sum"], rollout["lengths"].sum()),
     }
-    sums = dict(zip(sums, all_sum(list(sums.values()), gathers.device)))
-    of_completions = {n: sums[n] / sums["completions"] for n in sums if n == "reward" or "/" in n}
-    return {
-        **of_completions,
-        "reward_std": sums["reward_std"] / sums["groups"],
-        "frac_reward_zero_std": sums["zero"] / sums["groups"],
-        "completions/mean_length": sums["tokens"] / sums["completions"],
-        "completions/clipped_ratio": sums["clipped"] / sums["completions"],
-        "entropy": sums["entropy"] / sums["tokens"],
-        "gathered_bytes_per_token": gathers.gathered_bytes_per_token,
-        "resident_bytes": gathers.resident_bytes,
-        "gather_seconds": rollout["gather_seconds"],
-        "generation_seconds": gathers.seconds,
-        "generation_steps": gathers.tokens,
-    }
+    sums = run.sum({name: total for name, (total, _) in means.items()})
+    counts = run.sum({name: count for name, (_, count) in means.items()})
+    return {name: sums[name] / counts[name] for name in means} | rollout["costs"]
 
 
-def save_checkpoint(args, engine, progress, rank):
-    """checkpoint-<step>/: DeepSpeed's files (shards, moments, random states) and the position in the data."""
-    path = Path(args.output_dir) / f"checkpoint-{progress['step']}"
-    temporary = path.with_suffix(".tmp")
-    if rank == 0:
-        fresh_folder(temporary)
-    dist.barrier()
+def show_completions(step, rollout, num_generations):
+    """A few lines: prompts, completions and their rewards. The end of a text is what counts."""
+    rows = [(*texts, reward) for texts, reward in zip(rollout["texts"], rollout["reward"].tolist())]
+    for prompt, completion, reward in rows[: 2 * num_generations : 4]:
+        prompt, completion = (" ".join(text.split())[-50:] for text in (prompt, completion))
+        tqdm.write(f"step {step}  reward {reward:6.2f}  {prompt:>50}  ->  {completion}")
+
+
+def describe_rewards(output_dir):
+    """One line: the mean reward of the first and of the last tenth of the run's rollouts."""
+    lines = [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
+    rewards = [line["reward"] for line in lines]
+    part = max(1, len(rewards) // 10)
+    first, last = (sum(values) / part for values in (rewards[:part], rewards[-part:]))
+    return f"reward    {first:.3f} in the first {part} steps, {last:.3f} in the last {part}"
+
+
+def save_training_state(folder, engine):
+    """Write this rank's part of a checkpoint: DeepSpeed's files (shards, moments), and its random states."""
     random_states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         random_states["cuda"] = torch.cuda.get_rng_state()
     # no file "latest" of DeepSpeed's: the newest folder with its final name is the latest one
-    engine.save_checkpoint(
-        str(temporary),
-        "zero3",
+    state, options = (
         {"random_states": random_states},
-        save_latest=False,
-        exclude_frozen_parameters=True,
+        {"save_latest": False, "exclude_frozen_parameters": True},
     )
-    dist.barrier()
-    if rank == 0:
-        (temporary / "progress.json").write_text(json.dumps(progress, indent=1))
-        commit_folder(temporary, path)
-        rotate_checkpoints(args.output_dir, args.save_total_limit)
-    dist.barrier()
+    engine.save_checkpoint(str(folder), "zero3", state, **options)
 
 
-def read_progress(path, fingerprint, world):
-    """Where a checkpoint stands: step, rollouts, prompts done."""
-    progress = json.loads((path / "progress.json").read_text())
-    if progress["fingerprint"] != fingerprint:
-        raise Refusal(f"{path} belongs to other data: use its dataset, max_prompt_length and seed.")
-    if progress["world_size"] != world:
-        raise Refusal(
-            f"{path} was written by {progress['world_size']} ranks, and this run has {world}: DeepSpeed's "
-            f"shards are bound to their number. Resume with {progress['world_size']} ranks."
-        )
-    return progress
-
-
-def load_checkpoint(engine, path):
+def load_training_state(folder, engine):
     """Restore weights, moments and this rank's random states."""
     decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
-    try:
-        # not strict: what is frozen is not in there, and `check_frozen` has seen that nothing else is missing
-        _, state = engine.load_checkpoint(
-            str(path), "zero3", load_module_strict=False, load_lr_scheduler_states=False
-        )
-    except ValueError as error:  # torch's, of groups of parameters
-        raise Refusal(
-            f"{path} holds the state of another optimizer, of an earlier version of this script: {error}. "
-            "Begin a new run."
-        ) from error
+    # not strict: what is frozen is not in there, and the run has seen that nothing else is missing
+    _, state = engine.load_checkpoint(
+        str(folder), "zero3", load_module_strict=False, load_lr_scheduler_states=False
+    )
     for group, weight_decay in zip(engine.optimizer.param_groups, decays):
         group["weight_decay"] = weight_decay  # this run's flag, not that of the run which wrote it
-    adam = engine.optimizer.optimizer
-    if isinstance(adam, deepspeed.ops.adam.DeepSpeedCPUAdam):
-        count_steps_again(adam)
     torch.set_rng_state(state["random_states"]["cpu"])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state(state["random_states"]["cuda"])
 
 
-def count_steps_again(adam):
-    """Bring DeepSpeedCPUAdam's inner powers beta ** step to where they stood when the checkpoint was written.
-
-    No checkpoint holds them. They are multiplied up step by step in fp32; resumed, they would be taken with
-    pow() instead, which ends in other digits. So all steps are taken again, on one number that nobody reads.
-    """
-    (beta1, beta2), eps = adam.defaults["betas"], adam.defaults["eps"]
-    learning_rate, weight_decay, bias_correction = 0.0, 0.0, True
-    settings = (learning_rate, beta1, beta2, eps, weight_decay, bias_correction)
-    weight, gradient, *moments = (torch.zeros(1) for _ in range(4))
-    steps_done = int(max(state["step"] for state in adam.state.values()))
-    for step in range(1, steps_done + 1):
-        adam.ds_opt_adam.adam_update(adam.opt_id, step, *settings, weight, gradient, *moments)
-
-
-def whole_weights(engine, frozen, bf16, watch):
-    """Each weight in turn, gathered on every rank, with its name: (name, tensor), a tied one once; of frozen
-    ones, what the first rank has kept.
-    """
-    for name, parameter in engine.module.named_parameters():
-        watch(f"saving {name}")
-        if name in frozen:
-            yield name, frozen[name]
-        elif bf16 and parameter.requires_grad:  # the optimizer's copy: what came in fp32 leaves in fp32
-            yield name, safe_get_full_fp32_param(parameter)
-        else:
-            with GatheredParameters([parameter]):
-                yield name, parameter
-    kept = set(engine.module.state_dict())  # among the buffers, those that a model file holds
-    yield from ((name, buffer) for name, buffer in engine.module.named_buffers() if name in kept)
-
-
-def save_model(args, engine, pretrained, rank, watch):
-    """The final model in Hugging Face format, in the dtypes that it came in, gathered weight by weight."""
-    weights = whole_weights(engine, pretrained.frozen, args.bf16, watch)
-    if rank == 0:
-        temporary = fresh_folder(Path(args.output_dir) / "model.tmp")
-        write_pretrained_streamed(temporary, pretrained, saved_shapes(engine.module), weights)
-        commit_files(temporary, args.output_dir)
-    else:
-        for _ in weights:  # each gather needs all ranks
-            pass
+def save_model(run, engine, pretrained):
+    """The final model in Hugging Face format, in the dtypes that it came in; collected on the first rank."""
+    model, weights = engine.module, {}
+    for name, parameter in model.named_parameters():  # a tied weight once
+        run.watch(f"saving {name}")
+        with GatheredParameters([parameter]):
+            whole = parameter
+            if parameter.requires_grad and parameter.dtype != torch.float32:
+                whole = safe_get_full_fp32_param(parameter)  # what came in fp32 leaves with its precision
+            if run.first:
+                weights[name] = whole.detach().to("cpu", copy=True)
+    if run.first:
+        kept = set(model.state_dict())  # among the buffers, those that a model file holds
+        weights |= {name: buffer.cpu() for name, buffer in model.named_buffers() if name in kept}
+        write_pretrained(run.args.output_dir, pretrained, weights | pretrained.frozen)
     dist.barrier()
 
 
-def learning_rates(args, total_steps):
-    """The schedule as a function of the steps done: nothing that a checkpoint would have to hold."""
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
-    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, total_steps)
-    return lambda step: args.learning_rate * scheduler.lr_lambdas[0](step)
+def held_bytes(engine):
+    """What this rank holds of a ZeRO-3 engine that has trained: {name: bytes}."""
+    optimizer = engine.optimizer
+    states = [v for s in optimizer.optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
+    tensors = {
+        "parameters": [p.ds_tensor for p in engine.module.parameters()],
+        "gradients": [optimizer.grad_partitions_flat_buffer],
+        # ZeRO's own fp32 copy, which the optimizer updates, and AdamW's two moments
+        "optimizer": [*(v for v in states if v.dim()), *optimizer.fp32_partitioned_groups_flat],
+    }
+    return {name: sum(tensor.nbytes for tensor in held) for name, held in tensors.items()}
 
 
 def main(args):
@@ -1267,360 +1071,197 @@ def main(args):
     """
     check_arguments(args)
     if args.dry_run:
-        return dry_run(args)
-    check_output_dir(
-        args.output_dir, args.overwrite_output_dir, args.resume_from_checkpoint, args.model_name_or_path
-    )
-    # torch 2.11 knows only the older names of some functions, by which DeepSpeed calls them as well
-    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
-    sigterm = []
-    previous_handler = signal.signal(signal.SIGTERM, lambda *_: sigterm.append(True))
-    watch, ours = None, not dist.is_initialized()
-    try:
-        rank, local_rank, world, device = start_distributed(args)
-        watch = Watchdog(args.collective_timeout_s, rank)
-        with disk_errors_refused(args.output_dir):
-            return train(args, rank, local_rank, world, device, sigterm, watch)
-    finally:
-        signal.signal(signal.SIGTERM, previous_handler)
-        if ours and dist.is_initialized() and deepspeed.comm.is_initialized():
-            deepspeed.comm.destroy_process_group()  # DeepSpeed's groups with torch's
-        if watch is not None:  # to the last: leaving a group may hang as well
-            watch.close()
+        return explore(args)
+    with Run(args, "GRPO") as run, deepspeed_groups(run):
+        torch.manual_seed(args.seed + run.rank)  # order and sampling have generators of their own
+        longest = args.max_prompt_length + args.max_completion_length
+        limits = "--max_prompt_length + --max_completion_length"
+        pretrained = read_pretrained(args.model_name_or_path, longest, limits, dropout=False)
+        check_cache(pretrained.config)
+        prompts, functions = run.on_each_machine(prepare_data, args, pretrained, run)
+        run.resume()
+        run.match("data", prompts.fingerprint(), "Use its dataset, max_prompt_length and seed.")
+        ranks = run.progress.get("world_size")
+        run.match("world_size", run.world, f"DeepSpeed's shards are bound to it: resume with {ranks} ranks.")
+        run.match("num_iterations", args.num_iterations, "Use the number that it was trained with.")
+        run.plan(prompts.count_steps(run.progress))
 
+        engine = load_engine(args, run, pretrained)
+        prove(engine, prompts, args, run)
+        reference = load_engine(args, run, pretrained, trainable=False) if args.beta else None
+        run.match("frozen", frozen_names(engine.module), "Freeze what was frozen then, or begin a new run.")
+        if run.checkpoint:
+            load_training_state(run.checkpoint, engine)
+        try_to_write(run, engine.module, pretrained)  # what cannot be written shows now, not at the end
+        rollouts = Rollouts(args, run, engine, prompts, pretrained, functions)
+        run.start(prompts.data)
 
-def train(args, rank, local_rank, world, device, sigterm, watch):
-    torch.manual_seed(args.seed + rank)  # order and sampling have generators of their own
-    longest = args.max_prompt_length + args.max_completion_length
-    watch("tokenising the prompts")
-    # the first rank of each machine tokenises; the others then read its cache
-    for first_rank in (True, False):
-        with together(device):
-            if (local_rank == 0) == first_rank:
-                flags = "--max_prompt_length + --max_completion_length"
-                pretrained = read_pretrained(args.model_name_or_path, longest, flags, dropout=False)
-                prompts = Prompts(args, pretrained.tokenizer)
-                vocab_size = pretrained.config.get_text_config().vocab_size
-                check_token_ids(prompts.examples, vocab_size, args.dataset_name)
-                functions = load_reward_funcs(args.reward_funcs, prompts.reward_columns)
-                check_answers(functions, prompts.rows, args.dataset_name)
-                read = columns_read(functions, prompts.reward_columns)
-                prompts.data["columns_unused"] = unused_columns(prompts.rows, ("prompt", *read))
-                watch("trying the rewards")
-                prompts.try_rewards(functions, pretrained.tokenizer, args.num_generations)
-    prompts_per_rollout = args.per_device_train_batch_size // args.num_generations * world
-    progress = {"step": 0, "rollout": 0, "prompts_done": 0}
-    progress |= {"fingerprint": prompts.fingerprint(), "world_size": world}
-    if args.resume_from_checkpoint:
-        checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-        progress = read_progress(checkpoint, progress["fingerprint"], world)
-    left = max(0, math.ceil(args.num_train_epochs * len(prompts) - 1e-9) - progress["prompts_done"])
-    total_steps = progress["step"] + math.ceil(left / prompts_per_rollout) * args.num_iterations
-    total_steps = args.max_steps if args.max_steps > 0 else total_steps
-    if progress["step"] > total_steps:
-        raise Refusal(f"{checkpoint} is past --max_steps {total_steps}: raise it.")
-    if progress["step"] == total_steps and (Path(args.output_dir) / "summary.json").exists():
-        raise Refusal(f"{args.output_dir} has finished its {total_steps} steps: raise --max_steps to go on.")
-    if progress["step"] % args.num_iterations:
-        raise Refusal(
-            f"{checkpoint} is in the middle of a rollout of --num_iterations {args.num_iterations}: use the "
-            "number that it was trained with."
-        )
+        while run.unfinished:
+            if fresh := run.due(args.num_iterations):
+                numbers = prompts.next_rollout(run.progress)
+            with run.step(engine.optimizer, lambda numbers=numbers: f"Prompts {numbers} of the data."):
+                if fresh:
+                    rollout = rollouts.sample(numbers)
+                    batches = prepare_update(rollout, args, run, reference)
+                    sampled = rollout_metrics(rollout, args, run)
+                    epoch = prompts.advance(run.progress, numbers)
+                update_started = time.perf_counter()
+                sums, grad_norm = train_step(engine, batches, args, run)
+                update_seconds = time.perf_counter() - update_started
+            num_scored = sums["num_scored_tokens"]
+            run.progress["updates"] += num_scored > 0
+            metrics = {
+                "epoch": epoch,
+                "loss": sums["loss"],
+                **sampled,
+                "kl": sums["kl"] / max(num_scored, 1),
+                "clip_ratio": sums["clipped"] / max(num_scored, 1),
+                "grad_norm": grad_norm,
+                "num_tokens": sums["num_tokens"],
+                "num_scored_tokens": num_scored,
+                "update_seconds": update_seconds,
+            }
+            real_tokens = run.sum({"of all ranks": rollout["num_tokens"] if num_scored else 0})
+            run.log(metrics, real_tokens=real_tokens["of all ranks"])
+            if run.first and run.due(args.log_completions_steps):
+                show_completions(run.progress["step"], rollout, args.num_generations)
+            # a checkpoint holds no half-used rollout
+            if run.save_when_due(lambda folder: save_training_state(folder, engine), args.num_iterations):
+                return {"stopped_at_step": run.progress["step"]}
 
-    check_cache(pretrained.config)
-    watch("loading the model")
-    engine = load_engine(args, device, watch=watch, pretrained=pretrained)
-    check_frozen(engine.module, progress)
-    reference = None
-    if args.beta > 0:
-        watch("loading the reference")
-        reference = load_engine(args, device, trainable=False, watch=watch, pretrained=pretrained)
-    watch("checking the model")
-    first = flatten([{"input_ids": ids, "labels": ids} for ids in prompts.examples[:2]["input_ids"]])
-    if args.check_isolation:
-        remedy = "Choose another model: the update of this script knows no other rows."
-        check_isolation(engine.module, to_device(first, device), remedy=remedy, max_length=longest)
-    check_head(engine.module, to_device(first, device))
-    rollouts = Rollouts(args, engine, prompts, pretrained, functions, rank, world, device, watch)
-    learning_rate_at = learning_rates(args, total_steps)
-    if args.resume_from_checkpoint:
-        watch("loading the checkpoint")
-        load_checkpoint(engine, checkpoint)
-    with together(device):  # what cannot be written shows now, not after the last step
-        if rank == 0:
-            try_to_write(pretrained, saved_shapes(engine.module))
-    if rank == 0:
-        prepare_output_dir(args.output_dir, progress["step"])
-    dist.barrier()
-    metrics, totals = {}, {"seconds": 0.0, "tokens": 0, "real_tokens": 0}
-    if rank == 0:
-        print(describe_start(args, prompts.data, total_steps))
-    bar = tqdm(total=total_steps, initial=progress["step"], desc="GRPO", unit="step", disable=rank != 0)
-
-    while progress["step"] < total_steps:
-        step_started = time.perf_counter()
-        if progress["step"] % args.num_iterations == 0:
-            rollout = rollouts.sample(progress)
-            batches, num_scored = prepare_update(rollout, args, reference, device, watch)
-            sampled = rollout_metrics(rollout, args, rollouts)
-            progress["rollout"] += 1
-            progress["prompts_done"] += rollout["num_prompts"]
-        update_started = time.perf_counter()
-        learning_rate = learning_rate_at(progress["step"])
-        for group in engine.optimizer.param_groups:
-            group["lr"] = learning_rate
-        sums, grad_norm = [0.0, 0.0, 0.0], 0.0
-        if num_scored:  # every completion masked: not even Adam's momentum may move a weight
-            sums = update(engine, batches, args, world, watch)
-            grad_norm = float(engine.get_global_grad_norm())
-        num_tokens = sum(batch["input_ids"].numel() for batch in batches) if num_scored else 0
-        real_tokens = rollout["num_tokens"] if num_scored else 0
-        of_ranks = [*sums, num_tokens, real_tokens, len(sigterm)]
-        loss, kl, clipped, num_tokens, real_tokens, stop = all_sum(of_ranks, device)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            # DeepSpeed skips an update whose gradients are not finite
-            raise FloatingPointError(
-                f"step {progress['step'] + 1}: loss {loss}, gradient norm {grad_norm}; the weights are still "
-                f"finite. Prompts {progress['prompts_done'] - rollout['num_prompts']} to "
-                f"{progress['prompts_done'] - 1} of the stream."
-            )
-
-        seconds = time.perf_counter() - step_started
-        rollouts.update_seconds = time.perf_counter() - update_started
-        progress["step"] += 1
-        metrics = {
-            "step": progress["step"],
-            "epoch": progress["prompts_done"] / len(prompts),
-            "loss": loss,
-            **sampled,
-            "kl": kl / max(num_scored, 1),
-            "clip_ratio": clipped / max(num_scored, 1),
-            "grad_norm": grad_norm,
-            "learning_rate": learning_rate,
-            "num_tokens": int(num_tokens),
-            "num_scored_tokens": int(num_scored),
-            "tokens_per_second": num_tokens / seconds,
-            "step_seconds": seconds,
-            "update_seconds": rollouts.update_seconds,
-            "peak_memory_bytes": peak_memory_bytes(device),
-        }
-        for name, value in (("seconds", seconds), ("tokens", num_tokens), ("real_tokens", real_tokens)):
-            totals[name] += value
-        if rank == 0:
-            write_metrics(metrics, args.output_dir, bar, args.logging_steps)
-            every = args.log_completions_steps
-            if every and progress["step"] % every == 0:
-                shown = [(*texts, r) for texts, r in zip(rollout["texts"], rollout["reward"].tolist())]
-                tqdm.write(format_completions(progress["step"], shown[: 2 * args.num_generations : 4]))
-        stop = stop and progress["step"] % args.num_iterations == 0  # a checkpoint holds no half-used rollout
-        if stop or args.save_steps and progress["step"] % args.save_steps == 0:
-            watch("checkpoint")
-            save_checkpoint(args, engine, progress, rank)
-        if stop:
-            if rank == 0:
-                remedy = "continue with --resume_from_checkpoint latest"
-                tqdm.write(f"SIGTERM: saved checkpoint-{progress['step']}; {remedy}", file=sys.stderr)
-            return {"stopped_at_step": progress["step"]}
-    bar.close()
-
-    watch("saving the model")
-    save_model(args, engine, pretrained, rank, watch)
-    rollout_bytes = rollouts.held_bytes, rollouts.most_whole_bytes
-    ledger = memory_ledger(*zero3_ledger(engine, *rollout_bytes, peak_memory_bytes(device)))
-    summary = summarize(args, device, world, prompts.data, totals, ledger, None, metrics)
-    if rank == 0:
-        (Path(args.output_dir) / "summary.json").write_text(json.dumps(summary, indent=1))
-        print(describe_prompts(prompts.data))
-        print(describe_speed(summary))
-        print(describe_rewards(args.output_dir))
-        print(format_ledger(ledger_title(summary), ledger))
-    return summary
+        save_model(run, engine, pretrained)
+        counts = held_bytes(engine) | {"rollout_weights": rollouts.most_whole_bytes}
+        counts |= {"peak": peak_memory_bytes(run.device)}
+        lines = [describe_rewards(args.output_dir)] if run.first else []
+        rows = ledger(counts, "allocated on CUDA, resident on a CPU")
+        return run.finish(prompts.data, rows, lines=lines)
 
 
 # --- 6. Memory before the GPU ---
 
 
 class Unsharded:
-    """A whole model where an engine is expected."""
+    """A whole model and its optimizer in the place of DeepSpeed's engine."""
 
-    def __init__(self, module):
-        self.module = module
+    def __init__(self, module, optimizer, max_grad_norm):
+        self.module, self.optimizer, self.max_grad_norm = module, optimizer, max_grad_norm
 
     def __call__(self, **inputs):
         return self.module(**inputs)
 
+    def set_gradient_accumulation_boundary(self, is_boundary):
+        pass
 
-def pretend_model(args, config):
-    """The model in the dtype it is sharded in, with what ZeRO-3 would say of its parameters."""
-    register_varlen_attention()
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
-    model = empty_model(config, dtype=dtype, attn_implementation="varlen")
-    for parameter in model.parameters():
-        parameter.ds_numel = parameter.numel()
-    return model
+    def backward(self, loss, scale_wrt_gas):
+        loss.backward()
+
+    def step(self):
+        self.grad_norm = clip_gradients(self.module, self.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def get_global_grad_norm(self):
+        return self.grad_norm
 
 
-def pretend_rollout(args, config, world):
-    """The most bytes that a rollout holds on one rank beyond the shards, by pretended tensors.
+def largest_batch(args):
+    """The largest micro-batch that an update may see, of at most all prompts of a rollout."""
+    prompt, length, group = args.max_prompt_length, args.max_completion_length, args.num_generations
+    longest, most = longest_group(args), args.per_device_train_batch_size // group
+    budget = args.max_tokens_per_batch or longest
+    groups = [([0] * prompt, [[0] * length] * group)] * min(most, budget // longest)
+    rest = (budget % longest - prompt) // group  # room for one more group, of shorter completions
+    if rest >= 1 and len(groups) < most:
+        groups.append(([0] * prompt, [[0] * rest] * group))
+    ones = torch.ones(len(groups) * group)
+    [batch] = make_batches(groups, ones, ones, math.inf, PretendedRun(1, None))
+    return batch, len(groups) == most
 
-    Returns: the peak; of it, keys and values of all completions, and weights gathered at once.
+
+def pretend_rollout(model, args):
+    """Bytes of all completions' keys and values, and the most that their last token's forward needs beside
+    the weights, those keys and values among it.
     """
-    size, prompt, completion = (
-        args.per_device_train_batch_size,
-        args.max_prompt_length,
-        args.max_completion_length,
-    )
-    with pretend():
-        model = pretend_model(args, config).eval()
-        model.set_attn_implementation("sdpa")
-        gathers = gathers_weights(args, world)
-        # where shards come from the host, the device holds those of a unit beside what is gathered of them
-        copied = 1 / world if args.offload_param and world > 1 else 0
-        resident, _, largest = plan_residents(model, budget_bytes(args))
-        whole = {id(p) for p in resident}
-        streaming = [unit for unit in generation_units(model) if id(unit[0][0]) not in whole]
-        tracker = ByteCounter()
-        tracker.track_external(model)
-        with gathers_pretended(streaming if gathers else [], copied), tracker, torch.no_grad():
+    size, length = args.per_device_train_batch_size, args.max_prompt_length + args.max_completion_length
+    cache, tracker = DynamicCache(config=model.config), ByteCounter()
 
-            def step(tokens, length, cache):
-                mask = torch.ones(len(tokens), length, dtype=torch.int64)
-                return model(
-                    input_ids=tokens,
-                    attention_mask=mask,
-                    position_ids=mask.cumsum(1)[:, -tokens.shape[1] :] - 1,
-                    use_cache=True,
-                    logits_to_keep=1,
-                    **as_argument(cache, model),
-                ).logits[:, -1]
+    def forward(num_tokens, length):
+        return model(
+            input_ids=torch.zeros(size, num_tokens, dtype=torch.int64),
+            attention_mask=torch.ones(size, length, dtype=torch.int64),
+            use_cache=True,
+            logits_to_keep=1,
+            **as_argument(cache, model),
+        ).logits[:, -1]
 
-            cache = DynamicCache(config=config)
-            step(torch.zeros(size // args.num_generations, prompt, dtype=torch.int64), prompt, cache)
-            cache.batch_repeat_interleave(args.num_generations)
-            for i, layer in enumerate(cache.layers):  # the completions, short of their last token
-                shape = (*layer.keys.shape[:2], completion - 1, layer.keys.shape[3])
-                cache.update(layer.keys.new_empty(shape), layer.values.new_empty(shape), i)
-            logits = step(torch.zeros(size, 1, dtype=torch.int64), prompt + completion, cache)
-            sample(logits, torch.rand(size), args.temperature, args.top_k, args.top_p)
-            cached = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
-        peak = tracker.peak_bytes(model.device) - whole_bytes(model.parameters())
-    gathered = whole_bytes(resident) if gathers else 0
-    return gathered + peak, cached, gathered + (largest if gathers else 0)
+    def cached():
+        return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+    with torch.no_grad():
+        forward(length - 1, length - 1)
+        tracker.track_external(model, *cached())
+        with tracker:
+            sample(forward(1, length), torch.rand(size), args.temperature, args.top_k, args.top_p)
+    peak = tracker.peak_bytes(model.device) - whole_bytes(model.parameters())
+    return sum(tensor.nbytes for tensor in cached()), peak
 
 
-def gathers_weights(args, world):
-    """Whether weights have to be brought together: a single rank's shards on the device are the weights."""
-    return world > 1 or args.offload_param
-
-
-def pretend_update(args, config, world):
-    """The most bytes that an update's forward and backward hold on one rank beyond the shards.
-
-    Returns: {"activations", "loss_head", "peak"}, of the largest micro-batch; with --beta also "reference":
-             the most that the reference's forward holds.
+def pretend_step(args, pretrained):
+    """The bytes of a rollout, its update and the optimizer's step on a rank: {name: bytes}, and when the peak
+    is. Activations, loss head and the last token of a rollout are pretended; the rest is added up.
     """
-    prompt, length, generations = args.max_prompt_length, args.max_completion_length, args.num_generations
-    longest = prompt + generations * length
-    budget, all_groups = args.max_tokens_per_batch or longest, args.per_device_train_batch_size // generations
-    groups = [([0] * prompt, [[0] * length] * generations)] * min(all_groups, budget // longest)
-    rest = (budget % longest - prompt) // generations  # room for one more group, of shorter completions
-    if rest >= 1 and len(groups) < all_groups:
-        groups.append(([0] * prompt, [[0] * rest] * generations))
-    size = len(groups) * generations
-    repeats = len(groups) < all_groups or args.num_iterations > 1
-    ones, temperature = torch.ones(size), args.temperature
-    [batch] = make_batches(groups, ones, ones, 10**18, torch.device("cpu"), int, temperature=temperature)
-    with two_chunks_only(), pretend():
-        model = prepare_model(pretend_model(args, config), args)
-        weights, zero = whole_bytes(model.parameters()), deepspeed_config(args)["zero_optimization"]
-        reduces = ReducesPretended(trained(model), zero["reduce_bucket_size"])
-        optimizer = torch.optim.SGD(trained(model))  # ZeRO's states are counted apart
-        meter = MemoryMeter(model, optimizer, torch.device("cpu"), track=True, track_step=1)
-        # The first forward and backward after a rollout gather for one module at a time. ZeRO-3 learns their
-        # order, and for the others gathers in advance, and keeps, what zero3_learned_bytes says.
-        learned, in_advance = zero3_learned_bytes(model.num_parameters(), model.dtype, zero)
-        gathers, keeps_all = gathers_weights(args, world), repeats and learned == weights
-        units = generation_units(model) if gathers and (keeps_all or not repeats) else []
-        if not keeps_all:
-            units = [(parameters, [owner]) for parameters, owners in units for owner in owners]
-        with peaks_before_head(model, lambda: meter.tracker) as forward:
-            with gathers_pretended(units, kept=keeps_all), meter.step([batch]):
-                logps = per_token_logps(Unsharded(model), batch, args)
-                losses, *_ = grpo_loss(logps, logps.detach(), batch["advantages"], epsilon=args.epsilon)
-                (losses / batch["denominators"]).sum().backward()
-                reduces.reduce()
-                optimizer.step()  # finds no gradient; the meter waits for it
-        tracker = ByteCounter()
-        tracker.track_external(model)
-        if args.beta:
-            with peaks_before_head(model, lambda: tracker) as reference_forward, tracker, torch.no_grad():
-                per_token_logps(Unsharded(model.eval()), batch, args)
-    measured = meter.measured
-    measured["peak"] -= weights
-    if repeats and gathers:  # what is gathered in advance lies beside what the layers' forwards need
-        measured["peak"] = max(in_advance + forward[0] - weights, measured["peak"])
-        measured["peak"] += 0 if keeps_all else learned
-    if args.beta:  # on the host: it gathers on a single rank as well
-        peaks = in_advance + reference_forward[0], tracker.peak_bytes(model.device)
-        measured["reference"] = learned + max(peaks) - weights
-    return measured
+    batch, whole_rollout = largest_batch(args)
+    with pretend(args, sharded=False) as run:
+        register_varlen_attention()
+        dtype = torch.bfloat16 if args.bf16 else torch.float32
+        model = empty_model(pretrained.model_config, dtype=dtype)
+        kv_cache, rollout = pretend_rollout(model.eval(), args)
+        model.set_attn_implementation("varlen")
+        optimizer = prepare_training(model.train(), args, run)
+        for parameter in trained(model):  # ZeRO-3 takes a gradient away as soon as it is there
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        engine = Unsharded(model, optimizer, args.max_grad_norm)
+        update, _ = count_step(partial(train_step, engine, [batch], args, run), [batch], model, optimizer)
 
-
-@contextmanager
-def peaks_before_head(model, tracker):
-    """Yields a list to which each start of the output head adds the peak so far, in bytes.
-
-    Args: tracker: function that returns the ByteCounter at work; one that is made later is seen, too.
-    """
-    peaks = []
-    head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda *_: peaks.append(tracker().peak_bytes(model.device)))
-    try:
-        yield peaks
-    finally:
-        hook.remove()
-
-
-def pretend_step(args, config, world):
-    """The bytes of rollout, update and optimizer step on each of `world` ranks: {row: (formula, bytes)}."""
-    rollout, cached, gathered = pretend_rollout(args, config, world)
-    update = pretend_update(args, config, world)
-    with torch.device("meta"):
-        model = prepare_model(pretend_model(args, config), args)
-    numel, dtype = sum(p.numel() for p in model.parameters()), model.dtype
-    num_trained = sum(p.numel() for p in trained(model))
-    held, moments = zero3_moments(
-        numel,
-        dtype,
-        deepspeed_config(args),
-        world,
-        rollout=rollout,
-        update=update["peak"],
-        num_trained=num_trained,
-    )
-    share, letter = " / W" if world > 1 else "", "trained P" if num_trained < numel else "P"
-    formulas = {
-        "parameters": f"{dtype.itemsize} P{share}",
-        "gradients": f"fp32   4 {letter}{share}",
-        "bucket": "of gradients on their way to their shards",
-        "optimizer": f"fp32 copy 4 {letter}{share}, AdamW 8 {letter}{share}",
+    zero, world = deepspeed_config(args)["zero_optimization"], args.dry_run_world_size
+    weights, num_trained = whole_bytes(model.parameters()), sum(p.numel() for p in trained(model))
+    states = 0 if args.offload_optimizer else 1 / world  # this rank's share of them
+    held = {
+        "parameters": 0 if args.offload_param else weights // world,
+        "gradients": int(4 * num_trained * states),
+        "bucket": 4 * zero["reduce_bucket_size"],
+        # ZeRO's fp32 copy of the weights, and what the optimizer keeps of each of its numbers
+        "optimizer": int(4 * (num_trained + update["optimizer"] / dtype.itemsize) * states),
     }
-    rows = {name: (formulas[name], count) for name, count in held.items()}
-    alone = "on one rank the shards are the weights"
-    planned = "gathered for the rollout + the largest gather"
-    rows["rollout_weights"] = (planned if gathered else alone, gathered)
-    rows["kv_cache"] = ("keys and values of all completions", cached)
-    rows |= {name: ("of an update's forward", update[name]) for name in ("activations", "loss_head")}
+    resident, _, largest = plan_residents(model, budget_bytes(args))
+    unit = max(whole_bytes(parameters) for parameters, _ in generation_units(model))
+    # The first forward and backward after a rollout gather for a module at a time, in a buffer of which each
+    # weight is cut. ZeRO-3 learns their order, and in the others keeps by default what is used again within
+    # 1e9 elements.
+    learned = min(weights, dtype.itemsize * 10**9)
+    repeats = not whole_rollout or args.num_iterations > 1
+    gathered = {"rollout": whole_bytes(resident) + largest, "update": learned if repeats else 2 * unit}
+    if world == 1 and not args.offload_param:  # the shards are the weights
+        gathered = dict.fromkeys(gathered, 0)
+    update["peak"] += gathered["update"] - update["parameters"] - update["optimizer"]
+    moments = {
+        "in the rollout": gathered["rollout"] + rollout,
+        "in the update's forward and backward": update["peak"],
+        "in the optimizer's step": held["gradients"],  # once more, as the optimizer wants them
+    }
+    counts = held | {name: update[name] for name in ("activations", "loss_head")}
+    counts |= {"rollout_weights": gathered["rollout"], "kv_cache": kv_cache}
     if args.beta:
-        moments["in the reference's forward"] = sum(held.values()) + update["reference"]
-        rows["reference_on_host"] = (f"{dtype.itemsize} P{share}", dtype.itemsize * numel // world)
-    return rows | {"peak": (max(moments, key=moments.get), max(moments.values()))}
+        counts["reference_on_host"] = weights // world
+        moments["in the reference's forward"] = learned + update["loss_head"]
+    moment = max(moments, key=moments.get)
+    return counts | {"peak": sum(held.values()) + moments[moment]}, moment
 
 
-def dry_run(args):
+def explore(args):
     """Count the bytes of a rollout and its update, those that single flags would save, and what fits."""
-    config = load_config(args.model_name_or_path, dropout=False)
-    check_cache(config)
+    pretrained = read_pretrained(args.model_name_or_path, dropout=False, tokenizer=False)
+    check_cache(pretrained.config)
     world, size, group = args.dry_run_world_size, args.per_device_train_batch_size, args.num_generations
     changes = {
         "--bf16": {"bf16": True},
@@ -1633,23 +1274,17 @@ def dry_run(args):
         f"--per_device_train_batch_size {group}": {"per_device_train_batch_size": min(size, group)},
         f"{2 * world} ranks": {"dry_run_world_size": 2 * world},
     }
-    most = (max_positions(config)[0] or 2**17) - args.max_prompt_length
+    most = (max_positions(pretrained.config)[0] or 2**17) - args.max_prompt_length
     if args.max_tokens_per_batch:  # which has to hold a group
         most = min(most, (args.max_tokens_per_batch - args.max_prompt_length) // group)
-    rows = pretend_step(args, config, world)
-    ledger = memory_ledger(rows, {})
-    print(format_ledger(f"{Path(args.model_name_or_path).name}  dry run  world {world}", ledger))
-    found = explore(
+    return dry_run(
         args,
-        rows["peak"][1],
         check_arguments,
-        lambda changed: pretend_step(changed, config, changed.dry_run_world_size),
+        lambda changed: pretend_step(changed, pretrained),
         changes,
         "max_completion_length",
         most,
     )
-    print(describe_dry_run(found, args.gpu_memory_gib))
-    return {"args": asdict(args), "ledger": ledger, **found}
 
 
 if __name__ == "__main__":

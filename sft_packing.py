@@ -368,7 +368,8 @@ class Rows(Epochs):
 
     def __init__(self, examples, documents, data, args, pretrained, world):
         super().__init__(args, world)
-        self.examples, self.pad_token_id = examples, pretrained.tokenizer.pad_token_id or 0  # masked: any id
+        self.examples, self.documents = examples, documents
+        self.pad_token_id = pretrained.tokenizer.pad_token_id or 0  # masked: any id will do
         lengths = documents[:, 2] - documents[:, 1]
         if args.packing:
             strategy = args.packing_strategy.removesuffix("_split")
@@ -451,8 +452,10 @@ def batch_loss(model, batch, args):
 
 def prove(model, rows, args, run):
     """Prove on a few documents that the run computes what transformers does; sets attention and kernels."""
-    ids = [rows.examples[int(n)]["input_ids"] for n in (0, -1, 0)]  # the first one twice: not at one place
-    ids = [proof_tokens(each, model.config, args.max_length) for each in ids if len(each) > 1]
+    ids = []
+    for example, start, stop in rows.documents[[0, -1, 0]].tolist():  # the first one at two places
+        whole = rows.examples[example]["input_ids"][start:stop]
+        ids.append(proof_tokens(whole, model.config, args.max_length))
     sequences = [(each, min(len(each) - 1, NUM_SCORED)) for each in ids]
     expected = logps_alone(model, sequences) if args.check_exact else None
     set_kernels(model, args, is_flat(args))

@@ -5,17 +5,12 @@ then takes the row's boundaries (collators.py) as keyword arguments of its forwa
 """
 
 import inspect
-import traceback
-from contextlib import contextmanager
-from pathlib import Path
 
 import torch
-import transformers
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from common import Refusal
-from common.logps import head_computes
 
 try:
     from flash_attn import flash_attn_varlen_func
@@ -146,149 +141,3 @@ def _varlen_kernel(query, key, value, offsets, longest, scaling, sliding_window,
     return varlen_attn(
         query, key, value, *offsets, *longest, scale=scaling, window_size=window_size, **options
     )
-
-
-def named_windows(config):
-    """{field: tokens} of the windows and chunks within which the configuration says that layers attend."""
-    config = config.get_text_config()
-    types, found = getattr(config, "layer_types", None), {}
-    for name, kind in (("sliding_window", "sliding"), ("attention_chunk_size", "chunked")):
-        used = types is None or any(kind in str(each) for each in types)
-        if getattr(config, f"use_{name}", True) and used and getattr(config, name, None):
-            found[name] = getattr(config, name)
-    return found
-
-
-@contextmanager
-def windows_noted(implementation):
-    """Yields a set that gets the sliding_window of each call of this attention implementation."""
-    if implementation == "eager":  # each model's own function
-        yield set()
-        return
-    attend, windows = AttentionInterface()[implementation], set()
-
-    def noting(*args, sliding_window=None, **kwargs):
-        windows.add(sliding_window)
-        return attend(*args, sliding_window=sliding_window, **kwargs)
-
-    AttentionInterface.register(implementation, noting)
-    try:
-        yield windows
-    finally:
-        AttentionInterface.register(implementation, attend)
-
-
-@contextmanager
-def refusals_of(model, remedy):
-    """A ValueError that transformers' model raises for a flat row becomes the user's: another way, or model.
-
-    What is raised elsewhere, by a mistake in a script say, stays what it is.
-    """
-    try:
-        yield
-    except Refusal:
-        raise
-    except ValueError as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if Path(transformers.__file__).parent not in raised_in.parents:
-            raise
-        raise Refusal(f"{type(model).__name__} refuses a flat row: {error} {remedy}") from error
-
-
-@torch.no_grad()
-def check_isolation(
-    model,
-    row,
-    max_tokens=64,
-    remedy="Use --no_packing --no_padding_free for this model.",
-    max_length=None,
-):
-    """Prove on a few tokens of `row` that this model keeps documents apart.
-
-    Two documents are put into one flat row; the second one's logits must be what it gives alone,
-    through sdpa. Always two forwards, of at most 2 * max_tokens and max_tokens tokens whatever the row holds,
-    so that sharded ranks stay in step; where layers look back through a window, documents are longer than the
-    smallest one, and their last max_tokens tokens are compared.
-
-    Args:    model: a transformers causal LM with the attention implementation that training will use.
-             row: a flat row on the model's device (collators.flatten); a single document is cut into two.
-             remedy: the end of the error's message. max_length: tokens of the longest document that the run
-             can have; windows that reach as far change nothing.
-    Returns: the worst absolute difference of logits, packed against alone.
-    Raises:  ValueError if it is above 1e-4 (fp32) or 5e-2 (half precision) of the largest logit; and for what
-             a few tokens would not show: a window that never reaches the attention, or a temperature that
-             grows along the row.
-    """
-    name, config = type(model).__name__, model.config.get_text_config()
-    if getattr(config, "attn_temperature_tuning", False):
-        raise Refusal(
-            f"{name} scales queries by their place in the row (attn_temperature_tuning), whichever document "
-            f"they belong to. {remedy}"
-        )
-    windows = named_windows(config)
-    windows = {field: w for field, w in windows.items() if max_length is None or w < max_length}
-    ids, offsets = row["input_ids"][0], row["cu_seq_lens_q"].tolist()
-    if len(offsets) > 2:
-        documents = [ids[offsets[0] : offsets[1]], ids[offsets[1] : offsets[2]]]
-    else:
-        documents = [ids[: (len(ids) + 1) // 2], ids[len(ids) // 2 :]]
-    documents = [document[:max_tokens] for document in documents]
-    if windows:
-        length = min(windows.values()) + max_tokens
-        length = length if max_length is None else min(length, max_length)
-        documents = [x.repeat(-(-length // len(x)))[:length] for x in documents]
-    training = model.training
-    model.eval()
-    implementation = model.config._attn_implementation
-    try:
-        with windows_noted(implementation) as arrived, refusals_of(model, remedy):
-            packed = _last_logits(model, documents, max_tokens)
-        # sdpa and eager attend within what the model's mask says
-        lost = {} if implementation in ("sdpa", "eager") else windows
-        for field, window in lost.items():
-            if window not in arrived:
-                longest = "any length" if max_length is None else f"up to {max_length} tokens"
-                raise Refusal(
-                    f"{name} attends within {field} {window} by a mask, which a flat row does not have, and "
-                    f"documents of {longest} need it. {remedy}"
-                )
-        # Alone as transformers itself computes it: so a bidirectional or chunked mask that "varlen" is never
-        # told of shows as well.
-        model.set_attn_implementation("sdpa" if model._supports_sdpa else implementation)
-        alone = _last_logits(model, documents[1:], max_tokens, flat=False)
-    finally:
-        model.set_attn_implementation(implementation)
-        model.train(training)
-    packed = packed[-len(alone) :]
-    if not alone.isfinite().all():
-        raise Refusal(f"{name} gives logits that are not finite: its weights are broken.")
-    worst = (packed - alone).abs().max().item()
-    tolerance = (1e-4 if packed.dtype == torch.float32 else 5e-2) * alone.abs().max().clamp(min=1.0).item()
-    if not worst <= tolerance:  # written so that NaN fails too
-        raise Refusal(
-            f"{name} mixes the documents of a flat row: logits differ by {worst:.3g} "
-            f"between packed and alone, tolerance {tolerance:.3g}. {remedy}"
-        )
-    return worst
-
-
-def _last_logits(model, documents, count, flat=True):
-    """Logits (count, V), or of as many tokens as there are, of the last tokens of documents in one row."""
-    lengths = [len(ids) for ids in documents]
-    device = documents[0].device
-    offsets = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
-    row = {"input_ids": torch.cat(documents)[None]}
-    if flat:
-        row |= {
-            "position_ids": torch.cat([torch.arange(length, device=device) for length in lengths])[None],
-            "cu_seq_lens_q": offsets,
-            "cu_seq_lens_k": offsets,
-            "max_length_q": max(lengths),
-            "max_length_k": max(lengths),
-        }
-
-    def head(hidden, weight, bias):  # [N, V] logits of a window's documents would be gigabytes
-        return torch.nn.functional.linear(hidden[:, -count:], weight, bias)
-
-    with head_computes(model, head):
-        return model(**row, use_cache=False).logits[0]

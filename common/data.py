@@ -192,7 +192,7 @@ def _check_message(message, column):
 
 def without_nulls(value):
     """Messages, or a dict, without the keys that hold null: Arrow gives each dict all keys that any of them
-    has, and templates ask which are there. Everything else as it is.
+    has, so that equal messages differ, and templates see arguments that are not there. A text as it is.
     """
     if isinstance(value, list):
         return [without_nulls(message) for message in value]
@@ -299,7 +299,7 @@ def render(messages, tokenizer, template_kwargs=None, **options):
     fixed |= options
     try:
         # a name that is in both is a TypeError
-        return tokenizer.apply_chat_template(without_nulls(messages), **(template_kwargs or {}), **fixed)
+        return tokenizer.apply_chat_template(messages, **(template_kwargs or {}), **fixed)
     except Exception as error:  # a template is a program, and raises what it likes
         raise Refusal(f"the chat template fails: {error}") from error
 

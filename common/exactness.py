@@ -36,17 +36,18 @@ def proof_tokens(ids, config, max_length):
 
 
 @torch.no_grad()
-def logps_alone(model, sequences):
+def logps_alone(model, sequences, device=None):
     """What plain transformers computes: call it before attention or kernels of the model are changed.
 
-    Args:    sequences: [(input_ids, num_scored), ..]: lists of ids, whose last num_scored are scored.
+    Args:    sequences: [(input_ids, num_scored), ..]: lists of ids, whose last num_scored are scored; device:
+             where the model computes, if not where its weights, or their shards, are.
     Returns: log-probabilities of all scored tokens, (M,) float32; every rank has to call it, for as many
              sequences.
     """
     training, logps = model.training, []
     model.eval()
     for ids, num_scored in sequences:
-        input_ids = torch.tensor([ids], device=next(model.parameters()).device)
+        input_ids = torch.tensor([ids], device=device or next(model.parameters()).device)
         logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=num_scored + 1).logits[0, :-1]
         scored = input_ids[0, -num_scored:, None]
         logps.append(torch.log_softmax(logits.float(), dim=-1).gather(1, scored)[:, 0])
@@ -62,17 +63,11 @@ def check_exact(model, expected, compute, *, bf16, what, remedy):
              the same order, as the run computes them; bf16: whether it computes in bf16; what: names its
              rows, for the message, and remedy: other ones.
     Returns: the largest absolute difference, in nats.
-    Raises:  ValueError if that is above 1e-4 (fp32) or 5e-2 (bf16) of the largest log-probability,
-             if expected is not finite, and for a temperature that grows along the row, which few tokens
-             would not show.
+    Raises:  ValueError if that is above 1e-4 (fp32) or 5e-2 (bf16) of the largest log-probability, or if
+             expected is not finite.
     """
     name, config, training = type(model).__name__, model.config.get_text_config(), model.training
     refuse(not expected.isfinite().all(), f"{name} gives logits that are not finite: its weights are broken.")
-    refuse(
-        getattr(config, "attn_temperature_tuning", False),
-        f"{name} scales queries by their place in the row (attn_temperature_tuning), whichever document they "
-        f"belong to. {remedy}",
-    )
     model.eval()
     with refusals_of(model, remedy):
         found = compute()

@@ -84,7 +84,7 @@ class MemoryMeter:
 
     Args:    model, optimizer; device: where the model runs; track: count on a CPU as well (slows that step).
              track_step: which call of `step` MemTracker watches; the second one finds the optimizer's state
-             there. offload: an OffloadActivations, for on_host. others: further models, frozen ones.
+             there. offload: an OffloadActivations, for on_host. others: further, frozen models, or None.
     After:   measured: the most that any measured step held, in bytes of this rank: parameters, gradients,
              optimizer, and if steps were measured activations (held when the loss head starts), loss_head
              (its own peak beyond that) and peak; peak_moment: in which part of the step it was.
@@ -93,7 +93,7 @@ class MemoryMeter:
     def __init__(self, model, optimizer, device, track=False, track_step=2, offload=None, others=()):
         self.model, self.optimizer, self.device, self.offload = model, optimizer, device, offload
         self.track, self.track_step, self.calls = track and device.type == "cpu", track_step, 0
-        self.others, self.tracker = list(others), None
+        self.others, self.tracker = [model for model in others if model is not None], None
         self.measured, self.peak_moment = {}, ""
         self.counting = False  # whether MemTracker watched the latest step
 
@@ -454,13 +454,12 @@ def measure_traffic(offload, device):
 
 
 def format_traffic(traffic):
-    """Lines under the ledger: what the first rank moved, what stayed and why, whether the copies hide."""
+    """Lines under the ledger: what the first rank moved, and whether the copies hide."""
 
     def mib(count):
         return f"{count / 2**20:.2f}"
 
-    stayed = ", ".join(f"{reason} {mib(count)}" for reason, count in traffic["stayed_bytes"].items())
-    lines = [f"offloading   {mib(traffic['offloaded_bytes'])} MiB of a forward moved; {stayed} stayed"]
+    lines = [f"offloading   {mib(traffic['offloaded_bytes'])} MiB of a forward moved"]
     if traffic["offloaded_bytes"] == 0:
         lines.append("nothing moved: rows this short save nothing that is worth a copy")
     elif traffic["pretend"]:

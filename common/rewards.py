@@ -99,9 +99,10 @@ def load_reward_funcs(names, columns):
         try:
             inspect.signature(functions[name]).bind(**_arguments(functions[name], given))
         except (TypeError, ValueError) as error:  # other parameters; not callable, or written in C
-            remedy = "add the parameter **columns for those that it does not read."
-            called = f"cannot be called with {', '.join(given)}: {error}"
-            raise Refusal(f"--reward_funcs {name} {called}; {remedy}") from error
+            raise Refusal(
+                f"--reward_funcs {name} cannot be called with {', '.join(given)}: {error}; give the dataset "
+                "a column that is missing, and the function **columns for those that it does not read."
+            ) from error
     return functions
 
 
@@ -187,7 +188,7 @@ def _place(error, function):
 def _is_finite(value):
     try:
         return math.isfinite(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # None, a list, 10**400, a tensor of several
+    except (TypeError, ValueError, OverflowError):  # None, a list, a tensor of several numbers, 10**400
         return False
 
 

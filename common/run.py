@@ -261,7 +261,9 @@ class Run:
         cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", self.local_rank) if cuda else torch.device("cpu")
         self.checkpoint, self.progress = None, {"step": 0, "updates": 0, "epoch": 0, "done": 0}
+        self.metrics = {}  # of the latest step; a resumed run may have none left
         self.totals = {"seconds": 0.0, "num_tokens": 0, "padding": 0, "real_tokens": 0}
+        self.bar = None
 
     def __enter__(self):
         if self.device.type == "cuda":
@@ -284,6 +286,8 @@ class Run:
         return self
 
     def __exit__(self, *error):
+        if self.bar is not None:
+            self.bar.close()  # an error's message would stand behind it
         try:
             return self.disk.__exit__(*error)
         finally:

@@ -92,6 +92,7 @@ class Pretrained:
     dtypes: dict = field(default_factory=dict)  # {name in the files: dtype}
     conversions: list | None = None  # transformers' changes of the files' names and shapes
     unused: dict = field(default_factory=dict)  # {name in the files: tensor} that only a larger model has
+    frozen: dict = field(default_factory=dict)  # {name in the model: tensor} whose shards are rounded
 
     @property
     def dtype(self):
@@ -360,13 +361,27 @@ def checkpoint_layers(model):
     model.disable_input_require_grads()
 
 
+def check_flat(model):
+    """Raise Refusal for a model that looks at a token's place in a flat row."""
+    name, config = type(model).__name__, model.config.get_text_config()
+    tuned = getattr(config, "attn_temperature_tuning", False)
+    refuse(
+        tuned,  # too slowly for check_exact's few tokens to show
+        f"{name} scales queries by their place in the row (attn_temperature_tuning), whichever document they "
+        "belong to: pad its batches (--no_padding_free, and of SFT --no_packing), or choose another model.",
+    )
+
+
 def set_kernels(model, args, flat, pretends=False):
     """Let the model compute as this run wants it: its attention, and Liger's kernels.
 
     Args:   flat: whether it will see flat rows. pretends: a dry run, in which flash-attention keeps the same
             tensors as "varlen".
-    Raises: ValueError for kernels that are not here, or that Liger does not have.
+    Raises: ValueError for kernels that are not here, or that Liger does not have, and for a model that looks
+            at a token's place in a flat row.
     """
+    if flat:
+        check_flat(model)
     register_varlen_attention()
     attention = args.attn_implementation or ("varlen" if flat else None)
     if attention == "flash_attention_2":
@@ -527,7 +542,7 @@ def try_to_write(run, model, pretrained):
     """Raise Refusal for a model that could be trained, but not written."""
     with run.together():
         if run.first:
-            weights = model.state_dict()
+            weights = model.state_dict(keep_vars=True)  # ZeRO-3 notes the shape on the parameter itself
             shapes = {n: getattr(weights[n], "ds_shape", weights[n].shape) for n in saved_names(model)}
             with tempfile.TemporaryDirectory() as folder:
                 try:
@@ -558,5 +573,8 @@ def _write_all_but_weights(folder, pretrained, weights):
     for name, tensor in revert_weight_conversion(shell, weights).items():
         bare = name.removeprefix(f"{shell.base_model_prefix}.")  # in files of a model without its head
         dtype = pretrained.dtypes.get(name) or pretrained.dtypes.get(bare, pretrained.dtype)
-        tensors[name] = tensor.to(dtype)
+        tensor = tensor.to(dtype)
+        # a part of a larger storage (a gathered shard with its padding, an expert) cannot be saved alone
+        part = not tensor.is_meta and tensor.untyped_storage().nbytes() > tensor.nbytes
+        tensors[name] = tensor.clone() if part else tensor
     return tensors | pretrained.unused

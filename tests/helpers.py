@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.attention import register_varlen_attention
+from common.memory import PretendedRun
 
 VOCAB = 64
 WINDOW = 4  # shorter than the tests' documents
@@ -87,16 +88,16 @@ def freeze_first(script, monkeypatch):
 
     Returns: a list that fills with whether that layer's output took part in a graph, once a forward.
     """
-    prepare, in_graph = script.prepare_model, []
+    prepare, in_graph = script.prepare_training, []
 
-    def prepare_frozen(model, args):
+    def prepare_frozen(model, *rest):
         layer = script.decoder_layers(model)[0]
         for module in (model.get_input_embeddings(), layer):
             module.requires_grad_(False)
         layer.register_forward_hook(lambda module, args, output: in_graph.append(output.requires_grad))
-        return prepare(model, args)
+        return prepare(model, *rest)
 
-    monkeypatch.setattr(script, "prepare_model", prepare_frozen)
+    monkeypatch.setattr(script, "prepare_training", prepare_frozen)
     return in_graph
 
 
@@ -123,3 +124,20 @@ def worst(found, expected):
         return max(worst(found[name], expected[name]) for name in expected)
     assert found.shape == expected.shape
     return (found.float() - expected.float()).abs().max().item()
+
+
+class OneRank(PretendedRun):
+    """A run on one rank, without a folder and a process group, for the functions that want one."""
+
+    pretends, first = False, True
+
+    def __init__(self):
+        super().__init__(1, None)
+
+    def sum(self, values):
+        return {name: float(value) for name, value in values.items()}
+
+    max = sum
+
+    def value(self, tensor):
+        return float(tensor)

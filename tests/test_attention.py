@@ -14,12 +14,10 @@ from helpers import (
     worst,
 )
 from torch.nn.functional import cross_entropy, log_softmax
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from common import attention
-from common.attention import check_isolation, varlen_attention_forward
+from common import Refusal, attention
+from common.attention import varlen_attention_forward
 from common.collators import flatten, flatten_shared_prompt
-from common.flags import Refusal
 
 TOLERANCE = 1e-5
 LENGTHS = [7, 1, WINDOW + 1, 12, WINDOW]
@@ -74,18 +72,11 @@ def separate_logps(model, groups):
 
 
 @families
-@torch.no_grad()
-def test_each_document_gets_the_logits_that_it_gets_alone(family):
-    sequences = documents(0, LENGTHS)
-    sdpa = tiny_model(family, "sdpa")
-    expected = torch.cat([alone_logits(sdpa, s["input_ids"]) for s in sequences])
-    assert worst(row_logits(tiny_model(family), flatten(sequences)), expected) <= TOLERANCE
-
-
-@families
-def test_loss_and_gradients_are_those_of_the_documents_alone(family):
+def test_logits_loss_and_gradients_are_those_of_the_documents_alone(family):
     sequences = documents(1, LENGTHS)
     sdpa, varlen = tiny_model(family, "sdpa"), tiny_model(family)
+    logits = torch.cat([alone_logits(sdpa, s["input_ids"]) for s in sequences])
+    assert worst(row_logits(varlen, flatten(sequences)), logits) <= TOLERANCE
     expected, loss = alone_loss(sdpa, sequences), row_loss(varlen, flatten(sequences))
     expected.backward()
     loss.backward()
@@ -119,30 +110,21 @@ def test_a_wrong_kv_index_is_seen():
 
 
 @families
+@pytest.mark.parametrize("shared", [False, True])
 @torch.no_grad()
-def test_changing_one_document_moves_no_other(family):
-    model, row = tiny_model(family), flatten(documents(2, LENGTHS))
-    before, bounds = row_logits(model, row), row["cu_seq_lens_q"].tolist()
-    for start, stop in zip(bounds[:-1], bounds[1:]):
+def test_changing_one_sequence_moves_no_other(shared, family):
+    """Of a row of shared prompts, the prompt moves its completions: they alone are changed."""
+    row = flatten_shared_prompt(GROUPS) if shared else flatten(documents(2, LENGTHS))
+    model, bounds = tiny_model(family), row["cu_seq_lens_q"].tolist()
+    before = row_logits(model, row)
+    segments = list(zip(bounds[:-1], bounds[1:]))
+    for start, stop in segments[1:4] if shared else segments:
         ids = row["input_ids"].clone()
         ids[0, start:stop] = (ids[0, start:stop] + 1) % VOCAB
         moved = (row_logits(model, {**row, "input_ids": ids}) - before).abs().amax(1)
         assert moved[start:stop].min() > 0
         moved[start:stop] = 0
         assert moved.max() == 0
-
-
-@torch.no_grad()
-def test_changing_one_completion_moves_no_other():
-    model, row = tiny_model("mistral"), flatten_shared_prompt(GROUPS)
-    before, bounds = row_logits(model, row), row["cu_seq_lens_q"].tolist()
-    start, stop = bounds[1], bounds[2]  # the first completion
-    ids = row["input_ids"].clone()
-    ids[0, start:stop] += 1
-    moved = (row_logits(model, {**row, "input_ids": ids}) - before).abs().amax(1)
-    assert moved[start:stop].min() > 0
-    moved[start:stop] = 0
-    assert moved.max() == 0
 
 
 # --- Sliding windows ---
@@ -165,12 +147,6 @@ def test_a_sliding_window_ignored_or_off_by_one_is_seen(family, change, monkeypa
     assert worst(row_logits(varlen, flatten(sequences)), alone) > 100 * TOLERANCE
     shared = shared_logps(varlen, flatten_shared_prompt(GROUPS))
     assert worst(shared, separate_logps(sdpa, GROUPS)) > 100 * TOLERANCE
-
-
-@torch.no_grad()
-def test_gemma3_has_both_kinds_of_layers():
-    windows = [layer.self_attn.sliding_window for layer in tiny_model("gemma3_text").model.layers]
-    assert windows == [WINDOW, None]
 
 
 # --- Refusals ---
@@ -201,149 +177,14 @@ def test_refuses_what_would_be_ignored(changes, message):
         call(**changes)
 
 
-def test_models_run_into_the_refusals():
+@pytest.mark.parametrize(
+    "mask", [None, torch.zeros(1, 1, 5, 5), torch.tensor([[1, 0, 1, 1, 1]])], ids=["none", "made", "padding"]
+)
+def test_models_run_into_the_refusals(mask):
     row = flatten(documents(0, [3, 2]))
-    with pytest.raises(ValueError, match="needs cu_seq_lens_q"):
-        tiny_model("llama")(input_ids=row["input_ids"])
-    with pytest.raises(ValueError, match="softcap, which Gemma2Attention uses"):
-        row_logits(tiny_model("gemma2", query_pre_attn_scalar=8), row)
-    experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
-    with pytest.raises(ValueError, match="s_aux, which GptOssAttention uses"):
-        row_logits(tiny_model("gpt_oss", **experts), row)
-
-
-def test_a_prepared_mask_given_to_the_model_is_refused():
-    row = flatten(documents(0, [3, 2]))
-    with pytest.raises(ValueError, match="leave the mask out"):
-        row_logits(tiny_model("llama"), {**row, "attention_mask": torch.zeros(1, 1, 5, 5)})
-
-
-def test_a_padding_mask_given_to_the_model_is_refused():
-    row = flatten(documents(0, [3, 2]))
-    with pytest.raises(ValueError, match="leave the mask out"):
-        row_logits(tiny_model("llama"), {**row, "attention_mask": torch.tensor([[1, 0, 1, 1, 1]])})
-
-
-# --- check_isolation ---
-
-
-@families
-@pytest.mark.parametrize("training", [True, False])
-def test_check_isolation_passes_and_leaves_the_mode_as_it_was(family, training):
-    model = tiny_model(family).train(training)
-    assert check_isolation(model, flatten(documents(0, LENGTHS))) <= TOLERANCE
-    assert model.training == training
-
-
-@pytest.mark.parametrize("length", [1, 2, 9, 200])
-def test_check_isolation_cuts_a_single_document_in_two(length):
-    assert check_isolation(tiny_model("llama"), flatten(documents(0, [length]))) <= TOLERANCE
-
-
-def test_check_isolation_runs_two_short_forwards_whatever_the_row_holds():
-    model, seen = tiny_model("llama"), []
-    model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
-    )
-    for lengths in ([3], [200], [200, 150], [5, 150, 7]):
-        check_isolation(model, flatten(documents(0, lengths)), max_tokens=8)
-        assert len(seen) == 2 and seen[0] <= 16 and seen[1] <= 8
-        seen.clear()
-
-
-@pytest.mark.parametrize("lengths", [[9], [7, 9], [1, 1]])
-@pytest.mark.parametrize("training", [True, False])
-def test_check_isolation_raises_for_attention_across_documents(lengths, training, monkeypatch):
-    real = varlen_attention_forward
-
-    def one_segment(module, query, *args, cu_seq_lens_q=None, cu_seq_lens_k=None, **kwargs):
-        whole = torch.tensor([0, query.shape[2]], dtype=torch.int32)
-        return real(module, query, *args, cu_seq_lens_q=whole, cu_seq_lens_k=whole, **kwargs)
-
-    monkeypatch.setattr(attention, "varlen_attention_forward", one_segment)
-    model = tiny_model("llama").train(training)
-    with pytest.raises(ValueError, match="LlamaForCausalLM mixes the documents"):
-        check_isolation(model, flatten(documents(0, lengths)))
-    assert model.training == training
-
-
-def test_check_isolation_raises_for_a_state_that_runs_through_the_row():
-    config = AutoConfig.for_model(
-        "falcon_mamba", vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, state_size=4, time_step_rank=4
-    )
-    torch.manual_seed(0)
-    with pytest.raises(ValueError, match="FalconMambaForCausalLM mixes the documents"):
-        check_isolation(AutoModelForCausalLM.from_config(config), flatten(documents(0, [7, 9])))
-
-
-SPARSE = {"num_experts": 4, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
-LLAMA4 = {"num_local_experts": 2, "intermediate_size_mlp": 48}
-LONG = 100  # a window beyond the tokens that a check without windows looks at
-EXACT = {
-    "mistral": {"sliding_window": LONG},
-    "gemma3_text": {"sliding_window": LONG},
-    "qwen2": {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": LONG},
-    "olmo3": {"sliding_window": LONG},
-    "cohere2": {"sliding_window": LONG},
-    "smollm3": {"use_sliding_window": True, "sliding_window": LONG},
-    "qwen2_moe": {**SPARSE, "use_sliding_window": False, "sliding_window": LONG},
-}
-BY_MASK = {
-    "qwen2_moe": {**SPARSE, "use_sliding_window": True, "max_window_layers": 2, "sliding_window": LONG},
-    "phimoe": {"num_local_experts": 4, "sliding_window": LONG},
-    "llama4_text": {**LLAMA4, "attention_chunk_size": LONG, "attn_temperature_tuning": False},
-}
-
-
-@pytest.mark.parametrize("family", EXACT)
-def test_check_isolation_passes_windows_that_arrive(family):
-    row = flatten(documents(0, [120, 9, 130]))
-    assert check_isolation(tiny_model(family, **EXACT[family]), row, max_length=256) <= TOLERANCE
-
-
-@pytest.mark.parametrize("family", BY_MASK)
-def test_check_isolation_refuses_windows_that_live_in_a_mask(family):
-    row, model = flatten(documents(0, [20, 9, 13])), tiny_model(family, **BY_MASK[family])
-    field = "attention_chunk_size" if family == "llama4_text" else "sliding_window"
-    with pytest.raises(
-        ValueError, match=f"attends within {field} 100 by a mask.* up to 101 tokens.*--no_pac"
-    ):
-        check_isolation(model, row, max_length=101)
-    assert check_isolation(model, row, max_length=100) <= TOLERANCE  # no document reaches the window's end
-    model.set_attn_implementation("sdpa")
-    assert check_isolation(model, row, max_length=101) <= TOLERANCE  # whose mask says it
-
-
-def test_check_isolation_refuses_a_temperature_along_the_row():
-    model = tiny_model("llama4_text", **LLAMA4, attention_chunk_size=None, attn_temperature_tuning=True)
-    with pytest.raises(ValueError, match="attn_temperature_tuning"):
-        check_isolation(model, flatten(documents(0, LENGTHS)))
-
-
-def test_check_isolation_looks_beyond_a_windows_end(monkeypatch):
-    real = attention._causal_mask
-    monkeypatch.setattr(
-        attention, "_causal_mask", lambda q, k, window, device: real(q, k, window - 1, device)
-    )
-    model, row = tiny_model("mistral", sliding_window=LONG), flatten(documents(0, [20, 9, 13]))
-    with pytest.raises(ValueError, match="mixes the documents"):
-        check_isolation(model, row, max_length=256)
-
-
-def test_check_isolation_makes_few_logits():
-    model, seen = tiny_model("mistral", sliding_window=LONG), []
-    model.get_output_embeddings().register_forward_hook(lambda _, given, logits: seen.append(logits.shape[1]))
-    check_isolation(model, flatten(documents(0, [20, 9, 13])), max_tokens=8, max_length=256)
-    assert seen == [8, 8]
-
-
-def test_what_a_model_refuses_of_a_flat_row_is_a_refusal():
-    heads = {"linear_num_value_heads": 4, "linear_num_key_heads": 2}
-    model = tiny_model("qwen3_5_text", linear_key_head_dim=8, linear_value_head_dim=8, **heads)
-    with pytest.raises(
-        Refusal, match="Qwen3_5ForCausalLM refuses a flat row.*packed sequences.*--no_packing"
-    ):
-        check_isolation(model, flatten(documents(0, LENGTHS)))
+    inputs_alone = {"input_ids": row["input_ids"]}
+    with pytest.raises(Refusal, match="needs cu_seq_lens_q" if mask is None else "leave the mask out"):
+        tiny_model("llama")(**(inputs_alone if mask is None else inputs(row) | {"attention_mask": mask}))
 
 
 # --- In training ---
@@ -423,14 +264,6 @@ def test_fp32_on_cuda_runs_the_loop(family):
     expected = row_logits(tiny_model(family), row)
     on_cuda = {name: v.cuda() if torch.is_tensor(v) else v for name, v in row.items()}
     assert worst(row_logits(tiny_model(family).cuda(), on_cuda).cpu(), expected) <= 1e-4
-
-
-@pytest.mark.gpu
-@families
-@torch.no_grad()
-def test_models_in_bf16_on_cuda_keep_documents_apart(family):
-    row = {name: v.cuda() if torch.is_tensor(v) else v for name, v in flatten(documents(0, LENGTHS)).items()}
-    check_isolation(tiny_model(family).cuda().bfloat16(), row)
 
 
 # --- what the CUDA kernels are called with, checked on the CPU by stand-ins with their signatures ---

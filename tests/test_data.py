@@ -6,6 +6,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from common import Refusal, data
@@ -339,6 +340,21 @@ def test_a_turn_that_the_prompt_begins_is_continued(tokenizer):
     assert assistants_text(tokenizer, *marked) == "The sum is 2<|end|>2<|end|>"
     # a question follows: nothing to continue
     assert scored_text(tokenizer, TALK, AGAIN) == "<|user|>so?<|end|><|assistant|>2<|end|>"
+
+
+def test_a_prompt_ends_at_its_own_last_token_and_gets_no_bos(tokenizer):
+    """Where a question follows, not within the [ with which the generation prompt begins as well."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role[0] }}{{ m.content }}]{% endfor %}"
+        "{% if add_generation_prompt %}[a{% endif %}"
+    )
+    assert scored_text(tokenizer, TALK, AGAIN) == "[uso?][a2]<|end|>"
+    end = ("<|end|>", tokenizer.eos_token_id)
+    processor = TemplateProcessing(single="<|end|> $A", special_tokens=[end])
+    tokenizer.backend_tokenizer.post_processor = processor
+    assert tokenizer("b").input_ids[0] == end[1]
+    assert tokenizer.decode(encode_prompt(ASKED, tokenizer)) == "[u1+1][a"
+    assert tokenizer.decode(encode_completion(ASKED, [ANSWER], tokenizer)[0]) == "[u1+1][a"
 
 
 def test_a_completion_that_repeats_the_prompts_messages_is_read_without_them(tokenizer):

@@ -97,7 +97,10 @@ def test_built_in_and_imported_functions_are_found():
         ("grpo_cases:f", "grpo_cases:f cannot be imported"),
         (":f", "--reward_funcs :f cannot be imported"),
         ("grpo_cases:by_column", "with .*, answer: missing a required argument: 'wanted'"),
-        ("grpo_cases:takes_no_column", "unexpected keyword argument 'answer'; add the parameter ..columns"),
+        (
+            "grpo_cases:takes_no_column",
+            "unexpected keyword argument 'answer'; give .* the function ..columns",
+        ),
         ("grpo_cases:takes_no_prompts", "unexpected keyword argument 'prompts'"),
         ("test_rewards:positional", "'prompts' parameter is positional only"),
         ("builtins:max", "builtins:max cannot be called with .*no signature"),

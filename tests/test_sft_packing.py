@@ -1,6 +1,5 @@
 """SFT with packing: the naive path's gradients, whole rows, refusals, and runs that go on bit for bit."""
 
-import ast
 import bisect
 import functools
 import json
@@ -14,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections import Counter, namedtuple
-from dataclasses import fields
 from pathlib import Path
 
 import datasets
@@ -23,6 +21,7 @@ import pytest
 import torch
 from helpers import (
     FROZEN,
+    OneRank,
     alone_on_the_cpu,
     documents,
     freeze_first,
@@ -35,19 +34,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    HfArgumentParser,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 import sft_packing
-from common.checkpoints import list_checkpoints
 from common.collators import IGNORE, flatten
+from common.folders import list_checkpoints
+from common.sharding import Pretrained
 from common.truncation import fit_to_length
-from sft_packing import Arguments, Rows, load_examples, main, plan_rows, tokenize
+from sft_packing import Arguments, Rows, load_documents, main, plan_rows, tokenize
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "sft_packing.py"
@@ -161,33 +155,34 @@ def naive(model, sequences):
     return {"loss": total.detach() / max(count, 1), **gradients(model)}
 
 
+def in_rows(sequences, args):
+    """These sequences, as the script has planned them."""
+    examples = datasets.Dataset.from_list(sequences)
+    spans = np.array([(i, 0, len(s["input_ids"])) for i, s in enumerate(sequences)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), pad_token="x")
+    return Rows(examples, spans, {}, args, Pretrained("", None, None, tokenizer), world=1)
+
+
 def computed(model, sequences, attn_implementation=None, **flags):
-    """The same by the script: planned, collated, one forward per micro-batch."""
-    args = Arguments(max_length=16, per_device_train_batch_size=3, loss_chunk_size=5, **flags)
-    flat = args.packing or args.padding_free
-    model.set_attn_implementation(attn_implementation or ("varlen" if flat else "sdpa"))
-    lengths = [len(sequence["input_ids"]) for sequence in sequences]
-    examples = datasets.Dataset.from_dict(
-        {
-            "input_ids": [sequence["input_ids"] for sequence in sequences],
-            "labels": [sequence["labels"] for sequence in sequences],
-            "num_tokens": lengths,
-        }
-    )
-    rows = Rows(examples, {}, args, "truncate")
-    batches = list(rows.micro_batches(np.arange(len(rows)), rank=0, world=1, pad_token_id=0))
-    count = max(sum(sft_packing.count(batch)[0] for batch in batches), 1)
-    total = 0.0
-    for batch in batches:
-        nll = sft_packing.batch_nll_sum(model, batch, args.loss_chunk_size)
-        (nll / count).backward()
-        total += nll.detach()
-    return {"loss": total / count, **gradients(model)}
+    """The same by the script: planned, collated, one step of several micro-batches."""
+    sizes = {"max_length": 16, "per_device_train_batch_size": 3, "loss_chunk_size": 5, "max_grad_norm": 0.0}
+    args = Arguments(**sizes, **flags)
+    model.set_attn_implementation(attn_implementation or ("varlen" if sft_packing.is_flat(args) else "sdpa"))
+    rows = in_rows(sequences, args)
+    batches = rows.micro_batches(rows.cut(np.arange(len(rows))), OneRank())
+    optimizer, found = torch.optim.SGD(model.parameters(), lr=0.0), {}
+    optimizer.register_step_pre_hook(lambda *_: found.update(gradients(model)))
+    sums, _ = sft_packing.train_step(model, optimizer, batches, args, OneRank())
+    return {"loss": torch.tensor(sums["nll"] / max(sums["num_scored_tokens"], 1)), **found}
 
 
 def difference(model, sequences, **flags):
     """The worst difference in the loss or in any gradient, script against naive."""
-    return worst(computed(model, sequences, **flags), naive(model, sequences))
+    found, expected = computed(model, sequences, **flags), naive(model, sequences)
+    if found.keys() == {"loss"}:  # nothing was scored
+        assert all(torch.count_nonzero(value) == 0 for value in expected.values())
+        return 0.0
+    return worst(found, expected)
 
 
 def masked_documents(seed, lengths):
@@ -200,7 +195,7 @@ def masked_documents(seed, lengths):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 999), lengths=st.lists(st.integers(1, 16), min_size=1, max_size=10))
 def test_loss_and_every_gradient_are_those_of_documents_alone(form, seed, lengths):
     assert difference(shared_model("llama"), masked_documents(seed, lengths), **FORMS[form]) <= 1e-5
@@ -213,12 +208,11 @@ def test_every_family_gives_the_naive_gradients(family, form):
     assert difference(shared_model(family), sequences, **FORMS[form]) <= 1e-5
 
 
-def test_nothing_scored_gives_zero_not_nan():
+def test_nothing_scored_changes_nothing():
     sequences = documents(0, [4, 7])
     for sequence in sequences:
         sequence["labels"] = [IGNORE] * len(sequence["labels"])
-    found = computed(shared_model("llama"), sequences)
-    assert all(torch.count_nonzero(value) == 0 for value in found.values())
+    assert computed(shared_model("llama"), sequences) == {"loss": 0}  # no gradient, no update
 
 
 @pytest.mark.parametrize("packing, num_steps", [(True, 2), (False, 3)])
@@ -290,19 +284,19 @@ def test_a_flat_row_with_a_mistake_is_found(family, attn_implementation, change,
     assert difference(shared_model(family), sequences, **flags, **FORMS[form]) > 1e-3
 
 
-def test_a_mean_per_micro_batch_is_found(base, tmp_path, monkeypatch):
-    count, batch_nll_sum = sft_packing.count, sft_packing.batch_nll_sum
-    one = run(tmp_path / "8x1", base, packing=False, per_device_train_batch_size=8)
-    # as if each micro-batch were one item: the mean of means that plain gradient accumulation takes
-    monkeypatch.setattr(sft_packing, "count", lambda batch: (1, *count(batch)[1:]))
-    monkeypatch.setattr(
-        sft_packing,
-        "batch_nll_sum",
-        lambda model, batch, *rest: batch_nll_sum(model, batch, *rest) / count(batch)[0],
-    )
-    sizes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
-    eight = run(tmp_path / "1x8", base, packing=False, **sizes)
-    assert curve_difference(one, eight) > 1e-3
+def test_a_mean_per_micro_batch_is_found(monkeypatch):
+    """The mean of means that plain gradient accumulation takes."""
+    sequences, batch_loss = masked_documents(2, [5, 11, 8, 3, 8, 9, 12]), sft_packing.batch_loss
+    sizes = {"packing": False}  # 7 documents: 3 + 3 + 1
+    total = sum(label != IGNORE for s in sequences for label in s["labels"][1:])
+    assert difference(shared_model("llama"), sequences, **sizes) <= 1e-5
+
+    def mean(model, batch, args):
+        loss, metrics = batch_loss(model, batch, args)
+        return loss / len(batch["score_ids"]) * total / 3, metrics
+
+    monkeypatch.setattr(sft_packing, "batch_loss", mean)
+    assert difference(shared_model("llama"), sequences, **sizes) > 1e-3
 
 
 # --- 3. The plan ---
@@ -463,17 +457,16 @@ CONVERSATIONAL = {"prompt": TALK[:3], "completion": TALK[3:]}
     ],
 )
 def test_what_is_scored(row, flags, whole, scored, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    pretrained = sft_packing.read_pretrained(str(DEMO_MODEL))
     name = write_jsonl(tmp_path / "rows.jsonl", [row])
-    examples, _ = load_examples(name, "train", tokenizer, Arguments(**flags), "truncate")
-    example = examples[0]
+    examples, spans, _ = load_documents(name, "train", pretrained, Arguments(**flags))
+    example, tokenizer = examples[0], pretrained.tokenizer
     assert tokenizer.decode(example["input_ids"]) == whole
     marked = zip(example["input_ids"], example["labels"])
     assert all(label in (token, IGNORE) for token, label in marked)
     kept = [label for label in example["labels"] if label != IGNORE]
     assert tokenizer.decode(kept) == scored
-    assert example["num_tokens"] == len(example["input_ids"])
-    assert example["num_scored"] == sum(label != IGNORE for label in example["labels"][1:])
+    assert spans.tolist() == [[0, 0, len(example["input_ids"])]]
 
 
 def test_every_end_that_the_model_names_is_an_end(base, tmp_path):
@@ -568,9 +561,10 @@ def test_examples_without_a_scored_token_are_dropped_and_counted(base, tmp_path)
 
 
 def test_tokens_are_cached_until_something_they_depend_on_changes(cache, tmp_path):
+    pretrained = sft_packing.read_pretrained(str(DEMO_MODEL))
+
     def load(name, **flags):
-        tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
-        load_examples(name, "train", tokenizer, Arguments(**{"max_length": 16, **flags}), "truncate")
+        load_documents(name, "train", pretrained, Arguments(**{"max_length": 16, **flags}))
         return {path for path in cache.rglob("*.arrow") if path.parent.name == "tokenised"}
 
     path = tmp_path / "rows.jsonl"
@@ -578,8 +572,8 @@ def test_tokens_are_cached_until_something_they_depend_on_changes(cache, tmp_pat
     assert load(str(path)) == first  # not tokenised again
     assert load(str(path), learning_rate=1.0, seed=7, output_dir="elsewhere") == first
     shorter = load(str(path), max_length=8)
-    assert len(shorter - first) == 1  # cut again, but not tokenised again
-    assert len(load(str(path), assistant_only_loss=True) - shorter) == 2
+    assert len(shorter - first) == 1
+    assert len(load(str(path), assistant_only_loss=True) - shorter) == 1
 
 
 def test_edited_tokenisation_is_not_taken_from_the_cache(tmp_path):
@@ -591,15 +585,14 @@ def test_edited_tokenisation_is_not_taken_from_the_cache(tmp_path):
 import importlib, sys
 sys.path.insert(0, {str(tmp_path)!r})
 import common.data, sft_packing
-from transformers import AutoTokenizer
 
 def load(file, edit):
     with open({str(tmp_path)!r} + file, "a") as source:
         source.write(edit)
     importlib.reload(common.data)
     importlib.reload(sft_packing)
-    tokenizer = AutoTokenizer.from_pretrained({str(DEMO_MODEL)!r})
-    examples, _ = sft_packing.load_examples({name!r}, "train", tokenizer, sft_packing.Arguments(), "truncate")
+    pretrained = sft_packing.read_pretrained({str(DEMO_MODEL)!r})
+    examples, *_ = sft_packing.load_documents({name!r}, "train", pretrained, sft_packing.Arguments())
     print(examples[0]["input_ids"][3:])
 
 load("/common/data.py", "")
@@ -611,11 +604,11 @@ load("/sft_packing.py", "\\ndef tokenize(*args): return [1, 2, 3, 4], [1, 2, 3, 
 
 
 def test_several_processes_tokenise_alike(tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    pretrained = sft_packing.read_pretrained(str(DEMO_MODEL))
     name = write_jsonl(tmp_path / "rows.jsonl", random_texts(4, 12))
-    one, counts = load_examples(name, "train", tokenizer, Arguments(), "truncate")
-    two, same_counts = load_examples(name, "train", tokenizer, Arguments(dataset_num_proc=2), "truncate")
-    assert one.to_list() == two.to_list() and counts == same_counts
+    one, spans, counts = load_documents(name, "train", pretrained, Arguments())
+    two, *same = load_documents(name, "train", pretrained, Arguments(dataset_num_proc=2))
+    assert one.to_list() == two.to_list() and counts == same[1] and np.array_equal(spans, same[0])
 
 
 # --- 5. Refusals ---
@@ -627,19 +620,11 @@ class Make:
     def __init__(self, path):
         self.path = path
 
-    def data(self, *rows, raw=None, name="bad.jsonl"):
-        path = self.path / name
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows) if raw is None else raw)
-        return {"dataset_name": str(path)}
+    def data(self, *rows):
+        return {"dataset_name": write_jsonl(self.path / "bad.jsonl", rows)}
 
     def model(self, *args, **overrides):
         return {"model_name_or_path": write_model(self.path / "model", *args, **overrides)}
-
-
-def without_template(make):
-    flags = make.model()
-    (Path(flags["model_name_or_path"]) / "chat_template.jinja").unlink()
-    return {**make.data({"messages": TALK}), **flags}
 
 
 SYSTEM = {"role": "system", "content": "s"}
@@ -649,23 +634,12 @@ MOVES = (  # into the user's turn, but only into a last one
 )
 NO_MARKERS = "{% for message in messages %}{{ message.content }}{% endfor %}"
 CHAT = {"messages": TALK}
-BAD_DATA = {
-    "missing file": (
-        lambda make: {"dataset_name": str(make.path / "none.jsonl")},
-        "none.jsonl does not exist",
-    ),
-    "empty file": (lambda make: make.data(), "bad.jsonl is empty"),
-    "no rows": (lambda make: make.data(raw="text\n", name="bad.csv"), "bad.csv"),
-    "malformed line": (
-        lambda make: make.data(raw='{"text": "a"}\n{"text": \n'),
-        "bad.jsonl, line 2: not valid JSON",
-    ),
-    "not an object": (lambda make: make.data(raw='{"text": "a"}\n[1]\n'), "bad.jsonl, line 2: a list"),
+BAD = {
+    "missing file": (lambda make: {"dataset_name": "none.jsonl"}, "none.jsonl does not exist"),
     "missing columns": (
         lambda make: make.data({"question": "a", "answer": "b"}),
         "has the columns question, answer; wanted: messages, or text, or prompt and completion",
     ),
-    "prompt alone": (lambda make: make.data({"prompt": "a"}), "has the columns prompt; wanted"),
     "a null": (lambda make: make.data({"text": "a"}, {"text": None}), "bad.jsonl, example 1: "),
     "a system message that moves": (
         lambda make: {
@@ -674,50 +648,24 @@ BAD_DATA = {
         },
         "example 0: the chat template renders .*, '<.user.>sa' alone, '<.user.>a<.user.>b",
     ),
-    "a weight": (
-        lambda make: make.data({"messages": [user("a"), {**assistant("b"), "weight": 0}]}),
-        "example 0: messages holds a message of weight 0",
-    ),
-    "images": (lambda make: make.data({"text": "a", "images": ["b.png"]}), "example 0: images is "),
-    "messages as a string": (
-        lambda make: make.data({"messages": json.dumps(TALK)}),
-        "example 0: messages is messages as a JSON string",
-    ),
     "the prompt once more": (
         lambda make: make.data({"prompt": "ab", "completion": "abc"}),
         "in 1 of 1 rows the completion begins with the whole prompt",
     ),
-    "tools": (
-        lambda make: make.data({"text": "a", "tools": "x"}),
-        "example 0: tools is 'x', which these scripts do not support",
-    ),
-    "tool calls": (
-        lambda make: make.data({"messages": [user("a"), {**assistant("b"), "tool_calls": [{"name": "x"}]}]}),
-        "example 0: messages holds tool calls",
-    ),
-    "string and messages": (
-        lambda make: make.data({"prompt": "a", "completion": [assistant("b")]}),
-        "example 0: prompt and completion are partly strings",
-    ),
-    "unknown role": (
-        lambda make: make.data({"messages": [user("a")]}, {"messages": [{"role": "tool", "content": "a"}]}),
-        "example 1: .*role tool",
-    ),
-    "nothing scored": (
-        lambda make: make.data({"text": ""}),
-        "no example with a scored token within max_length 64",
-    ),
+    "tools": (lambda make: make.data({"text": "a", "tools": "x"}), "example 0: tools is 'x'"),
+    "nothing scored": (lambda make: make.data({"text": ""}), "no example with a scored token within"),
     "all too long": (
         lambda make: {**make.data({"text": "a" * 99}), "overflow": "drop"},
-        "no example with a scored token within max_length 64",
+        "no example with a scored token within --max_length 64",
     ),
-    "too long": (lambda make: {**make.data({"text": "a" * 99}), "overflow": "error"}, "100 tokens.* 64"),
-    "rows of one token": (lambda make: {"packing_strategy": "wrapped", "max_length": 1}, "max_length 1"),
+    "too long": (
+        lambda make: {**make.data({"text": "a" * 99}), "overflow": "error"},
+        "example 0: .*100 tokens.* 64",
+    ),
     "bad evaluation data": (
         lambda make: {"eval_dataset_name": make.data({"a": "b"})["dataset_name"]},
         "has the columns a; wanted",
     ),
-    "no chat template": (without_template, "no chat template"),
     "no assistant marks": (
         lambda make: {**make.data(CHAT), **make.model(chat_template=NO_MARKERS), "assistant_only_loss": True},
         "marks no assistant turns",
@@ -731,55 +679,38 @@ BAD_DATA = {
         "token id 257 is outside the vocabulary of 200",
     ),
     "id outside the vocabulary in the evaluation": (
-        lambda make: {
-            "eval_dataset_name": make.data(CHAT)["dataset_name"],
-            **make.model(vocab_size=258),
-        },
+        lambda make: {"eval_dataset_name": make.data(CHAT)["dataset_name"], **make.model(vocab_size=258)},
         "token id 2.. is outside the vocabulary of 258",
     ),
-}
-BAD_MODELS = {
     "missing model": (lambda make: {"model_name_or_path": str(make.path / "none")}, "none cannot be loaded"),
-    "max_length over positions": (
-        lambda make: {"max_length": 257},
-        "--max_length 257 is over the model's 256",
-    ),
+    "over positions": (lambda make: {"max_length": 257}, "--max_length 257 is over the model's 256"),
     "documents mix": (
         lambda make: make.model("mamba"),
-        "mixes the documents .* --no_packing --no_padding_free",
+        "sequences of a row.* --no_packing --no_padding_free",
     ),
     "boundaries are not passed on": (lambda make: make.model("stablelm"), "keep documents apart"),
     "attention sinks": (lambda make: make.model("gpt_oss"), "s_aux"),
-    "scaled logits": (lambda make: make.model("granite", logits_scaling=8.0), "changes its logits"),
-}
-BAD_FLAGS = [
-    (
-        {"warmup_steps": 2, "lr_scheduler_type": "constant"},
-        "--warmup_steps 2 needs --lr_scheduler_type constant_with_warmup",
+    "scaled logits": (lambda make: make.model("granite", logits_scaling=8.0), "logits_scaling 8.0"),
+    "learning rate": (lambda make: {"learning_rate": math.nan}, "--learning_rate is nan"),
+    "overflow": (lambda make: {"overflow": "cut"}, "--overflow is 'cut'; choose one of truncate"),
+    "one token": (lambda make: {"max_length": 1}, "--max_length is 1"),
+    "nothing to wrap": (
+        lambda make: {"packing": False, "packing_strategy": "wrapped"},
+        "wrapped needs packing",
     ),
-    ({"seed": -1}, "--seed -1"),
-    ({"max_length": 0}, "--max_length is 0"),
-    ({"per_device_train_batch_size": 0}, "--per_device_train_batch_size is 0"),
-    ({"gradient_accumulation_steps": -1}, "--gradient_accumulation_steps is -1"),
-    ({"save_steps": 0}, "--save_steps is 0"),
-    ({"save_total_limit": 0}, "--save_total_limit is 0"),
-    ({"learning_rate": math.nan}, "--learning_rate is nan"),
-    ({"learning_rate": -1.0}, "--learning_rate is -1.0"),
-    ({"max_grad_norm": math.inf}, "--max_grad_norm is inf"),
-    ({"max_steps": 0}, "--max_steps 0"),
-    ({"num_train_epochs": 0.0}, "--num_train_epochs 0.0"),
-    ({"num_train_epochs": math.inf}, "--num_train_epochs"),
-    ({"overflow": "cut"}, "--overflow .*cut"),
-    ({"packing_strategy": "ffd"}, "--packing_strategy .*ffd"),
-    ({"packing": False, "packing_strategy": "wrapped"}, "wrapped needs packing"),
-    ({"packing_strategy": "wrapped", "overflow": "drop"}, "--overflow drop"),
-    ({"packing_strategy": "bfd_split", "overflow": "truncate"}, "--overflow truncate"),
-    ({"padding_free": False}, "--no_padding_free"),
-    ({**FORMS["padded"], "attn_implementation": "varlen"}, "varlen is for flat rows"),
-    ({"attn_implementation": "flash_attention_2"}, "flash_attention_2 .*--bf16"),
-    ({"attn_implementation": "nonsense"}, "nonsense"),
-    ({"eval_steps": 2}, "--eval_steps needs --eval_dataset_name"),
-]
+    "wrapped and dropped": (
+        lambda make: {"packing_strategy": "wrapped", "overflow": "drop"},
+        "--overflow drop",
+    ),
+    "packed and padded": (lambda make: {"padding_free": False}, "--no_padding_free"),
+    "padded varlen": (
+        lambda make: {**FORMS["padded"], "attn_implementation": "varlen"},
+        "varlen is for flat rows",
+    ),
+    "flash in fp32": (lambda make: {"attn_implementation": "flash_attention_2"}, "--bf16"),
+    "unknown attention": (lambda make: {"attn_implementation": "nonsense"}, "nonsense"),
+    "no evaluation": (lambda make: {"eval_steps": 2}, "--eval_steps needs --eval_dataset_name"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -808,93 +739,43 @@ def assert_refused(folder, flags, message):
     assert contents(folder) == before
 
 
-@pytest.mark.parametrize("name", [*BAD_DATA, *BAD_MODELS])
-def test_bad_data_and_models_are_refused(name, base, copied_run, tmp_path):
-    flags, message = {**BAD_DATA, **BAD_MODELS}[name]
-    assert_refused(copied_run, {**base, "overwrite_output_dir": True, **flags(Make(tmp_path))}, message)
-
-
-@pytest.mark.parametrize("flags, message", BAD_FLAGS)
-def test_contradictory_flags_are_refused(flags, message, base, copied_run):
-    assert_refused(copied_run, {**base, "overwrite_output_dir": True, **flags}, message)
-
-
-@pytest.mark.skipif("flash_attn" in sys.modules, reason="flash-attn is here")
-def test_an_attention_that_is_not_installed_is_refused(base, copied_run):
-    flags = {"overwrite_output_dir": True, "attn_implementation": "flash_attention_2", "bf16": True}
-    assert_refused(copied_run, {**base, **flags}, "(?i)flash")
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_bad_is_refused(name, base, earlier_run, tmp_path):
+    flags, message = BAD[name]
+    assert_refused(earlier_run, {**base, "overwrite_output_dir": True, **flags(Make(tmp_path))}, message)
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
         ({}, "holds another run .*--resume_from_checkpoint latest.*--overwrite_output_dir"),
-        (
-            {"resume_from_checkpoint": "latest", "overwrite_output_dir": True},
-            "--overwrite_output_dir removes what --resume_from_checkpoint needs",
-        ),
         # a checkpoint of another folder does not make this folder its own
         ({"resume_from_checkpoint": "checkpoint-2"}, "holds another run"),
-        ({"resume_from_checkpoint": "latest", "max_length": 32}, "other data or another plan"),
-        ({"resume_from_checkpoint": "latest", "seed": 1}, "other data or another plan"),
-        ({"resume_from_checkpoint": "latest", "packing": False}, "other data or another plan"),
+        ({"resume_from_checkpoint": "latest", "max_length": 32}, "its data is not this run's"),
+        ({"resume_from_checkpoint": "latest", "seed": 1}, "its data is not this run's"),
+        ({"resume_from_checkpoint": "latest", "packing": False}, "its data is not this run's"),
+        ({"resume_from_checkpoint": "latest", "max_steps": 3}, "is past --max_steps 3"),
+        ({"resume_from_checkpoint": "latest", "max_steps": 4}, "has finished its 4 steps"),
     ],
 )
-def test_a_folder_that_holds_another_run_is_refused(flags, message, base, copied_run):
-    assert_refused(copied_run, {**base, **flags}, message)
+def test_a_folder_that_holds_another_run_is_refused(flags, message, base, earlier_run):
+    assert_refused(earlier_run, {**base, **flags}, message)
 
 
-def test_a_finished_run_is_left_as_it_is(base, copied_run):
-    flags = {**base, "max_steps": 4, "resume_from_checkpoint": "latest"}
-    assert_refused(copied_run, flags, "has finished its 4 steps")
-
-
-def test_resuming_with_other_data_is_refused(base, copied_run, tmp_path):
+def test_resuming_with_other_data_or_another_order_is_refused(base, earlier_run, tmp_path):
     rows = [json.loads(line) for line in open(base["dataset_name"])]
     rows[7]["text"] = rows[7]["text"][::-1]  # as long as before: the plan is the same
-    name = write_jsonl(tmp_path / "rows.jsonl", rows)
-    flags = {**base, "dataset_name": name, "resume_from_checkpoint": "latest"}
-    assert_refused(copied_run, flags, "other data or another plan")
-
-
-def test_resuming_with_another_order_is_refused(base, tmp_path):
-    """Unpacked, the plan is the same for every seed, but the order of the rows is not."""
-    run(tmp_path, base, packing=False, save_steps=2)
-    flags = {**base, "packing": False, "resume_from_checkpoint": str(tmp_path / "checkpoint-2"), "seed": 1}
-    assert_refused(tmp_path, flags, "seed")
-
-
-def test_resuming_without_a_checkpoint_is_refused(base, tmp_path):
-    run(tmp_path, base, max_steps=1)
-    assert_refused(tmp_path, {**base, "resume_from_checkpoint": "latest"}, "no checkpoint in")
-
-
-def test_a_broken_model_is_not_called_unsuitable(base, tmp_path):
-    """NaN weights are the checkpoint's fault, not the architecture's."""
-    folder = write_model(tmp_path / "model")
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    model.model.layers[0].mlp.down_proj.weight.data[0, 0] = math.nan
-    model.save_pretrained(folder)
-    with pytest.raises((ValueError, FloatingPointError), match="(?i)finite|nan") as caught:
-        run(tmp_path / "out", base, model_name_or_path=folder)
-    assert "mixes the documents" not in str(caught.value)
+    flags = {**base, "dataset_name": write_jsonl(tmp_path / "rows.jsonl", rows)}
+    assert_refused(earlier_run, {**flags, "resume_from_checkpoint": "latest"}, "its data is not this run's")
+    # unpacked, the plan is the same for every seed, but the order of the rows is not
+    run(tmp_path / "out", base, packing=False, save_steps=2)
+    flags = {**base, "packing": False, "resume_from_checkpoint": "latest", "seed": 1}
+    assert_refused(tmp_path / "out", flags, "its data is not this run's")
 
 
 def command(flags, **changes):
     options = [f"--{name}={value}" for name, value in {**flags, **changes}.items()]
     return [sys.executable, str(SCRIPT), *options]
-
-
-def test_the_command_line_ends_with_code_2_and_one_line(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--max-length", "0", "--output_dir", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("ValueError: --max_length is 0")
-    assert list(tmp_path.iterdir()) == []
 
 
 # --- 6. Checkpoints ---
@@ -964,11 +845,6 @@ def test_the_newest_checkpoints_are_kept(base, tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.suffix in (".tmp", ".deleted")]
 
 
-def test_overwriting_replaces_the_whole_run(base, copied_run):
-    again = run(copied_run, base, overwrite_output_dir=True, max_steps=1)
-    assert len(again.metrics) == 1 and list_checkpoints(copied_run) == []
-
-
 def test_nothing_is_pickled(base, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("torch.load or torch.save was called")
@@ -987,7 +863,7 @@ def test_nothing_is_pickled(base, tmp_path, monkeypatch):
 def poisoned(base, tmp_path_factory):
     """Flags of a run in which example 5 alone holds the byte "z", whose embedding is infinite."""
     folder = tmp_path_factory.mktemp("poisoned")
-    rows = random_texts(5, 8)
+    rows = [{"text": ""}, *random_texts(5, 7)]  # the first one is dropped
     rows[5]["text"] += "z"
     model = tiny_model("llama", vocab_size=VOCAB, pad_token_id=256, bos_token_id=None, eos_token_id=END)
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
@@ -1004,7 +880,7 @@ def poisoned(base, tmp_path_factory):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(poisoned, tmp_path):
-    with pytest.raises(FloatingPointError, match=r"Rows \[5\], examples \[5\]") as caught:
+    with pytest.raises(FloatingPointError, match=r"Rows \[4\], examples \[5\]") as caught:
         run(tmp_path, poisoned, save_steps=1)
     step = int(re.match(r"step (\d+): loss (nan|inf)", str(caught.value))[1])
     assert step > 1
@@ -1015,16 +891,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(poisoned, tmp
             for name, tensor in load_file(shard).items():
                 assert name == "weight.model.embed_tokens.weight" or tensor.isfinite().all()
     assert not (tmp_path / "model.safetensors").exists()
-    with pytest.raises(FloatingPointError, match=f"step {step}: .*Rows \\[5\\]"):
+    with pytest.raises(FloatingPointError, match=f"step {step}: .*Rows \\[4\\]"):
         run(tmp_path, poisoned, save_steps=1, resume_from_checkpoint="latest")
-
-
-def test_the_examples_named_are_those_of_the_data(poisoned, tmp_path):
-    """Two that were dropped stand before it."""
-    rows = [{"text": ""}, {"text": ""}, *(json.loads(line) for line in open(poisoned["dataset_name"]))]
-    name = write_jsonl(tmp_path / "rows.jsonl", rows)
-    with pytest.raises(FloatingPointError, match=r"examples \[7\]"):
-        run(tmp_path / "out", poisoned, dataset_name=name)
 
 
 @pytest.fixture(scope="module")
@@ -1095,35 +963,23 @@ def test_frozen_layers_cost_their_weights_alone(changes, dropout, tmp_path, monk
     for name, weight in whole.weights.items():
         assert torch.equal(weight, came[name]) == name.startswith(FROZEN), name
     trained = sum(w.numel() for name, w in came.items() if not name.startswith(FROZEN))
-    found = {row["name"]: row for row in whole.returned["ledger"]}
-    assert found["gradients"]["measured"] == found["gradients"]["predicted"] == 4 * trained
-    assert found["optimizer"]["predicted"] == 8 * trained
-    assert found["optimizer"]["measured"] == pytest.approx(8 * trained, rel=0.01)
-    assert found["parameters"]["measured"] == all_trained["parameters"] > 1.2 * 4 * trained
+    found = bytes_of(whole.returned)
+    assert found["gradients"] == 4 * trained
+    assert found["optimizer"] == pytest.approx(8 * trained, rel=0.01)
+    assert found["parameters"] == all_trained["parameters"] > 1.2 * 4 * trained
     if "activation_offloading" not in changes:  # which leaves one layer's on the device in any case
-        assert found["activations"]["measured"] < all_trained["activations"]
-    assert found["peak"]["measured"] < all_trained["peak"]
+        assert found["activations"] < all_trained["activations"]
+    assert found["peak"] < all_trained["peak"]
     resumed = run(cut_after(tmp_path / "whole", 4, tmp_path / "cut"), flags, resume_from_checkpoint="latest")
     assert_same_bits(resumed, whole)
 
 
-def test_layers_frozen_once_the_model_is_loaded(dropout, tmp_path, monkeypatch):
-    load_model = sft_packing.load_model
-
-    def load_frozen(*args):
-        model = load_model(*args)
-        for module in (model.get_input_embeddings(), sft_packing.decoder_layers(model)[0]):
-            module.requires_grad_(False)
-        return model
-
+def test_what_was_frozen_stays_frozen(dropout, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(sft_packing, "load_model", load_frozen)
-        whole = run(tmp_path / "0", dropout)
-    freeze_first(sft_packing, monkeypatch)
-    assert_same_bits(whole, run(tmp_path / "1", dropout, save_steps=2))
-    folder = cut_after(tmp_path / "1", 2, tmp_path / "cut")
-    monkeypatch.undo()
-    assert_refused(folder, {**dropout, "resume_from_checkpoint": "latest"}, "was frozen .* is trained now")
+        freeze_first(sft_packing, patch)
+        run(tmp_path, dropout, save_steps=2, max_steps=2)
+    flags = {**dropout, "resume_from_checkpoint": "latest"}
+    assert_refused(tmp_path, flags, "its frozen is not this run's. Freeze what was frozen then")
 
 
 def test_killed_while_saving_the_earlier_checkpoint_is_there(dropout, uninterrupted, tmp_path):
@@ -1131,14 +987,15 @@ def test_killed_while_saving_the_earlier_checkpoint_is_there(dropout, uninterrup
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import sft_packing
-commit_folder = sft_packing.commit_folder
+from common import run
+commit_folder = run.commit_folder
 
 def killed(temporary, path):
     if path.name == "checkpoint-4":
         os.kill(os.getpid(), signal.SIGKILL)
     commit_folder(temporary, path)
 
-sft_packing.commit_folder = killed
+run.commit_folder = killed
 sft_packing.main(sft_packing.Arguments(**{ {**dropout, "output_dir": str(tmp_path), "save_steps": 2}!r}))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
@@ -1173,19 +1030,19 @@ def test_sigterm_saves_a_checkpoint_and_ends_with_code_0(base, tmp_path):
 
 def ends_in_last_step(monkeypatch, how):
     """SIGTERM in the fifth and last step, or the process ends between the checkpoint and the model."""
-    calls, batch_nll_sum = [], sft_packing.batch_nll_sum
+    calls, batch_loss = [], sft_packing.batch_loss
 
     def counted(*args):
         calls.append(args)
         if len(calls) == 5:
             os.kill(os.getpid(), signal.SIGTERM)
-        return batch_nll_sum(*args)
+        return batch_loss(*args)
 
     def interrupted(*args):
         raise KeyboardInterrupt
 
     if how == "SIGTERM":
-        monkeypatch.setattr(sft_packing, "batch_nll_sum", counted)
+        monkeypatch.setattr(sft_packing, "batch_loss", counted)
     else:
         monkeypatch.setattr(sft_packing, "save_model", interrupted)
 
@@ -1291,55 +1148,13 @@ def test_an_error_on_the_first_rank_ends_the_other(base, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-# --- 7. Contract ---
+# --- What a run leaves behind ---
 
 METRICS = (
     "step epoch loss grad_norm learning_rate num_tokens num_scored_tokens tokens_per_second step_seconds "
     "peak_memory_bytes"
 )
 SUMMARY = "args versions device world_size data throughput ledger activation_offloading final_metrics"
-
-
-def parsed():
-    return ast.parse(SCRIPT.read_text())
-
-
-def test_every_flag_is_read_beyond_its_check():
-    """args.name or self.args.name, loaded somewhere outside of check_arguments."""
-    checks = next(node for node in parsed().body if getattr(node, "name", None) == "check_arguments")
-    lines = range(checks.lineno, checks.end_lineno + 1)
-    read = {
-        node.attr
-        for node in ast.walk(parsed())
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and node.lineno not in lines
-        if getattr(node.value, "id", None) == "args" or getattr(node.value, "attr", None) == "args"
-    }
-    assert {field.name for field in fields(Arguments)} - read == set()
-
-
-def test_no_flag_is_written():
-    written = [node for node in ast.walk(parsed()) if isinstance(node, ast.Attribute)]
-    assert not [
-        n.attr for n in written if isinstance(n.ctx, ast.Store) and getattr(n.value, "id", None) == "args"
-    ]
-
-
-def test_importing_does_nothing():
-    """Only definitions, constants and imports stand at the top; the guard at the end is the one exception."""
-    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign)
-    first, *body, last = parsed().body
-    assert isinstance(first, ast.Expr) and isinstance(first.value.value, str)
-    assert all(isinstance(node, allowed) for node in body)
-    assert isinstance(last, ast.If) and ast.unparse(last.test) == "__name__ == '__main__'"
-
-
-def test_flags_on_the_command_line():
-    parser = HfArgumentParser(Arguments)
-    [args] = parser.parse_args_into_dataclasses(
-        ["--max-length", "7", "--no_packing", "--learning_rate", "1e-3"]
-    )
-    assert (args.max_length, args.packing, args.learning_rate) == (7, False, 1e-3)
-    assert parser.parse_args_into_dataclasses([]) == (Arguments(),)
 
 
 def test_what_a_run_leaves_behind(evaluated, tmp_path):
@@ -1437,7 +1252,6 @@ def test_offloading_changes_only_where_activations_wait(changes, tmp_path):
         largest = max(line["num_tokens"] for line in offloaded.metrics[1:])  # the first step is not reported
         layer_input = largest * 128 * (2 if flags.get("bf16") else 4)
         assert report["offloaded_bytes"] == 4 * layer_input  # of 5 layers
-        assert report["stayed_bytes"]["last layers"] == layer_input
     assert report["offloaded_bytes"] > 0
     assert report["peak_host_bytes"] >= report["offloaded_bytes"]
 
@@ -1451,9 +1265,8 @@ def test_offloading_changes_nothing_on_two_ranks(tmp_path):
         runs.append(read_run(tmp_path / name))
     assert_same_bits(*runs)
     report = json.loads((tmp_path / "offloaded/summary.json").read_text())["activation_offloading"]
-    layer_input = report["stayed_bytes"]["last layers"]
-    assert 0.9 * 256 * 128 * 4 < layer_input <= 256 * 128 * 4
-    assert report["offloaded_bytes"] == 4 * layer_input
+    layer_input = 256 * 128 * 4
+    assert 0.9 * 4 * layer_input < report["offloaded_bytes"] <= 4 * layer_input
 
 
 def test_the_ledgers_host_bytes_are_those_of_the_measured_step(base, tmp_path, monkeypatch):
@@ -1477,8 +1290,6 @@ def test_the_ledger_of_an_offloaded_run(gradient_checkpointing, tmp_path, capsys
     for name in ("plain", "offloaded"):
         done = run(tmp_path / name, flags, activation_offloading=name == "offloaded")
         ledgers.append(bytes_of(done.returned))
-    for row in done.returned["ledger"]:
-        assert row["predicted"] == pytest.approx(row["measured"], rel=0.1), row
     plain, offloaded = ledgers
     report = done.returned["activation_offloading"]
     assert offloaded["on_host"] <= report["peak_host_bytes"] and plain.get("on_host") is None
@@ -1551,31 +1362,12 @@ def test_the_first_update_is_adamw_on_the_mean_loss(base, tmp_path):
 
 
 def bytes_of(summary):
-    return {row["name"]: row["measured"] for row in summary["ledger"]}
+    return {row["name"]: row["bytes"] for row in summary["ledger"]}
 
 
-def test_the_ledger_is_filled_and_foretold(tmp_path):
-    flags = {
-        "dataset_name": str(ROOT / "demo/sft_eval.jsonl"),
-        "max_steps": 2,
-        "per_device_train_batch_size": 4,
-    }
-    ledger = run(tmp_path, flags, measure_memory=True).returned["ledger"]
-    assert [row["name"] for row in ledger] == [
-        "parameters",
-        "gradients",
-        "optimizer",
-        "activations",
-        "loss_head",
-        "peak",
-    ]
-    for row in ledger:
-        assert row["predicted"] == pytest.approx(row["measured"], rel=0.1), row
-
-
-def test_nothing_is_measured_unasked(earlier_run):
+def test_without_measuring_the_ledger_has_what_tensors_tell(earlier_run):
     summary = json.loads((earlier_run / "summary.json").read_text())
-    assert set(bytes_of(summary).values()) == {None} or torch.cuda.is_available()
+    assert list(bytes_of(summary)) == ["parameters", "gradients", "optimizer"]
 
 
 def test_padding_costs_bytes_that_packing_saves(base, tmp_path):
@@ -1604,15 +1396,15 @@ def test_padding_costs_bytes_that_packing_saves(base, tmp_path):
     [(0, 4, 4), (16, 1, 4), (15, 1, 4), (16, 4, 1), (32, 4, 3), (4, 4, 3), (15, 5, 16), (10, 2, 16)],
 )
 def test_a_run_resumed_with_other_batches_trains_each_row_as_often(epochs, epoch, rows_done, before, after):
-    args = Arguments(num_train_epochs=epochs)
-    progress = {"step": epoch * -(-35 // before) - (-rows_done // before), "epoch": epoch}
-    progress["rows_done"] = rows_done
-    left = sft_packing.count_steps(args, 35, after, progress) - progress["step"]
+    args = Arguments(num_train_epochs=epochs, packing=False, per_device_train_batch_size=after)
+    rows = in_rows([{"input_ids": [1, 2], "labels": [1, 2]}] * 35, args)
+    progress = {"step": epoch * -(-35 // before) - (-rows_done // before), "epoch": epoch, "done": rows_done}
+    left = rows.count_steps(progress) - progress["step"]
     if epoch + rows_done / 35 >= epochs:
         assert left == 0
         return
     trained, position = 0, rows_done
-    for _ in range(left):  # as train() walks through the rows
+    for _ in range(left):  # as main walks through the rows
         taken = min(after, 35 - position)
         trained, position = trained + taken, position + taken
         if position == 35:
@@ -1620,30 +1412,3 @@ def test_a_run_resumed_with_other_batches_trains_each_row_as_often(epochs, epoch
     left_over = epochs * 35 - progress["epoch"] * 35 - rows_done
     assert left_over - 1e-9 <= trained < left_over + after  # part of an epoch is rounded up to whole steps
     assert epochs != int(epochs) or (epoch, position) == (epochs, 0)
-
-
-def readme_commands():
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    return [
-        line.split("sft_packing.py", 1)[1].split()
-        for line in text.splitlines()
-        if " sft_packing.py --" in line
-    ]
-
-
-@pytest.mark.parametrize("command", readme_commands(), ids=lambda command: command[-1])
-def test_the_readmes_commands_are_accepted(command):
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(command)
-    sft_packing.check_arguments(args)
-
-
-def test_the_readmes_laptop_command_runs(base, tmp_path, monkeypatch):
-    """Its own flags, with the model and the data of these tests."""
-    monkeypatch.chdir(tmp_path)
-    (command,) = [c for c in readme_commands() if "my_chats.jsonl" in c]
-    write_jsonl(tmp_path / "my_chats.jsonl", [{"messages": TALK}] * 3)
-    command[command.index("--model_name_or_path") + 1] = base["model_name_or_path"]
-    command[command.index("--max_length") + 1] = "64"  # the model here has fewer positions
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(command)
-    assert main(args)["data"]["examples_used"] == 3
-    assert (tmp_path / "outputs/laptop/model.safetensors").exists()

@@ -8,7 +8,7 @@ from common.truncation import OVERFLOW, TRUNCATION_MODES, check_limit, fit_to_le
 
 LIMITS = ("max_prompt_length", "max_completion_length", "max_length")
 ids = st.lists(st.integers(0, 9), max_size=20)
-limit = st.none() | st.integers(1, 25)
+limit = st.none() | st.integers(1, 9)
 
 
 @pytest.mark.parametrize("bad", [0, -1, True, False, 2.0, "3"])
@@ -32,16 +32,24 @@ def test_unknown_modes_and_unequal_lists_raise():
         truncate_pair([1], [2], truncation_mode="keep_middle")
 
 
-@given(ids, limit, st.sampled_from(OVERFLOW))
+def test_an_over_long_example_by_overflow():
+    example = [1, 2, 3, 4, 5], [-100, -100, 3, 4, 5]
+    assert fit_to_length(*example, 2, "truncate") == [([1, 2], [-100, -100])]
+    assert fit_to_length(*example, 2, "split") == [([1, 2], [-100, -100]), ([3, 4], [3, 4]), ([5], [5])]
+    assert fit_to_length(*example, 2, "drop") == []
+    with pytest.raises(ValueError, match="5 tokens, max_length is 2: raise it, or choose overflow"):
+        fit_to_length(*example, 2, "error")
+    for overflow in OVERFLOW:
+        assert fit_to_length(*example, 5, overflow) == fit_to_length(*example, None, overflow) == [example]
+
+
+@given(ids, limit, st.sampled_from(["truncate", "split", "drop"]))
 def test_fit_to_length_keeps_the_limit_and_the_tokens(input_ids, max_length, overflow):
     labels = [-100 if token % 2 else token for token in input_ids]
     given_ids, given_labels = list(input_ids), list(labels)
     length, whole = len(input_ids), [(input_ids, labels)]
     if max_length is None or length <= max_length:
         assert fit_to_length(given_ids, given_labels, max_length, overflow) == whole
-    elif overflow == "error":
-        with pytest.raises(ValueError, match=f"{length} tokens, max_length is {max_length}"):
-            fit_to_length(given_ids, given_labels, max_length, overflow)
     else:
         starts = {"truncate": [0], "drop": [], "split": range(0, length, max_length)}[overflow]
         pieces = [(input_ids[i : i + max_length], labels[i : i + max_length]) for i in starts]

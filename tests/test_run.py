@@ -1,0 +1,374 @@
+"""What surrounds a loop: flags, refusals, the order of the data, the screen, and how a run ends."""
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import sys
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from helpers import alone_on_the_cpu
+
+from common import Refusal, refuse, run
+from common.run import (
+    BOUNDS,
+    Epochs,
+    Run,
+    RunArguments,
+    Tally,
+    bold,
+    check_finite,
+    check_run_arguments,
+    choices,
+    describe_start,
+    flag,
+    learning_rates,
+    parse_arguments,
+)
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ["sft_packing", "dpo_padding_free", "grpo_zero3"]
+
+
+@dataclass
+class Arguments(RunArguments):
+    """As a script has them, with one flag of each kind."""
+
+    share: float = flag(0.5, "a number between", above=0, below=1)
+    ways: Literal["one", "two"] | None = flag(None, "a choice, or none")
+    max_length: int = flag(64, "tokens", at_least=2)
+    gradient_accumulation_steps: int = flag(1, "micro-batches", at_least=1)
+
+
+# --- Flags ---
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_every_number_that_is_bounded_is_finite(value):
+    for name in ("learning_rate", "max_grad_norm", "share", "num_train_epochs", "collective_timeout_s"):
+        with pytest.raises(Refusal, match=f"--{name} is .*; it must be finite"):
+            check_run_arguments(Arguments(**{name: value}))
+
+
+# beside a limit, what it lets through and what it does not
+EDGES = {"at_least": (0, -1), "above": (1e-6, 0), "below": (-1e-6, 0), "at_most": (0, 1)}
+BOUNDED = [(each.name, b, each.metadata[b]) for each in fields(Arguments) for b in BOUNDS if b in each.metadata]
+
+
+@pytest.mark.parametrize("name, bound, limit", BOUNDED)
+def test_bounds_hold_at_their_edge_and_no_further(name, bound, limit):
+    inside, outside = (limit + difference for difference in EDGES[bound])
+    flags = {"dry_run": name in ("dry_run_world_size", "gpu_memory_gib")}
+    flags["lr_scheduler_type"] = "constant_with_warmup"
+    check_run_arguments(Arguments(**{**flags, name: inside}))
+    message = f"--{name} is {outside}; it must be finite, and .*{bound.replace('_', ' ')} {limit}"
+    with pytest.raises(Refusal, match=message):
+        check_run_arguments(Arguments(**{**flags, name: outside}))
+
+
+def test_choices_are_those_of_the_type():
+    assert choices(Literal["a", "b"]) == choices(Literal["a", "b"] | None) == ("a", "b")
+    assert choices(int) == choices(str | None) == ()
+    check_run_arguments(Arguments(ways="two", lr_scheduler_type="cosine"))
+    with pytest.raises(Refusal, match="--ways is 'three'; choose one of one, two"):
+        check_run_arguments(Arguments(ways="three"))
+    for script in SCRIPTS[:1]:
+        with pytest.raises(SystemExit):
+            parse_arguments(importlib.import_module(script).Arguments, ["--lr_scheduler_type", "polynomial"])
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"max_steps": 0}, "--max_steps 0: give a number >= 1, or -1"),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 3}, "--warmup_steps 3 needs .*constant_with_warmup"),
+        ({"overwrite_output_dir": True, "resume_from_checkpoint": "latest"}, "drop one of the two"),
+        ({"dry_run_world_size": 2}, "add --dry_run"),
+        ({"gpu_memory_gib": 80.0}, "add --dry_run"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(flags, message, monkeypatch):
+    check_run_arguments(Arguments())
+    with pytest.raises(Refusal, match=message):
+        check_run_arguments(Arguments(**flags))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(Refusal, match="--dry_run is one process"):
+        check_run_arguments(Arguments(dry_run=True))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_command_line(script, capsys):
+    arguments = importlib.import_module(script).Arguments
+    for words in (["--local_rank=1"], ["--local-rank=1"]):
+        assert parse_arguments(arguments, [*words, "--seed", "3"]) == arguments(seed=3)
+    words = ["--max-steps", "7", "--no_gradient_checkpointing", "--bf16"]
+    assert parse_arguments(arguments, words) == arguments(max_steps=7, gradient_checkpointing=False, bf16=True)
+    with pytest.raises(Refusal, match="unknown arguments: --no_such_flag 3; --help"):
+        parse_arguments(arguments, ["--no_such_flag", "3", "--seed", "3"])
+    with pytest.raises(SystemExit, match="0"):
+        parse_arguments(arguments, ["--help"])
+    shown = capsys.readouterr().out
+    titles = re.findall(r"^(\w.*):$", shown, re.M)
+    assert {*titles} == {"options", *(each.metadata["group"] for each in fields(arguments))}
+    assert len(titles) == len({*titles}) and titles[1] == "model and data"
+    for each in fields(arguments):
+        help_text = " ".join(each.metadata["help"].split())
+        assert f"--{each.name}" in shown and help_text in " ".join(shown.split()), each.name
+
+
+def test_a_refusal_is_a_value_error_of_its_own():
+    with pytest.raises(ValueError, match="^too small$") as raised:
+        refuse(True, "too small")
+    assert type(raised.value) is Refusal
+    refuse(False, "fine")
+
+
+@pytest.mark.parametrize(
+    "error, code", [(Refusal("why"), 2), (FloatingPointError("nan"), 2), (ValueError("a mistake"), None)]
+)
+def test_only_a_refusal_and_a_loss_that_is_not_finite_are_one_line(error, code, monkeypatch, capsys):
+    def main(args):
+        assert args == Arguments(seed=3)
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["script.py", "--seed", "3"])
+    with pytest.raises(SystemExit if code else ValueError) as raised:
+        run.run_script(main, Arguments)
+    assert not code or raised.value.code == code
+    kind = "ValueError" if type(error) is Refusal else "FloatingPointError"
+    assert capsys.readouterr().err == (f"{kind}: {error}\n" if code else "")
+
+
+@pytest.mark.parametrize("flags", [{}, {"dry_run": True}])
+def test_a_mistake_in_an_edited_script_keeps_its_traceback(flags, tmp_path):
+    """The same exception type that a refusal has: only its class tells them apart."""
+    source = (ROOT / "sft_packing.py").read_text()
+    line = "    nll = at_scored(model, batch, loss_head(args))\n"
+    assert source.count(line) == 1
+    (tmp_path / "edited.py").write_text(source.replace(line, line + "    first, second = 1, 2, 3\n"))
+    spec = importlib.util.spec_from_file_location("edited", tmp_path / "edited.py")
+    edited = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(edited)
+    args = edited.Arguments(output_dir=str(tmp_path / "out"), max_length=64, **flags)
+    with pytest.raises(ValueError, match="too many values to unpack") as raised:
+        edited.main(args)
+    assert raised.type is ValueError and raised.traceback[-1].name == "batch_loss"
+
+
+# --- The order of the data ---
+
+
+class Items(Epochs):
+    """Micro-batches of two items."""
+
+    def __init__(self, count, world=1, **flags):
+        super().__init__(Arguments(**flags), world)
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def cut(self, numbers):
+        return (numbers[i : i + 2] for i in range(0, len(numbers), 2))
+
+    def batch(self, numbers):
+        return numbers.tolist()
+
+
+@dataclass
+class Place:
+    """What `Epochs` asks of a Run."""
+
+    rank: int
+    world: int
+    progress: dict
+    last: int
+
+    @property
+    def unfinished(self):
+        return self.progress["step"] < self.last
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("epochs", [1.0, 1.5, 2.0, 0.2])
+def test_each_epoch_takes_each_item_once_and_a_resumed_run_takes_what_is_left(epochs, world):
+    items = Items(11, world, num_train_epochs=epochs, gradient_accumulation_steps=2, seed=5)
+    progress = {"step": 0, "epoch": 0, "done": 0}
+    total, per_step = items.count_steps(progress), 4 * world
+    per_epoch = -(-11 // per_step)
+    assert total == {1.0: 1, 1.5: 1, 2.0: 2}.get(epochs, 0) * per_epoch + -(-int(11 * (epochs % 1) + 1) // per_step) * (
+        epochs % 1 > 0
+    )
+    seen, ranks = [], []
+    place = Place(0, world, progress, total)
+    for numbers, chunks in items.remaining_steps(place):
+        assert items.count_steps(progress) == total  # from wherever it is resumed
+        dealt = [items.micro_batches(chunks, Place(rank, world, {}, 0)) for rank in range(world)]
+        assert len({len(batches) for batches in dealt}) == 1  # or collectives stall
+        assert sorted(n for batches in dealt for batch in batches for n in batch) == sorted(numbers)
+        epoch = items.advance(progress, numbers)
+        progress["step"] += 1
+        seen += numbers.tolist()
+        ranks.append(dealt)
+    assert progress["step"] == total and 0 <= epoch - epochs < per_step / 11
+    assert sorted(seen[:11]) == list(range(11))[: len(seen)] if len(seen) >= 11 else len({*seen}) == len(seen)
+    assert Items(11, world, seed=5).order(0).tolist() == items.order(0).tolist() != items.order(1).tolist()
+    assert Items(11, world, max_steps=9).count_steps(progress) == 9
+
+
+def test_learning_rates_follow_the_schedule():
+    rates = {name: learning_rates(Arguments(learning_rate=2.0, lr_scheduler_type=name), 4) for name in ("linear", "constant")}
+    assert [rates["linear"](step) for step in range(5)] == [2.0, 1.5, 1.0, 0.5, 0.0]
+    assert rates["constant"](3) == 2.0
+    warm = learning_rates(Arguments(learning_rate=2.0, warmup_steps=2, lr_scheduler_type="cosine"), 4)
+    assert [warm(step) for step in range(4)] == pytest.approx([0.0, 1.0, 2.0, 1.0])
+
+
+# --- A run ---
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(tmp_path):
+    with alone_on_the_cpu(tmp_path / "cache"):
+        yield
+
+
+def train(folder, seen=(), terminated_at=None, broken_at=None, data="d", **flags):
+    """A loop over 8 items, two a step, as the scripts have it; seen: a list that fills with the items."""
+    args = Arguments(output_dir=str(folder), lr_scheduler_type="constant", **flags)
+    check_run_arguments(args)
+    with Run(args, "TEST") as run:
+        run.resume()
+        run.match("data", data, "Use its data.")
+        items = Items(8, num_train_epochs=args.num_train_epochs, max_steps=args.max_steps)
+        run.plan(items.count_steps(run.progress))
+        run.start({"examples_read": 8, "columns_unused": []})
+        optimizer = torch.optim.SGD([torch.zeros(1)])
+        for numbers, _ in items.remaining_steps(run):
+            with run.step(optimizer, lambda: f"Items {numbers.tolist()}."):
+                if run.progress["step"] + 1 == terminated_at:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                check_finite(1.0, float("nan") if run.progress["step"] + 1 == broken_at else 0.0)
+                sums = run.sum({"num_tokens": len(numbers)})
+            seen += numbers.tolist() if isinstance(seen, list) else ()
+            metrics = {"epoch": items.advance(run.progress, numbers), "loss": 1.0, **sums}
+            run.log(metrics, padding=1)
+            if run.save_when_due(lambda folder: (folder / "state").write_text("whole")):
+                return {"stopped_at_step": run.progress["step"]}
+        return run.finish({"examples_read": 8, "fill_fraction": 0.5}, [])
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_what_a_run_leaves_behind_and_how_it_goes_on(tmp_path, capsys):
+    whole, seen = [], []
+    summary = train(tmp_path / "whole", whole, num_train_epochs=2.0, save_steps=3, save_total_limit=1)
+    assert summary == json.loads((tmp_path / "whole/summary.json").read_text())
+    shown = capsys.readouterr().out
+    assert "examples  8 read; --max_length 64" in shown and "further   fill_fraction 50.0%" in shown
+    assert "memory ledger  model  cpu" in shown and summary["throughput"]["num_tokens"] == 16
+    assert summary["throughput"]["real_tokens_per_second"] == pytest.approx(
+        summary["throughput"]["tokens_per_second"] / 2
+    )
+    lines = lines_of(tmp_path / "whole")
+    assert [line["step"] for line in lines] == list(range(1, 9)) and lines[-1]["epoch"] == 2.0
+    assert {"learning_rate", "step_seconds", "tokens_per_second", "peak_memory_bytes"} <= lines[0].keys()
+    assert lines[0]["num_tokens"] == 2 and type(lines[0]["num_tokens"]) is int
+    assert [path.name for path in (tmp_path / "whole").glob("checkpoint-*")] == ["checkpoint-6"]
+    # SIGTERM: a checkpoint of that step, and no summary
+    parts = tmp_path / "parts"
+    before = signal.getsignal(signal.SIGTERM)
+    assert train(parts, seen, 3, num_train_epochs=2.0) == {"stopped_at_step": 3}
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert (parts / "checkpoint-3/state").read_text() == "whole" and not (parts / "summary.json").exists()
+    assert "SIGTERM: saved checkpoint-3; continue with" in capsys.readouterr().err
+    # another four steps, and then it is over for all who do not ask for more
+    resumed = {"resume_from_checkpoint": "latest"}
+    assert train(parts, seen, 8, num_train_epochs=2.0, **resumed) == {"stopped_at_step": 8}
+    assert train(parts, seen, num_train_epochs=2.0, **resumed)["final_metrics"] == {}
+    assert seen == whole and [line["step"] for line in lines_of(parts)] == list(range(1, 9))
+    for flags, message in (
+        ({"num_train_epochs": 2.0}, "has finished its 8 steps: raise --max_steps to go on"),
+        ({"max_steps": 7}, "checkpoint-8 is past --max_steps 7: raise it"),
+        ({"max_steps": 9, "data": "other"}, "its data is not this run's. Use its data."),
+    ):
+        with pytest.raises(Refusal, match=message):
+            train(parts, **flags, **resumed)
+    assert train(parts, seen, max_steps=9, **resumed)["final_metrics"]["step"] == 9
+
+
+def test_a_loss_that_is_not_finite_names_step_and_data_and_keeps_the_checkpoints(tmp_path, capsys):
+    with pytest.raises(FloatingPointError, match="step 3: loss 1.0, gradient norm nan; .* Items .[0-7], [0-7]."):
+        train(tmp_path, broken_at=3, save_steps=1)
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2]
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+    assert capsys.readouterr().err.endswith("\n")  # the bar is closed: what follows begins a line
+    (tmp_path / "checkpoint-2/progress.json").write_text('{"steps": 2}')
+    with pytest.raises(Refusal, match="checkpoint-2 is of an earlier version of this script"):
+        train(tmp_path, resume_from_checkpoint="latest")
+
+
+def test_a_tally_adds_sums_and_keeps_maxima(tmp_path):
+    with Run(Arguments(output_dir=str(tmp_path)), "TEST") as run:
+        tally = Tally()
+        tally.add({"nll": torch.tensor(2.0, requires_grad=True), "n": 1}, {"most": 3})
+        tally.add({"nll": torch.tensor(2.0**-30), "n": 2}, {"most": torch.tensor(-1.0)})
+        assert tally.of_all_ranks(run) == {"nll": 2.0 + 2.0**-30, "n": 3.0, "most": 3.0}  # in float64
+        with pytest.raises(KeyError), run.together():
+            raise KeyError("this rank's own error")
+
+
+# --- The watchdog ---
+
+
+@pytest.mark.parametrize("moves, code", [(True, 0), (False, 3)])
+def test_a_phase_that_lasts_too_long_ends_the_process_and_is_named(moves, code, tmp_path):
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(tmp_path / "stderr", os.O_CREAT | os.O_WRONLY), 2)
+        sys.stderr = os.fdopen(2, "w")
+        watchdog = run.Watchdog(0.8, rank=7)
+        for turn in range(8 if moves else 1):
+            watchdog.begin(f"rollout {turn}")
+            time.sleep(0.2 if moves else 30)
+        watchdog.close()
+        time.sleep(1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
+    said = (tmp_path / "stderr").read_text()
+    assert said == "" if moves else "rank 7: rollout 0: nothing has moved for" in said
+    assert moves or "--collective_timeout_s 1.6 for example" in said and "in test_a_phase" in said  # where it hung
+
+
+# --- The screen ---
+
+DATA = {"examples_read": 100, "examples_used": 88, "columns_unused": []}
+
+
+def test_what_is_cut_is_counted_and_bold_above_a_tenth(monkeypatch):
+    args = Arguments()
+    assert describe_start(args, DATA, 10) == "examples  100 read; --max_length 64"
+    data = DATA | {"examples_truncated": 11, "examples_unscored": 10, "completions_truncated": 21}
+    few, many = "unscored 10 (10.0%)", ["truncated 11 (11.0%)", "completions truncated 21 (10.5%)"]
+    parts = f"examples  100 read, {many[0]}, {few}, {many[1]}; --max_length 64"
+    assert describe_start(args, data, 10) == parts  # into a file: no escape codes
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    found = describe_start(args, data, 10)
+    assert all(bold(part) == f"\033[1m{part}\033[0m" and bold(part) in found for part in many)
+    assert few in found and bold(few) not in found
+
+
+def test_what_nobody_reads_and_a_warm_up_that_never_ends_are_said():
+    lines = describe_start(Arguments(), DATA | {"columns_unused": ["question", "source"]}, 10).splitlines()
+    assert lines[1:] == ["columns   not used: question, source"]
+    for warmup, said in ((9, False), (10, True), (50, True)):
+        text = describe_start(Arguments(warmup_steps=warmup, learning_rate=1e-4), DATA, 10)
+        assert (f"--warmup_steps {warmup}, and 10 steps in all: the learning rate never" in text) == said

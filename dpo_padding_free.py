@@ -21,6 +21,7 @@ from bisect import bisect_right
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -55,7 +56,7 @@ from common.data import (
 from common.exactness import NUM_TOKENS, check_exact, logps_alone, proof_tokens
 from common.folders import commit_files, fresh_folder
 from common.logps import at_scored, token_logps
-from common.memory import MemoryMeter, count_step, dry_run, ledger, measure_traffic, pretend
+from common.memory import MemoryMeter, count_step, dry_run, ledger, pretend
 from common.offload import OffloadActivations
 from common.run import DATA, FILES, ROOT, TRAINING, Epochs, Run, Tally, check_finite, flag, run_script
 from common.sharding import (
@@ -395,11 +396,12 @@ class Pairs(Epochs):
         the first epoch: there, a policy that has not moved has the reference's numbers to the last bit. Later
         epochs put the pairs into other rows, and to their margins that adds the noise of bf16.
         """
-        order, done = self.order(0), progress["done"] if progress["epoch"] == 0 else 0
-        chunks = list(self.cut(order[done:]))
-        ahead = (total_steps - progress["step"]) * self.args.gradient_accumulation_steps * self.world
-        ends_there = progress["epoch"] == 0 and ahead <= len(chunks)
-        return chunks[:ahead] if ends_there else [*chunks, *self.cut(order[:done])]
+        in_first, steps_left = progress["epoch"] == 0, total_steps - progress["step"]
+        done = progress["done"] if in_first else 0
+        steps = list(self.steps(0, done))
+        if in_first and steps_left <= len(steps):
+            return list(chain(*steps[:steps_left]))
+        return [*chain(*steps), *self.cut(self.order(0)[:done])]
 
     def name(self, numbers):
         """What an error message says of these pairs."""
@@ -801,7 +803,7 @@ def main(args):
         totals = run.totals
         data["padding_fraction"] = totals["padding"] / max(totals["num_tokens"], 1)
         data["computed_fraction"] = totals["num_tokens"] / max(totals["real_tokens"], 1)
-        rows, moved = ledger(meter.measured, meter.peak_moment), measure_traffic(offload, run.device)
+        rows, moved = ledger(meter.measured, meter.peak_moment), offload and offload.report()
         return run.finish(data, rows, moved)
 
 

@@ -51,7 +51,7 @@ from common.data import (
 )
 from common.exactness import NUM_SCORED, check_exact, logps_alone, proof_tokens
 from common.logps import at_scored, liger_nll_sum, nll_sum
-from common.memory import MemoryMeter, count_step, dry_run, ledger, measure_traffic, pretend
+from common.memory import MemoryMeter, count_step, dry_run, ledger, pretend
 from common.offload import OffloadActivations
 from common.run import DATA, FILES, ROOT, Epochs, Run, Tally, check_finite, flag, run_script
 from common.sharding import (
@@ -614,9 +614,7 @@ def main(args):
 
         save_model(run, model, pretrained)
         data["padding_fraction"] = run.totals["padding"] / max(run.totals["num_tokens"], 1)
-        return run.finish(
-            data, ledger(meter.measured, meter.peak_moment), measure_traffic(offload, run.device)
-        )
+        return run.finish(data, ledger(meter.measured, meter.peak_moment), offload and offload.report())
 
 
 # --- 6. Memory before the GPU ---

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 import torch
 
 from common import Refusal
-from common.offload import keep_on_device
 
 VOCAB_BLOCK = 8192  # rows of the weight's gradient made at once where they need a cast: block * H elements
 
@@ -109,8 +108,7 @@ def at_scored(model, batch, compute):
 
     def head(hidden, weight, bias):
         hidden = hidden.flatten(0, 1).index_select(0, batch["score_index"])
-        with keep_on_device():  # backward begins here: what this saves would come straight back
-            return compute(hidden, weight, batch["score_ids"], bias)
+        return compute(hidden, weight, batch["score_ids"], bias)
 
     inputs = {name: batch[name] for name in INPUTS if name in batch}
     with head_computes(getattr(model, "module", model), head):  # DeepSpeed's engine holds the model

@@ -4,11 +4,9 @@ A dry run takes the script's own step on tensors that have shapes and no storage
 run does.
 """
 
-import itertools
+import bisect
 import resource
-import statistics
 import sys
-import time
 import traceback
 from collections import Counter
 from contextlib import contextmanager, nullcontext
@@ -132,7 +130,7 @@ class MemoryMeter:
         now |= {"parameters": _bytes(self.model.parameters()), "optimizer": _bytes(states)}
         if self.others:
             now["reference"] = _bytes(p for model in self.others for p in model.parameters())
-        if self.offload is not None:
+        if self.offload is not None and measures:
             now["on_host"] = self.offload.step_host_bytes
         self.measured = {name: max(n, self.measured.get(name, 0)) for name, n in now.items()} | {
             name: n for name, n in self.measured.items() if name not in now
@@ -331,33 +329,6 @@ def count_step(step, batches, model, optimizer, offload=None, others=()):
     return meter.measured, meter.peak_moment
 
 
-def longest_that_fits(peak_bytes, available_bytes, most, unit=64):
-    """The largest multiple of `unit` tokens below `most` whose peak is within available_bytes, or `most`; 0
-    if there is none.
-
-    Args: peak_bytes: function of a length in tokens, growing with it, in nearly straight lines.
-    """
-    if most < 1:
-        return 0
-    bytes_high = peak_bytes(most)
-    if most <= unit or bytes_high <= available_bytes:
-        return most if bytes_high <= available_bytes else 0
-    if (bytes_low := peak_bytes(unit)) > available_bytes:
-        return 0
-    low, high = unit, most  # the first fits, the second does not
-    for turn in itertools.count(1):
-        if high - low <= unit:
-            return low
-        # where the straight line between the two meets the border; now and then the middle, in case of a bend
-        share = 0.5 if turn % 3 == 0 else (available_bytes - bytes_low) / (bytes_high - bytes_low)
-        length = int(low + share * (high - low)) // unit * unit
-        length = min(max(length, low + unit), (high - 1) // unit * unit)
-        if (count := peak_bytes(length)) <= available_bytes:
-            low, bytes_low = length, count
-        else:
-            high, bytes_high = length, count
-
-
 def dry_run(args, check, count, changes, length_flag, most):
     """Print the ledger of a pretended step, what single flags would save of its peak, and what fits.
 
@@ -391,13 +362,13 @@ def dry_run(args, check, count, changes, length_flag, most):
     if args.gpu_memory_gib is not None:
         available = int(args.gpu_memory_gib * GIB)
         fits = peak <= available
-        with tqdm(desc="Lengths that may fit", unit="try", leave=False) as bar:
+        lengths = [*range(64, most, 64), most]  # growing, and the peak with them
 
-            def peak_at(length):
-                bar.update()
-                return count(replace(args, **{length_flag: length}))[0]["peak"]
+        def peak_at(length):
+            return count(replace(args, **{length_flag: length}))[0]["peak"]
 
-            longest = longest_that_fits(peak_at, available, most)
+        fitting = bisect.bisect_right(lengths, available, key=peak_at)
+        longest = lengths[fitting - 1] if fitting else 0
         verdict = "fits into" if fits else "does not fit into"
         lines.append(
             f"{verdict} {args.gpu_memory_gib:g} GiB; longest --{length_flag} that fits: {longest or 'none'}"
@@ -408,67 +379,3 @@ def dry_run(args, check, count, changes, length_flag, most):
     print("\n".join(lines))
     found = {"savings": savings, "length_flag": length_flag, "fits": fits, "longest": longest}
     return {"args": asdict(args), "ledger": rows, **found}
-
-
-# --- Activation offloading ---
-
-
-def measure_bandwidth(device, num_bytes=2**26, repetitions=5):
-    """Bytes per second to the host and back, over pinned memory; without CUDA, within the host's memory."""
-    on_device = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-    on_host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    synchronize = torch.get_device_module(device).synchronize
-
-    def measure(destination, source):
-        seconds = []
-        for _ in range(repetitions):
-            synchronize()
-            start = time.perf_counter()
-            destination.copy_(source, non_blocking=True)
-            synchronize()
-            seconds.append(time.perf_counter() - start)
-        return num_bytes / statistics.median(seconds)
-
-    return {"to_host": measure(on_host, on_device), "to_device": measure(on_device, on_host)}
-
-
-def measure_traffic(offload, device):
-    """Whether offloading hides: a layer's bytes over the bandwidth, against the layer's forward.
-
-    Forward is the tighter side: backward computes at least twice as long over the same bytes. On the pretend
-    device, where the same processor copies and computes, nothing hides.
-
-    Args:    offload: an OffloadActivations that has trained, or None.
-    Returns: its report with bytes_per_second, copy_seconds_per_layer and hides (None on the pretend device);
-             None without offloading.
-    """
-    if offload is None:
-        return None
-    report = offload.report()
-    if report["pretend"]:
-        return {**report, "bytes_per_second": None, "copy_seconds_per_layer": None, "hides": None}
-    bandwidth = measure_bandwidth(device)
-    copy_seconds = report["bytes_per_layer"] / bandwidth["to_host"]
-    hides = copy_seconds <= report["layer_seconds"]
-    return {**report, "bytes_per_second": bandwidth, "copy_seconds_per_layer": copy_seconds, "hides": hides}
-
-
-def format_traffic(traffic):
-    """Lines under the ledger: what the first rank moved, and whether the copies hide."""
-
-    def mib(count):
-        return f"{count / 2**20:.2f}"
-
-    lines = [f"offloading   {mib(traffic['offloaded_bytes'])} MiB of a forward moved"]
-    if traffic["offloaded_bytes"] == 0:
-        lines.append("nothing moved: rows this short save nothing that is worth a copy")
-    elif traffic["pretend"]:
-        lines.append("on a pretend device: host memory on both sides, so nothing is saved here")
-    else:
-        copy, layer = traffic["copy_seconds_per_layer"] * 1000, traffic["layer_seconds"] * 1000
-        lines.append(
-            f"a layer's {mib(traffic['bytes_per_layer'])} MiB at "
-            f"{traffic['bytes_per_second']['to_host'] / 1e9:.1f} GB/s take {copy:.2f} ms, its forward takes "
-            f"{layer:.2f} ms: the copies {'hide' if traffic['hides'] else 'do not hide'}"
-        )
-    return f"\n{'':13}".join(lines)

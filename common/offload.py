@@ -20,10 +20,8 @@ On a CPU the same bookkeeping runs with host memory on both sides, to try and to
 Sources: the idea of torch.autograd.graph.save_on_cpu; prefetch and streams as in torchtune's recipes.
 """
 
-import statistics
 import weakref
 from collections import defaultdict, deque
-from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -40,7 +38,7 @@ ALIGNMENT = 512  # of the pieces of the slab, as CUDA aligns its own blocks
 
 
 class OffloadActivations(saved_tensors_hooks):
-    """Context manager around forward and loss. A backward inside is as exact, but spoils report()'s times.
+    """Context manager around forward and loss; backward may run inside or after it.
 
         offload = OffloadActivations(model, layers, device)
         with offload:
@@ -56,8 +54,6 @@ class OffloadActivations(saved_tensors_hooks):
              way, or at any time where it stayed. Writes that autograd cannot see (through .data, or by a
              foreign kernel) are not seen here either.
     """
-
-    keeping = False  # inside keep_on_device
 
     def __init__(self, model, layers, device):
         refuse(
@@ -81,12 +77,12 @@ class OffloadActivations(saved_tensors_hooks):
         self.group, self.groups = 0, defaultdict(weakref.WeakSet)  # group -> its host copies
         self.in_flight = deque()  # host copies that may still be reading the device's memory
         self.step_host_bytes = 0
-        self.largest = (False, 0, [])  # of the forward that moved most: with the slab, bytes, layer times
+        self.moved_bytes = self.largest_bytes = 0  # of the latest forward, and of the one that moved most
 
     def __enter__(self):
         super().__enter__()
         self.layer = 0  # the one that is running; len(layers) in the head and the loss
-        self.moved_bytes, self.times = 0, []
+        self.moved_bytes = 0
         self.module_hooks = [self.model.register_forward_pre_hook(self._forward_starts)]
         for i, layer in enumerate(self.layers):
             self.module_hooks.append(layer.register_forward_pre_hook(self._layer_starts))
@@ -98,9 +94,7 @@ class OffloadActivations(saved_tensors_hooks):
         for hook in self.module_hooks:
             hook.remove()
         self._give_back(self.group + 1)
-        # the first step's copies to ordinary memory make the host wait, and its layers seem slow
-        latest = (len(self.host.slab) > 0, self.moved_bytes, self.times)
-        self.largest = max(latest, self.largest, key=lambda forward: forward[:2])
+        self.largest_bytes = max(self.largest_bytes, self.moved_bytes)
 
     def end_step(self):
         """After a step's last backward: check that nothing is left, and size the slab for the next step."""
@@ -113,20 +107,13 @@ class OffloadActivations(saved_tensors_hooks):
         self.step_host_bytes = self.host.end_step(self.streams)
 
     def report(self):
-        """Bytes and layer times of the forward that moved most.
-
-        Returns: pretend (no accelerator), offloaded_bytes, bytes_per_layer, peak_host_bytes (of all steps),
-                 layer_seconds (median of a layer's forward; 0 on the pretend device, where nothing hides).
+        """For the last page: pretend (no accelerator), offloaded_bytes of the forward that moved most,
+        peak_host_bytes of all steps.
         """
-        _, moved_bytes, times = self.largest
-        self.streams.synchronize()
-        seconds = [start.elapsed_time(end) / 1000 for start, end in zip(times[::2], times[1::2])]
         return {
             "pretend": self.device.type != "cuda",
-            "offloaded_bytes": moved_bytes,
-            "bytes_per_layer": moved_bytes / (len(self.layers) - 1),
+            "offloaded_bytes": self.largest_bytes,
             "peak_host_bytes": len(self.host.slab),
-            "layer_seconds": statistics.median(seconds or [0.0]),
         }
 
     def _forward_starts(self, *_):
@@ -136,10 +123,8 @@ class OffloadActivations(saved_tensors_hooks):
 
     def _layer_starts(self, layer, _):
         self._note_weights(layer)
-        self._note_time()
 
     def _layer_ends(self, i, *_):
-        self._note_time()
         self._give_back(self.group)  # the copies of the layer before had this layer's compute to finish
         self.layer = i + 1
         self.group += 1
@@ -150,14 +135,9 @@ class OffloadActivations(saved_tensors_hooks):
             if not hasattr(tensor, "to_local"):
                 self.weights[tensor.untyped_storage()] = True
 
-    def _note_time(self):
-        if self.device.type == "cuda":
-            self.times.append(torch.cuda.Event(enable_timing=True))
-            self.times[-1].record()
-
     def _stays(self, tensor):
         """Rules 2 and 3."""
-        if self.keeping or self.layer >= len(self.layers) - 1:
+        if self.layer >= len(self.layers) - 1:
             return True
         # a Parameter, a tensor that is more than a view of bytes, or one that is on the host already
         if type(tensor) not in (torch.Tensor, FakeTensor) or tensor.layout != torch.strided:
@@ -320,15 +300,3 @@ class _HostMemory:
                 pin_memory(self.slab.data_ptr(), len(self.slab))
                 self.unpin = weakref.finalize(self, unpin_memory, self.slab.data_ptr())
         return step_peak
-
-
-@contextmanager
-def keep_on_device():
-    """A region whose saved tensors stay: the head and the loss, say. Without offloading, does nothing."""
-    # A flag, and no hooks of its own: inside a checkpointed function those would hide tensors from the
-    # checkpoint, which counts what is saved, and takes one for another when it computes them again.
-    before, OffloadActivations.keeping = OffloadActivations.keeping, True
-    try:
-        yield
-    finally:
-        OffloadActivations.keeping = before

@@ -42,7 +42,7 @@ from common.folders import (
     prepare_output_dir,
     rotate_checkpoints,
 )
-from common.memory import format_ledger, format_traffic, peak_memory_bytes
+from common.memory import GIB, format_ledger, peak_memory_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -313,7 +313,7 @@ class Run:
         Every rank has to call it, with the same names; SIGTERM on one rank sets `stop` on all of them.
         """
         numbers = [*values.values(), len(self.sigterm)]
-        numbers = torch.stack([torch.as_tensor(x, device=self.device).detach().double() for x in numbers])
+        numbers = self._stack(numbers)
         dist.all_reduce(numbers)
         *sums, stop = numbers.tolist()
         self.stop = stop > 0
@@ -321,11 +321,14 @@ class Run:
 
     def max(self, values):
         """The same, but the largest of all ranks."""
-        numbers = torch.stack(
-            [torch.as_tensor(x, device=self.device).detach().double() for x in values.values()]
-        )
+        numbers = self._stack(values.values())
         dist.all_reduce(numbers, dist.ReduceOp.MAX)
         return dict(zip(values, numbers.tolist()))
+
+    def _stack(self, numbers):
+        # a Python float would become a float32 on its way
+        to_double = {"device": self.device, "dtype": torch.float64}
+        return torch.stack([torch.as_tensor(number, **to_double).detach() for number in numbers])
 
     def value(self, tensor):
         """A () tensor's number, the same on all ranks already."""
@@ -484,11 +487,11 @@ class Run:
 
     # The last page.
 
-    def finish(self, data, ledger, traffic=None, lines=()):
+    def finish(self, data, ledger, offloading=None, lines=()):
         """Write summary.json and show the last page. Returns what summary.json holds.
 
-        Args: data: counts of what became of the examples. ledger: memory.ledger's rows. traffic: of
-              activation offloading. lines: of the script's own.
+        Args: data: counts of what became of the examples. ledger: memory.ledger's rows. offloading: the
+              report of OffloadActivations. lines: of the script's own.
         """
         self.bar.close()
         totals, seconds = self.totals, max(self.totals["seconds"], 1e-9)
@@ -507,7 +510,7 @@ class Run:
                 "seconds": totals["seconds"],
             },
             "ledger": ledger,
-            "activation_offloading": traffic,
+            "activation_offloading": offloading,
             "final_metrics": self.metrics,
         }
         if self.first:
@@ -521,7 +524,10 @@ class Run:
                 f"{speed['real_tokens_per_second']:.0f} tokens/s of the data",
                 format_ledger(title, ledger),
             ]
-            print("\n".join(page + ([format_traffic(traffic)] if traffic else [])))
+            if offloading:
+                moved = f"offloading  {offloading['offloaded_bytes'] / GIB:.4f} GiB of a forward to the host"
+                page.append(moved + (", a pretended one: nothing is saved" if offloading["pretend"] else ""))
+            print("\n".join(page))
         return summary
 
 

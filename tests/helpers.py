@@ -1,7 +1,12 @@
 """Tiny random models of five families, random documents, and a place of their own for runs."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import datasets
 import pytest
@@ -141,3 +146,27 @@ class OneRank(PretendedRun):
 
     def value(self, tensor):
         return float(tensor)
+
+
+def run_on_two_ranks(script, jobs, folder):
+    """Run {name: flags} of a script, one after another, on the same two gloo ranks, into folder/name.
+
+    What each rank's runs returned or raised stands in folder/results<rank>.json afterwards.
+    """
+    listed = {name: [script, {**flags, "output_dir": str(folder / name)}] for name, flags in jobs.items()}
+    (folder / "jobs.json").write_text(json.dumps(listed))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    process = subprocess.Popen(
+        [*launcher, str(Path(__file__).with_name("script_runs.py")), str(folder)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    try:
+        stderr = process.communicate(timeout=240)[1]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == 0, stderr[-3000:]

@@ -1,29 +1,30 @@
-"""Liger's own kernels on the CPU, in Triton's interpreter. test_liger.py runs this file in a process of its
-own with TRITON_INTERPRET=1, which Triton reads at import; run as part of the other tests it would find no
-test (its name does not begin with test_).
+"""Liger's own kernels on the CPU, in Triton's interpreter: test_logps.py runs this file in a process of its own
+with TRITON_INTERPRET=1 (its name does not begin with test_).
 
 The interpreter lacks three things that Liger's norms and MLPs need. `interpreter` supplies them; every kernel
-remains Liger's own, line for line.
+remains Liger's own, line for line. Left to a GPU: arithmetic in bf16, compilation, and atomicity.
 """
 
 import importlib
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from helpers import FAMILIES, documents, gradients, tiny_model, worst
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import common.offload
-import dpo_padding_free
 import sft_packing
-from common.collators import IGNORE, flatten, pad
-from common.liger import _runs_liger, apply_liger_kernels, liger_nll_sum
-from common.logps import nll_sum
+from common import Refusal
+from common.collators import IGNORE, add_scored, flatten
+from common.exactness import check_exact, logps_alone
+from common.logps import at_scored, liger_nll_sum, nll_sum
+from common.sharding import check_liger, set_kernels
+
+LIGER = SimpleNamespace(attn_implementation="varlen", use_liger_kernel=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -68,44 +69,6 @@ def families_as_they_were():
         vars(module).update(attributes)
 
 
-# --- The hazard: Liger's cross entropy and an offloading hook that copies late ---
-
-
-def offloaded(cross_entropy, late):
-    """What a hook would have stored of the saved logits, the logits, and their version after the loss."""
-    hidden = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    saved, stored = [], {}
-
-    def pack(tensor):
-        # an asynchronous copy may run at once, or only after the kernels that were launched later
-        saved.append(tensor)
-        if not late:
-            stored[len(saved) - 1] = tensor.detach().clone()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        logits = hidden.tanh()  # saves its result for backward
-        expected, version = logits.detach().clone(), logits._version
-        cross_entropy(logits, torch.tensor([0, 3, 1, 2, 2]))
-    found = saved[0].detach().clone() if late else stored[0]
-    return found, expected, logits._version - version
-
-
-def test_a_late_copy_of_liger_logits_holds_gradients():
-    from liger_kernel.transformers import LigerCrossEntropyLoss
-
-    found, expected, versions = offloaded(LigerCrossEntropyLoss(), late=True)
-    assert worst(found, expected) > 0.1
-    assert versions == 0  # so autograd cannot notice
-    softmax = F.softmax(expected, 1) - F.one_hot(torch.tensor([0, 3, 1, 2, 2]), 4)
-    assert worst(found, softmax / 5) <= 1e-6  # it is the gradient of the mean loss
-    found, expected, _ = offloaded(LigerCrossEntropyLoss(), late=False)
-    assert torch.equal(found, expected)
-    for late in (True, False):
-        found, expected, _ = offloaded(F.cross_entropy, late)
-        assert torch.equal(found, expected)
-
-
 # --- The loss head ---
 
 
@@ -119,15 +82,15 @@ def test_liger_nll_sum_is_nll_sum(num_tokens, bias):
     targets = torch.randint(0, 40, (num_tokens,), generator=generator)
     results = []
     for function in (liger_nll_sum, nll_sum):
-        hidden, weight, *rest = inputs = [x.clone().requires_grad_() for x in leaves]
+        hidden, weight, *rest = parts = [x.clone().requires_grad_() for x in leaves]
         loss = function(hidden, weight, targets, bias=rest[0] if rest else None)
         assert loss.dtype == torch.float32 and loss.shape == ()
         (loss * 0.25).backward()
         with torch.no_grad():
             again = function(hidden, weight, targets, bias=rest[0] if rest else None)
-        results.append([loss.detach(), again, *(x.grad for x in inputs)])
+        results.append([loss.detach(), again, *(x.grad for x in parts)])
     for found, expected in zip(*results):
-        assert found.isfinite().all() and worst(found, expected) <= 1e-5 if found.numel() else True
+        assert found.isfinite().all() and (found.numel() == 0 or worst(found, expected) <= 1e-5)
 
 
 def test_half_precision_gradients_are_summed_in_fp32():
@@ -146,38 +109,48 @@ def test_half_precision_gradients_are_summed_in_fp32():
 
 
 def test_a_frozen_body_is_refused():
-    with pytest.raises(ValueError, match="no gradient"):
+    with pytest.raises(Refusal, match="no gradient"):
         liger_nll_sum(torch.randn(3, 4), torch.randn(8, 4).requires_grad_(), torch.zeros(3, dtype=torch.long))
 
 
-def batch_gradients(model, batches, liger):
-    total = 0.0
-    for batch in batches:
-        nll = sft_packing.batch_nll_sum(model, sft_packing.add_scored(batch), 5, liger)
-        (nll / 20).backward()
-        total += nll.detach()
-    return {"loss": total, **gradients(model)}
+def test_liger_writes_over_logits_where_autograd_cannot_see_it():
+    """Why its cross entropy is refused beside offloading, whose copies may run later."""
+    from liger_kernel.transformers import LigerCrossEntropyLoss
 
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("join", [flatten, lambda sequences: pad(sequences, 0)])
-def test_batches_accumulate_as_without_liger(join, tied):
-    """The last batch scores nothing."""
-    model = tiny_model("llama", "varlen" if join is flatten else "sdpa", tie_word_embeddings=tied)
-    sequences = documents(0, [7, 5, 1, 9, 4])
-    sequences[4]["labels"] = [IGNORE] * 4
-    batches = [join(sequences[:2]), join(sequences[2:4]), join(sequences[4:])]
-    found, expected = (batch_gradients(model, batches, liger) for liger in (True, False))
-    assert worst(found, expected) <= 1e-5
-    empty = batch_gradients(model, batches[2:], liger=True)
-    assert all(torch.count_nonzero(value) == 0 for value in empty.values())
+    logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).requires_grad_().tanh()
+    before, version = logits.detach().clone(), logits._version
+    LigerCrossEntropyLoss()(logits, torch.tensor([0, 3, 1, 2, 2]))
+    assert worst(logits.detach(), before) > 0.1 and logits._version == version
 
 
 # --- Rotary embedding, norms and MLP ---
 
 
-def calls_of(monkeypatch):
-    """Count the calls of each kernel's autograd function."""
+def nll_and_gradients(model, sequences, head):
+    row = add_scored(flatten(sequences))
+    nll = at_scored(model, row, lambda hidden, weight, ids, bias: head(hidden, weight, ids, bias=bias))
+    (nll / 20).backward()
+    return {"loss": nll.detach(), **gradients(model)}
+
+
+def prove(model, args=LIGER):
+    """What the scripts do, on a few tokens: the interpreter takes its time."""
+    ids = [each["input_ids"] for each in documents(3, [4, 2])]
+    row = add_scored(flatten([{"input_ids": x, "labels": x} for x in ids]))
+    model.set_attn_implementation("sdpa")
+    expected = logps_alone(model, [(x, len(x) - 1) for x in ids])
+    set_kernels(model, args, flat=True)
+
+    def compute():
+        logits = at_scored(model, row, lambda hidden, weight, ids, bias: hidden @ weight.T)
+        return torch.log_softmax(logits, -1).gather(1, row["score_ids"][:, None])[:, 0]
+
+    return check_exact(model, expected, compute, bf16=False, what="in a packed row", remedy="Drop the flag.")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_with_ligers_kernels_give_plain_losses_and_gradients(family, monkeypatch):
+    """The last document scores nothing."""
     from liger_kernel import ops
 
     calls = {}
@@ -189,157 +162,76 @@ def calls_of(monkeypatch):
             return original(ctx, *args, **kwargs)
 
         monkeypatch.setattr(function, "forward", staticmethod(forward))
-    return calls
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_patched_models_give_plain_logits_and_gradients(family, monkeypatch):
-    batch = flatten(documents(3, [4, 2]))
-    model = tiny_model(family)
-    expected = batch_gradients(model, [batch], liger=False)
-    assert apply_liger_kernels(model, batch["input_ids"]) <= 1e-5
-    calls = calls_of(monkeypatch)
-    assert worst(batch_gradients(model, [batch], liger=False), expected) <= 1e-5
+    model, other, sequences = tiny_model(family).train(), tiny_model(family), documents(3, [4, 2, 3])
+    sequences[2]["labels"] = [IGNORE] * 3
+    expected = nll_and_gradients(model, sequences, nll_sum)
+    check_liger(model.config.model_type)
+    assert prove(model) <= 1e-5 and model.training
+    calls.update(dict.fromkeys(calls, 0))
+    assert worst(nll_and_gradients(model, sequences, liger_nll_sum), expected) <= 1e-5
     mlp = "LigerGELUMulFunction" if family == "gemma3_text" else "LigerSiLUMulFunction"
     # two in each of two layers, and the last one; Liger 0.8.0 leaves Qwen3's norms of q and k as they are
     assert calls.pop("LigerRMSNormFunction") >= 5
     assert calls == {**dict.fromkeys(calls, 0), "LigerRopeFunction": 2, mlp: 2}
+    assert model.state_dict().keys() == other.state_dict().keys()
+    assert not any("forward" in vars(module) for module in other.modules())
+    # nor is the loss: Liger's default would put its cross entropy into the model's own forward
+    assert "forward" not in vars(model)
+    assert torch.nn.functional.cross_entropy.__module__ == "torch.nn.functional"
 
 
-def test_another_activation_is_refused():
-    """Liger would compute silu without a word."""
-    model = tiny_model("llama", hidden_act="relu")
-    with pytest.raises(ValueError, match="changes the logits of LlamaForCausalLM"):
-        apply_liger_kernels(model, torch.arange(12)[None])
+def test_an_activation_that_liger_does_not_compute_is_seen():
+    """It would compute silu without a word."""
+    with pytest.raises(Refusal, match="LlamaForCausalLM computes something else.*kernels do not fit"):
+        prove(tiny_model("llama", hidden_act="relu"))
 
 
-def test_nothing_replaced_is_refused(monkeypatch):
+def test_what_liger_does_not_know_is_refused(monkeypatch):
     import liger_kernel.transformers
 
+    with pytest.raises(Refusal, match="no kernels for model type 'gpt2'.* llama, "):
+        check_liger("gpt2")
     monkeypatch.setattr(liger_kernel.transformers, "_apply_liger_kernel_to_instance", lambda model, **_: None)
-    with pytest.raises(ValueError, match="replaced nothing in LlamaForCausalLM"):
-        apply_liger_kernels(tiny_model("llama"), torch.arange(12)[None])
-
-
-def test_a_kernel_that_fails_is_told(monkeypatch):
-    from liger_kernel.ops import rms_norm
-
-    monkeypatch.setattr(rms_norm, "rsqrt", lambda x: 1 / 0)
-    with pytest.raises(ValueError, match="a kernel failed on cpu, InterpreterError"):
-        apply_liger_kernels(tiny_model("llama"), torch.arange(12)[None])
-
-
-def test_the_mode_is_kept_and_other_models_are_not_touched():
-    model, other = tiny_model("llama").train(), tiny_model("llama")
-    apply_liger_kernels(model, torch.arange(12)[None])
-    assert model.training and all(module.training for module in model.modules())
-    assert any(map(_runs_liger, model.modules())) and not any(map(_runs_liger, other.modules()))
-    assert model.state_dict().keys() == other.state_dict().keys()
-    # and neither is the loss: Liger's default would put its cross entropy into the model's own forward
-    assert "forward" not in vars(model) and F.cross_entropy.__module__ == "torch.nn.functional"
+    with pytest.raises(Refusal, match="replaced nothing in LlamaForCausalLM"):
+        prove(tiny_model("llama"))
 
 
 # --- The script ---
 
 
-LIGER = ("use_liger_kernel", "liger_cross_entropy")
-
-
-def run(folder, flags, name):
-    args = sft_packing.Arguments(
-        model_name_or_path=str(folder / "model"),
-        dataset_name=str(folder / "train.jsonl"),
-        eval_dataset_name=str(folder / "train.jsonl"),
-        output_dir=str(folder / name),
-        max_length=8,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=2,
-        max_steps=2,
-        check_isolation=False,  # two more forwards, which the interpreter takes its time for
-        **flags,
-    )
-    ledger = sft_packing.main(args)["ledger"]
-    lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-    return ledger, lines, load_file(folder / name / "model.safetensors")
-
-
-def write_inputs(folder, num_hidden_layers):
-    """A model and four texts, small enough for the interpreter."""
-    tiny_model("llama", vocab_size=261, num_hidden_layers=num_hidden_layers).save_pretrained(folder / "model")
-    AutoTokenizer.from_pretrained(sft_packing.HERE / "demo/model").save_pretrained(folder / "model")
-    texts = ("abc", "de", "fghi", "klm")
-    (folder / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-
-
-@pytest.mark.parametrize("sharded", [False, True])
-def test_a_run_with_liger_is_a_run_without(sharded, tmp_path, monkeypatch):
-    """Sharded: by FSDP2, on one rank and in fp32 (the interpreter cannot multiply in bf16)."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    write_inputs(tmp_path, num_hidden_layers=1)
-    calls, losses, called, results = calls_of(monkeypatch), [], [], []
-    counted = lambda *args, **options: losses.append(1) or liger_nll_sum(*args, **options)  # noqa: E731
-    monkeypatch.setattr(sft_packing, "liger_nll_sum", counted)
-    for flags, name in (({}, "plain"), (dict.fromkeys(LIGER, True), "liger")):
-        if sharded:
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        results.append(run(tmp_path, flags, name))
-        called.append((len(losses), sum(calls.values())))
-    (_, plain, weights), (ledger, lines, trained) = results
-    # 2 rows: both in each of the 2 steps, and evaluated at the end
-    assert called[0] == (0, 0) and called[1][0] == 6 and called[1][1] >= 6 * 4
-    assert len(lines) == 2 and "eval_loss" in lines[-1]
-    for found, expected in zip(lines, plain):
-        for metric in {"loss", "grad_norm", "eval_loss"} & expected.keys():
-            assert found[metric] == pytest.approx(expected[metric], rel=1e-5)
-    assert worst(trained, weights) <= 1e-5
-    assert ledger == []  # nothing is measured here, and no prediction made for Liger's kernels
-
-
-@pytest.mark.parametrize("precompute", [True, False])
-def test_preferences_with_ligers_kernels_are_preferences_without(precompute, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    write_inputs(tmp_path, num_hidden_layers=1)
-    pairs = [
-        {"prompt": "ab", "chosen": "cd", "rejected": "e"},
-        {"prompt": "f", "chosen": "g", "rejected": "hi"},
-    ]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    calls, results = calls_of(monkeypatch), []
-    for name in ("plain", "liger"):
-        args = dpo_padding_free.Arguments(
-            model_name_or_path=str(tmp_path / "model"),
-            dataset_name=str(tmp_path / "pairs.jsonl"),
-            output_dir=str(tmp_path / name),
-            max_length=8,
-            max_steps=2,
-            learning_rate=1e-2,
-            precompute_ref_log_probs=precompute,
-            use_liger_kernel=name == "liger",
-            check_isolation=False,
-        )
-        results.append(dpo_padding_free.main(args)["final_metrics"])
-        assert (calls["LigerRMSNormFunction"] > 0) == (name == "liger")
-    plain, liger = results
-    for metric in ("loss", "grad_norm", "logps/chosen", "rewards/margins"):
-        assert liger[metric] == pytest.approx(plain[metric], rel=1e-4, abs=1e-6)
-
-
-@pytest.mark.parametrize("gradient_checkpointing", [True, False])
-def test_offloading_beside_ligers_kernels_trains_the_same_weights(
-    gradient_checkpointing, tmp_path, monkeypatch
-):
-    """Liger's MLP writes gradients over what it unpacks: no other user of a host copy may see that."""
+def test_runs_with_liger_are_runs_without(tmp_path, monkeypatch):
+    """Of the offloaded one, to the last bit: Liger's MLP writes gradients over what it unpacks."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(common.offload, "MIN_BYTES", 1)
-    write_inputs(tmp_path, num_hidden_layers=2)
-    calls, results = calls_of(monkeypatch), []
-    flags = {"use_liger_kernel": True, "gradient_checkpointing": gradient_checkpointing}
-    for name in ("plain", "offloaded"):
-        offloading = {"activation_offloading": name == "offloaded"}
-        results.append(run(tmp_path, {**flags, **offloading}, name))
-    (_, plain, weights), (_, lines, trained) = results
-    assert calls["LigerSiLUMulFunction"] > 0
-    assert [line["loss"] for line in lines] == [line["loss"] for line in plain]
-    assert all(torch.equal(trained[name], weights[name]) for name in weights)
-    summary = json.loads((tmp_path / "offloaded/summary.json").read_text())
-    assert summary["activation_offloading"]["offloaded_bytes"] > 0
+    tiny_model("llama", vocab_size=261).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(sft_packing.ROOT / "demo/model").save_pretrained(tmp_path / "model")
+    rows = [{"text": text} for text in ("abc", "de", "fghi", "klm")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ways = {"plain": {}, "liger": {"use_liger_kernel": True}}
+    ways["offloaded"] = {"use_liger_kernel": True, "activation_offloading": True}
+    ways["with its loss"] = {"use_liger_kernel": True, "liger_cross_entropy": True}
+    lines, weights = {}, {}
+    for way, flags in ways.items():
+        args = sft_packing.Arguments(
+            model_name_or_path=str(tmp_path / "model"),
+            dataset_name=str(tmp_path / "rows.jsonl"),
+            output_dir=str(tmp_path / way),
+            max_length=8,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=2,
+            max_steps=2,
+            gradient_checkpointing=False,
+            check_exact=False,
+            **flags,
+        )
+        offloading = sft_packing.main(args)["activation_offloading"]
+        assert way != "offloaded" or offloading["offloaded_bytes"] > 0
+        lines[way] = [json.loads(x) for x in (tmp_path / way / "metrics.jsonl").read_text().splitlines()]
+        weights[way] = load_file(tmp_path / way / "model.safetensors")
+    for way in ("liger", "with its loss"):
+        assert worst(weights[way], weights["plain"]) <= 1e-5
+        for found, expected in zip(lines[way], lines["plain"], strict=True):
+            for metric in ("loss", "grad_norm"):
+                assert found[metric] == pytest.approx(expected[metric], rel=1e-5)
+    assert [line["loss"] for line in lines["offloaded"]] == [line["loss"] for line in lines["liger"]]
+    assert all(torch.equal(weights["offloaded"][name], weights["liger"][name]) for name in weights["liger"])

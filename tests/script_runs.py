@@ -1,6 +1,5 @@
-"""Runs of any of the three scripts, one after another on the same ranks; <folder>/jobs.json lists them.
-
-{name: [script, flags]}; what each one returned or raised goes to <folder>/results<rank>.json.
+"""Runs of any of the three scripts, one after another on the same ranks; <folder>/jobs.json lists them:
+{name: [script, flags]}. What each one returned or raised goes to <folder>/results<rank>.json.
 """
 
 import importlib
@@ -24,7 +23,8 @@ def run(script, flags):
 
 
 if __name__ == "__main__":
-    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    # DeepSpeed's launcher puts --local_rank before what it was given
+    folder, rank = Path(sys.argv[-1]), int(os.environ["RANK"])
     # once: a second group from the launcher's store would meet the addresses of the first
     torch.distributed.init_process_group("gloo")
     torch.distributed.destroy_process_group = lambda: None

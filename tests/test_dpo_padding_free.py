@@ -1,6 +1,5 @@
-"""DPO without padding: three ways to batch, one loss; a reference that resuming does not move."""
+"""DPO without padding: four ways to batch, one loss; a reference that resuming does not move."""
 
-import ast
 import functools
 import json
 import math
@@ -8,12 +7,9 @@ import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections import namedtuple
-from dataclasses import fields
 from pathlib import Path
 
 import datasets
@@ -22,6 +18,7 @@ import pytest
 import torch
 from helpers import (
     FROZEN,
+    OneRank,
     alone_on_the_cpu,
     documents,
     freeze_first,
@@ -35,14 +32,15 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerFast
+from torch.nn.functional import logsigmoid
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import dpo_padding_free
-from common.checkpoints import list_checkpoints
 from common.collators import flatten_shared_prompt
-from common.reference import REFERENCE
+from common.folders import list_checkpoints
+from common.sharding import read_pretrained
 from dpo_padding_free import (
-    METRICS,
+    REFERENCE,
     TOKENS,
     Arguments,
     Pairs,
@@ -58,7 +56,7 @@ from dpo_padding_free import (
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "dpo_padding_free.py"
-DEMO_MODEL = ROOT / "demo/model"
+DEMO_MODEL = str(ROOT / "demo/model")
 END = 257  # the demo tokenizer's end of sequence
 VOCAB = 261
 WAYS = {
@@ -67,6 +65,9 @@ WAYS = {
     "padding-free": {"share_prompt": False},
     "padded": {"padding_free": False},
 }
+METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
+METRICS += ("logps/chosen", "logps/rejected")
+NO_LIMITS = {"max_prompt_length": None, "max_completion_length": None, "truncation_mode": "keep_end"}
 
 
 # --- Models, data and runs ---
@@ -78,32 +79,27 @@ def cache(tmp_path_factory):
         yield folder
 
 
-def write_model(path, family="llama", dtype=torch.float32, chat_template=None, **overrides):
+def write_model(path, family="llama", **overrides):
     """A tiny random model with the demo's tokenizer, as a Hugging Face folder."""
     special = {"pad_token_id": 256, "bos_token_id": None, "eos_token_id": END}
     attention = "eager" if family == "mamba" else "varlen"
     model = tiny_model(family, attention, **{"vocab_size": VOCAB, **special, **overrides})
-    model.to(dtype).save_pretrained(path)
-    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
-    tokenizer.chat_template = chat_template or tokenizer.chat_template
-    tokenizer.save_pretrained(path)
+    model.save_pretrained(path)
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(path)
     return str(path)
-
-
-def random_text(generator, longest):
-    return "".join(generator.choices("abcdef ", k=generator.randint(1, longest)))
 
 
 def random_preferences(seed, count):
     generator = random.Random(seed)
-    return [
-        {
-            "prompt": random_text(generator, 30),
-            "chosen": random_text(generator, 15) + "x",
-            "rejected": random_text(generator, 15) + "y",
-        }
-        for _ in range(count)
-    ]
+
+    def text(longest):
+        return "".join(generator.choices("abcdef ", k=generator.randint(1, longest)))
+
+    return [plain(text(30), text(15) + "x", text(15) + "y") for _ in range(count)]
+
+
+def plain(prompt, chosen, rejected):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 @pytest.fixture(scope="module")
@@ -144,10 +140,6 @@ def values(a_run, name):
     return [step[name] for step in a_run.metrics]
 
 
-def losses(a_run):
-    return values(a_run, "loss")
-
-
 def curve_difference(first, second):
     """How far two runs' metrics of pairs and gradient norms are apart, the norms relative to their size."""
     assert len(first.metrics) == len(second.metrics)
@@ -159,10 +151,26 @@ def curve_difference(first, second):
 
 
 def assert_same_bits(first, second):
-    for name in (*METRICS, "grad_norm"):
+    for name in (*METRICS, "grad_norm", "step", "epoch", "learning_rate", "num_tokens", "num_scored_tokens"):
         assert values(first, name) == values(second, name), name
     assert first.weights.keys() == second.weights.keys()
     assert all(torch.equal(first.weights[name], second.weights[name]) for name in first.weights)
+
+
+def load(name, args, tokenizer=None):
+    """What load_examples says of a file, with the demo's tokenizer or another one."""
+    pretrained = read_pretrained(DEMO_MODEL)
+    pretrained.tokenizer = tokenizer or pretrained.tokenizer
+    return load_examples(name, "train", pretrained, args)
+
+
+def kept_reference(folder):
+    return load_file(Path(folder) / REFERENCE)["data"]
+
+
+def metadata_of(folder):
+    with safe_open(Path(folder) / REFERENCE, "pt") as file:
+        return file.metadata()
 
 
 # --- 1. Equality ---
@@ -187,7 +195,9 @@ def make_pairs(seed, shapes):
     return pairs
 
 
-NO_LIMITS = {"max_prompt_length": None, "max_completion_length": None, "truncation_mode": "keep_end"}
+def planned(pairs, args, **options):
+    examples = datasets.Dataset.from_list([{"example": i, **pair} for i, pair in enumerate(pairs)])
+    return Pairs(examples, args, "x", **options)
 
 
 def make_reference(count):
@@ -211,21 +221,25 @@ def naive(model, pairs):
     """Log-probabilities, mean loss and gradients: each sequence alone, from all its logits; DPO's formula."""
     logps = naive_logps(model, pairs)
     ratios = logps - make_reference(len(pairs))
-    loss = -torch.nn.functional.logsigmoid(0.1 * (ratios[0::2] - ratios[1::2])).mean()
+    loss = -logsigmoid(0.1 * (ratios[0::2] - ratios[1::2])).mean()
     loss.backward()
     return {"logps": logps.detach(), "loss": loss.detach(), **gradients(model)}
 
 
 def computed(model, pairs, attn_implementation=None, pad_token_id=0, **flags):
-    """The same by the script: collated, one forward."""
-    args = Arguments(loss_chunk_size=5, **flags)
+    """The same by the script: planned, collated, one step of several micro-batches."""
+    sizes = {"per_device_train_batch_size": 3, "loss_chunk_size": 5, "max_grad_norm": 0.0}
+    args = Arguments(**{**sizes, **flags})
     model.set_attn_implementation(attn_implementation or ("varlen" if args.padding_free else "sdpa"))
-    batch = collate(pairs, args, pad_token_id)
-    batch["ref_logps"] = make_reference(len(pairs))
-    loss, _ = batch_loss(model, None, batch, args)
-    (loss / len(pairs)).backward()
-    logps = sequence_logps(model, batch, args.loss_chunk_size).detach()
-    return {"logps": logps, "loss": (loss / len(pairs)).detach(), **gradients(model)}
+    some = planned(pairs, args, pad_token_id=pad_token_id)
+    some.reference = make_reference(len(pairs)).view(-1, 2)
+    batches = some.micro_batches(some.in_order(), OneRank())
+    optimizer, found = torch.optim.SGD(model.parameters(), lr=0.0), {}
+    optimizer.register_step_pre_hook(lambda *_: found.update(gradients(model)))
+    _, means = dpo_padding_free.train_step(model, optimizer, batches, args, OneRank())
+    with torch.no_grad():
+        logps = torch.cat([sequence_logps(model, batch, args.loss_chunk_size) for batch in batches])
+    return {"logps": logps, "loss": torch.tensor(means["loss"]), **found}
 
 
 def difference(model, pairs, **flags):
@@ -268,19 +282,11 @@ def test_a_row_of_whole_sequences_runs_on_transformers_own_attention(attn_implem
     assert difference(shared_model("llama"), make_pairs(1, SHAPES), **flags) <= 1e-5
 
 
-def test_flash_attention_is_accepted_where_sequences_are_whole():
-    flags = {"attn_implementation": "flash_attention_2", "bf16": True}
-    dpo_padding_free.check_arguments(Arguments(**flags, share_prompt=False))
-    with pytest.raises(ValueError, match="flash_attention_2 ignores kv_index.*--no_share_prompt"):
-        dpo_padding_free.check_arguments(Arguments(**flags))
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_prompts_that_keep_end_left_different(way):
-    limits = {**NO_LIMITS, "max_length": 8}
     parts = iter(documents(3, [6, 4, 7, 6, 9, 9]))
     ids = [next(parts)["input_ids"] for _ in range(6)]
-    pairs = [cut_pair(*ids[:3], limits), cut_pair(*ids[3:], limits)]
+    pairs = [cut_pair(*three, {**NO_LIMITS, "max_length": 8}) for three in (ids[:3], ids[3:])]
     assert [[len(pair[name]) for name in TOKENS] for pair in pairs] == [[4, 4, 1, 7], [0, 8, 0, 8]]
     assert difference(shared_model("llama"), pairs, **WAYS[way]) <= 1e-5
 
@@ -290,21 +296,20 @@ def test_a_padding_id_may_be_any_token(pad_token_id):
     pairs = make_pairs(2, SHAPES)
     for pair in pairs:
         pair["chosen_ids"][-1] = pair["rejected_ids"][-1] = pad_token_id  # as if it ended in EOS
-    model = shared_model("llama")
-    padded = computed(model, pairs, pad_token_id=pad_token_id, padding_free=False)
-    assert worst(padded, computed(model, pairs)) <= 2e-5
-    assert collate(pairs, Arguments(padding_free=False), pad_token_id)["completion_lengths"].tolist() == [
-        n - (prompt == 0) for prompt, *two, _ in SHAPES for n in two
-    ]
+    padded = computed(shared_model("llama"), pairs, pad_token_id=pad_token_id, padding_free=False)
+    assert worst(padded, computed(shared_model("llama"), pairs)) <= 2e-5
+    found = collate(pairs, Arguments(padding_free=False), pad_token_id)["completion_lengths"]
+    assert found.tolist() == [n - (prompt == 0) for prompt, *two, _ in SHAPES for n in two]
 
 
 def test_how_many_tokens_each_way_computes():
     pairs = make_pairs(0, [(10, 5, 3, 2), (6, 4, 8, 0)])
-    tokens = {way: collate(pairs, Arguments(**flags), 0)["input_ids"].numel() for way, flags in WAYS.items()}
+    before = json.dumps(pairs)
+    tokens = {way: collate(pairs, Arguments(**flags))["input_ids"].numel() for way, flags in WAYS.items()}
     assert tokens == {"shared": 36, "shared with prefix": 34, "padding-free": 52, "padded": 60}
+    assert json.dumps(pairs) == before  # not mutated
     for way, flags in WAYS.items():
-        examples = datasets.Dataset.from_list([{"example": 0, **pair} for pair in pairs])
-        costs = Pairs(examples, Arguments(**flags), "x").costs
+        costs = planned(pairs, Arguments(**flags)).costs
         assert (4 * costs[0] // 2 if way == "padded" else costs.sum()) == tokens[way]
 
 
@@ -344,14 +349,44 @@ def test_metrics_are_those_of_each_sequence_alone(evaluated, tmp_path):
     """All ten pairs in one step that changes nothing: the policy is the reference."""
     done = run(tmp_path, evaluated, per_device_train_batch_size=10, learning_rate=0.0)
     model = AutoModelForCausalLM.from_pretrained(evaluated["model_name_or_path"]).eval()
-    tokenizer = AutoTokenizer.from_pretrained(evaluated["model_name_or_path"])
     [line] = done.metrics
     for prefix, name in (("", "dataset_name"), ("eval_", "eval_dataset_name")):
-        examples, _ = load_examples(evaluated[name], "train", tokenizer, Arguments(max_length=64))
+        examples, _ = load(evaluated[name], Arguments(max_length=64))
         logps = naive_logps(model, list(examples))
         assert line[f"{prefix}logps/chosen"] == pytest.approx(logps[0::2].mean().item(), rel=1e-5)
         assert line[f"{prefix}logps/rejected"] == pytest.approx(logps[1::2].mean().item(), rel=1e-5)
         assert line[f"{prefix}loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_the_first_update_is_adamw_on_the_mean_loss(base, tmp_path):
+    """One step on all pairs, from weights to weights, against torch's own optimizer on the plain loss."""
+    done = run(tmp_path, base, per_device_train_batch_size=10, weight_decay=10.0, max_grad_norm=0.05)
+    model = AutoModelForCausalLM.from_pretrained(base["model_name_or_path"])
+    logps = naive_logps(model, list(load(base["dataset_name"], Arguments(max_length=64))[0]))
+    ratios = logps - logps.detach()
+    (-logsigmoid(0.1 * (ratios[0::2] - ratios[1::2])).mean()).backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+    norms = [p for name, p in model.named_parameters() if "norm" in name]
+    matrices = [p for name, p in model.named_parameters() if "norm" not in name]
+    for parameters, weight_decay in ((matrices, 10.0), (norms, 0.0)):
+        torch.optim.AdamW(parameters, lr=1e-3, weight_decay=weight_decay).step()
+    assert values(done, "loss") == pytest.approx([math.log(2)], abs=1e-7)
+    assert done.metrics[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4) and norm > 0.05
+    assert worst(done.weights, {name: p.detach() for name, p in model.named_parameters()}) <= 1e-4
+
+
+def test_training_on_the_demo_raises_accuracy_and_margin_on_held_out_pairs(tmp_path):
+    rows = (ROOT / "demo/preferences.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "train.jsonl").write_text("".join(rows[:120]))
+    (tmp_path / "eval.jsonl").write_text("".join(rows[-40:]))
+    flags = {"dataset_name": str(tmp_path / "train.jsonl"), "eval_dataset_name": str(tmp_path / "eval.jsonl")}
+    done = run(tmp_path / "out", flags, learning_rate=3e-4, per_device_train_batch_size=8, eval_steps=5)
+    early, last = done.metrics[4], done.metrics[-1]
+    assert len(done.metrics) == 15
+    # before the first step the margin is 0, the loss log 2 and no margin is above 0
+    assert last["eval_rewards/margins"] > early["eval_rewards/margins"] > 0.03
+    assert last["eval_loss"] < early["eval_loss"] < math.log(2) - 0.01
+    assert last["eval_rewards/accuracies"] > 0.6
 
 
 # --- 2. Mutations: what the comparisons above would catch ---
@@ -385,13 +420,14 @@ def second_reads_the_first(row):
 
 
 def scores_from_the_token_before_in_the_row(row):
-    lengths = row["completion_lengths"].tolist()
-    first = lengths[0]
-    row["score_index"][first] = row["cu_seq_lens_q"][2] - 1
+    row["score_index"][row["completion_lengths"][0]] = row["cu_seq_lens_q"][2] - 1
 
 
 def lengths_change_places(row):
     row["completion_lengths"] = row["completion_lengths"].flip(0)
+
+
+TWO = [(5, 4, 6, 0), (3, 2, 5, 0)]
 
 
 @pytest.mark.parametrize(
@@ -407,35 +443,60 @@ def lengths_change_places(row):
     ],
 )
 def test_a_shared_row_with_a_mistake_is_found(family, change, monkeypatch):
-    model, pairs = shared_model(family), make_pairs(4, [(5, 4, 6, 0), (3, 2, 5, 0)])
+    model, pairs = shared_model(family), make_pairs(4, TWO)
     assert difference(model, pairs) <= 1e-5
     change_shared_rows(monkeypatch, change)
     assert difference(model, pairs) > 1e-3
 
 
-def test_the_start_up_check_finds_it_too(base, tmp_path, monkeypatch):
-    change_shared_rows(monkeypatch, second_reads_the_first)
-    with pytest.raises(ValueError, match="mixes the sequences of a row of shared prompts.*--no_share_prompt"):
-        run(tmp_path / "out", base)
+@pytest.mark.parametrize("change", [second_reads_the_first, keys_of_another_prompt])
+def test_the_start_up_proof_finds_it_too(change, base, tmp_path, monkeypatch):
+    """Among pairs that share nothing, it looks at those that do."""
+    rows = [plain("", "a", "b")] * 2 + random_preferences(0, 4)
+    flags = {**base, "dataset_name": write_jsonl(tmp_path / "rows.jsonl", rows), "max_steps": 1}
+    change_shared_rows(monkeypatch, change)
+    with pytest.raises(ValueError, match="else in a row of shared prompts than .*--no_share_prompt"):
+        run(tmp_path / "out", flags)
     assert not (tmp_path / "out").exists()
-    run(tmp_path / "out", base, check_isolation=False)
+    run(tmp_path / "out", flags, check_exact=False)
 
 
-def prompts_scored(sequences):
-    return [{**s, "labels": s["input_ids"]} for s in sequences]
+def test_the_proof_looks_back_as_far_as_the_window(base, tmp_path, monkeypatch):
+    """Prompts of at most 30 tokens, a window of 60: repeated, the prompt passes it, within max_length."""
+    seen, window = [], 60
+    flags = {**base, "model_name_or_path": write_model(tmp_path / "model", "mistral", sliding_window=window)}
+    alone = dpo_padding_free.logps_alone
+    monkeypatch.setattr(
+        dpo_padding_free, "logps_alone", lambda model, found: seen.append(found) or alone(model, found)
+    )
+    run(tmp_path / "out", flags, max_length=100, max_steps=1)
+    assert len(seen[0]) == 4
+    assert all(window < len(ids) - scored and len(ids) <= 100 and scored <= 64 for ids, scored in seen[0])
+    attention = dpo_padding_free.set_kernels
+
+    def ignored(model, *args):
+        attention(model, *args)
+        for layer in model.model.layers:
+            layer.self_attn.sliding_window = None
+
+    monkeypatch.setattr(dpo_padding_free, "set_kernels", ignored)
+    with pytest.raises(ValueError, match="computes something else in a row of shared prompts"):
+        run(tmp_path / "out", flags, max_length=100, overwrite_output_dir=True)
 
 
 @pytest.mark.parametrize("way, collator", [("padding-free", "flatten"), ("padded", "pad")])
 def test_a_loss_mask_taken_away_is_found(way, collator, monkeypatch):
-    model, pairs = shared_model("llama"), make_pairs(4, [(5, 4, 6, 0), (3, 2, 5, 0)])
     original = getattr(dpo_padding_free, collator)
-    monkeypatch.setattr(dpo_padding_free, collator, lambda s, *args: original(prompts_scored(s), *args))
-    with pytest.raises((AssertionError, RuntimeError)):  # more scores than the sequences have scored tokens
-        assert difference(model, pairs, **WAYS[way]) <= 1e-3
+
+    def scored(sequences, *args):
+        return original([{**s, "labels": s["input_ids"]} for s in sequences], *args)
+
+    monkeypatch.setattr(dpo_padding_free, collator, scored)
+    with pytest.raises(RuntimeError):  # more scores than the sequences have scored tokens
+        difference(shared_model("llama"), make_pairs(4, TWO), **WAYS[way])
 
 
 def test_an_attention_mask_that_hides_a_token_is_found(monkeypatch):
-    model, pairs = shared_model("llama"), make_pairs(4, [(5, 4, 6, 0), (3, 2, 5, 0)])
     original = dpo_padding_free.pad
 
     def hides(sequences, pad_token_id):
@@ -444,58 +505,41 @@ def test_an_attention_mask_that_hides_a_token_is_found(monkeypatch):
         return batch
 
     monkeypatch.setattr(dpo_padding_free, "pad", hides)
-    assert difference(model, pairs, **WAYS["padded"]) > 1e-3
+    assert difference(shared_model("llama"), make_pairs(4, TWO), **WAYS["padded"]) > 1e-3
 
 
-def test_a_mean_per_micro_batch_is_found(base, tmp_path, monkeypatch):
-    """10 pairs in one step, cut 4 + 4 + 2: a mean of means weighs the last two double."""
-    size = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
-    one = run(tmp_path / "one", base, per_device_train_batch_size=10)
-    assert curve_difference(run(tmp_path / "three", base, **size), one) <= 1e-5
-    monkeypatch.setattr(
-        dpo_padding_free,
-        "batch_loss",
-        lambda model, reference, batch, args: [
-            10 / 3 * x / (len(batch["completion_lengths"]) // 2)
-            for x in batch_loss(model, reference, batch, args)
-        ],
-    )
-    assert curve_difference(run(tmp_path / "means", base, **size), one) > 1e-3
+def test_a_mean_per_micro_batch_is_found(monkeypatch):
+    """7 pairs cut 3 + 3 + 1: a mean of means weighs the last one threefold."""
+
+    def mean(model, reference_model, batch, args):
+        loss, sums = batch_loss(model, reference_model, batch, args)
+        return 7 / 3 * loss / (len(batch["completion_lengths"]) // 2), sums
+
+    monkeypatch.setattr(dpo_padding_free, "batch_loss", mean)
+    assert difference(shared_model("llama"), make_pairs(1, SHAPES)) > 1e-3
 
 
 def test_ipo_over_the_batchs_tokens_is_found(monkeypatch):
-    model, pairs = shared_model("llama"), make_pairs(4, [(5, 4, 6, 0), (3, 2, 5, 0)])
-
-    def loss(change):
-        batch = change(collate(pairs, Arguments(), 0) | {"ref_logps": make_reference(2)})
-        return batch_loss(model, None, batch, Arguments(loss_type="ipo"))[0].item()
-
+    model, pairs, args = shared_model("llama"), make_pairs(4, TWO), Arguments(loss_type="ipo")
+    batch = collate(pairs, args) | {"ref_logps": make_reference(2)}
     model.set_attn_implementation("varlen")
     ratios = computed(model, pairs)["logps"] - make_reference(2)
     h = [ratios[0] / 4 - ratios[1] / 6, ratios[2] / 2 - ratios[3] / 5]
     expected = sum((x - 5) ** 2 for x in h).item()
-    assert loss(lambda batch: batch) == pytest.approx(expected, rel=1e-5)
-    whole = torch.tensor([6, 11, 6, 11])
-    original = dpo_padding_free.dpo_loss
-    monkeypatch.setattr(
-        dpo_padding_free,
-        "dpo_loss",
-        lambda *args, chosen_lengths, rejected_lengths: original(
-            *args, chosen_lengths=whole[0::2], rejected_lengths=whole[1::2]
-        ),
-    )
-    assert abs(loss(lambda batch: batch) / expected - 1) > 1e-2
+    assert batch_loss(model, None, batch, args)[0].item() == pytest.approx(expected, rel=1e-5)
+    ipo, whole = dpo_padding_free.ipo_loss, {"chosen_lengths": 6, "rejected_lengths": 11}
+    monkeypatch.setitem(dpo_padding_free.LOSSES, "ipo", lambda *two, **rest: ipo(*two, **{**rest, **whole}))
+    assert abs(batch_loss(model, None, batch, args)[0].item() / expected - 1) > 1e-2
 
 
 # --- 3. Isolation ---
 
 
 def logps_of(pairs, **flags):
-    args = Arguments(**flags)
-    model = shared_model("llama")
+    args, model = Arguments(**flags), shared_model("llama")
     model.set_attn_implementation("varlen" if args.padding_free else "sdpa")
     with torch.no_grad():
-        return sequence_logps(model, collate(pairs, args, 0), 5).view(-1, 2)
+        return sequence_logps(model, collate(pairs, args), 5).view(-1, 2)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -512,30 +556,18 @@ def test_no_other_pair_and_no_other_completion_moves(way):
         assert change[4, moved].min() > 1e-2
         change[4, moved] = 0
         assert change.max() <= 1e-5
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_permuted_pairs_give_permuted_results(way):
-    pairs = make_pairs(6, SHAPES)
     order = [3, 0, 6, 2, 5, 1, 4]
-    permuted = logps_of([pairs[i] for i in order], **WAYS[way])
-    assert worst(permuted, logps_of(pairs, **WAYS[way])[order]) <= 1e-5
-
-
-def test_collating_changes_no_pair():
-    for flags in WAYS.values():
-        pairs = make_pairs(7, SHAPES)
-        collate(pairs, Arguments(**flags), 0)
-        assert pairs == make_pairs(7, SHAPES)
+    permuted = logps_of([make_pairs(5, SHAPES)[i] for i in order], **WAYS[way])
+    assert worst(permuted, before[order]) <= 1e-5
 
 
 # --- 4. The loss ---
 
 
-def example_loss(loss_type, label_smoothing=0.0, beta=0.1):
+def example_loss(loss_type="sigmoid", label_smoothing=0.0, beta=0.1, lengths=(4, 8)):
     logps = [torch.tensor([x], requires_grad=i < 2) for i, x in enumerate((-10.0, -30.0, -12.0, -26.0))]
-    lengths = {"chosen_lengths": torch.tensor([4]), "rejected_lengths": torch.tensor([8])}
-    return dpo_loss(*logps, beta, loss_type, label_smoothing, **lengths)
+    lengths = dict(zip(("chosen_lengths", "rejected_lengths"), map(torch.tensor, lengths)))
+    return logps, dpo_loss(*logps, beta, loss_type, label_smoothing, **lengths)
 
 
 @pytest.mark.parametrize(
@@ -550,18 +582,12 @@ def example_loss(loss_type, label_smoothing=0.0, beta=0.1):
     ],
 )
 def test_losses_by_hand(loss_type, label_smoothing, expected):
-    losses, chosen_rewards, rejected_rewards = example_loss(loss_type, label_smoothing)
+    logps, (losses, *rewards) = example_loss(loss_type, label_smoothing)
     assert losses.tolist() == pytest.approx([expected], rel=1e-6)
-    assert (chosen_rewards.item(), rejected_rewards.item()) == pytest.approx((0.2, -0.4))
-    assert losses.requires_grad and not chosen_rewards.requires_grad and not rejected_rewards.requires_grad
-
-
-def test_a_loss_that_has_no_formula_is_no_other_loss(monkeypatch):
-    """Whoever adds a name to LOSSES and forgets the formula is told."""
-    monkeypatch.setattr(dpo_padding_free, "LOSSES", (*dpo_padding_free.LOSSES, "robust"))
-    lengths = {"chosen_lengths": torch.ones(1), "rejected_lengths": torch.ones(1)}
-    with pytest.raises(ValueError, match="loss_type robust has no formula"):
-        dpo_loss(*torch.zeros(4, 1), beta=0.1, loss_type="robust", **lengths)
+    assert [reward.item() for reward in rewards] == pytest.approx([0.2, -0.4])
+    assert not any(reward.requires_grad for reward in rewards)
+    losses.sum().backward()
+    assert logps[0].grad < 0 < logps[1].grad  # pushed apart
 
 
 @pytest.mark.parametrize(
@@ -574,6 +600,7 @@ def test_a_loss_that_has_no_formula_is_no_other_loss(monkeypatch):
         (("sigmoid", -0.1), "label_smoothing is -0.1"),
         (("sigmoid", 0.0, 0.0), "beta is 0.0"),
         (("ipo", 0.0, math.inf), "beta is inf"),
+        (("ipo", 0.0, 0.1, ()), "chosen_lengths"),
     ],
 )
 def test_losses_refuse(arguments, message):
@@ -581,18 +608,13 @@ def test_losses_refuse(arguments, message):
         example_loss(*arguments)
 
 
-def test_ipo_without_lengths_is_refused():
-    with pytest.raises(ValueError, match="chosen_lengths"):
-        dpo_loss(*[torch.zeros(1)] * 4, 0.1, "ipo")
+def test_a_new_loss_is_one_function_and_one_name(base, tmp_path, monkeypatch):
+    def exponential(chosen_logratios, rejected_logratios, beta, **_):
+        return torch.exp(-beta * (chosen_logratios - rejected_logratios))
 
-
-def test_the_losses_gradients_push_apart():
-    for loss_type in ("sigmoid", "ipo", "hinge"):
-        chosen, rejected = (torch.tensor([-20.0], requires_grad=True) for _ in range(2))
-        lengths = {"chosen_lengths": torch.tensor([4]), "rejected_lengths": torch.tensor([8])}
-        reference = torch.tensor([-20.0])
-        dpo_loss(chosen, rejected, reference, reference, 0.1, loss_type, **lengths)[0].sum().backward()
-        assert chosen.grad < 0 < rejected.grad
+    monkeypatch.setitem(dpo_padding_free.LOSSES, "exponential", exponential)
+    done = run(tmp_path, base, loss_type="exponential")
+    assert values(done, "loss")[0] == pytest.approx(1.0) and values(done, "loss")[-1] < 0.999
 
 
 # --- 5. Data ---
@@ -609,9 +631,9 @@ def assistant(content):
 TALK = [user("hi"), assistant("yo"), user("so")]
 TALK_TEXT = "<|user|>hi<|end|><|assistant|>yo<|end|><|user|>so<|end|><|assistant|>"
 FORMS = {
-    "plain": {"prompt": "1+1=", "chosen": "2", "rejected": "3"},
+    "plain": plain("1+1=", "2", "3"),
     "plain, implicit": {"chosen": "1+1=2", "rejected": "1+1=3"},
-    "conversational": {"prompt": TALK, "chosen": [assistant("2")], "rejected": [assistant("3")]},
+    "conversational": plain(TALK, [assistant("2")], [assistant("3")]),
     "conversational, implicit": {"chosen": [*TALK, assistant("2")], "rejected": [*TALK, assistant("3")]},
 }
 
@@ -619,17 +641,16 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_preferences(form, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
-    name = write_jsonl(tmp_path / "rows.jsonl", [FORMS[form]])
-    examples, data = load_examples(name, "train", tokenizer, Arguments())
+    examples, data = load(write_jsonl(tmp_path / "rows.jsonl", [FORMS[form]]), Arguments())
     prompt = "1+1=" if "plain" in form else TALK_TEXT
     texts = [tokenizer.decode(examples[0][column]) for column in TOKENS]
     assert texts == [prompt, "2<|end|>", prompt, "3<|end|>"]
     assert data["boundaries_moved"] == 0 and data["examples_used"] == 1
-    found = {
-        n: examples[0][n] for n in ("chosen_length", "rejected_length", "shared_length", "prefix_length")
-    }
-    size = len(tokenizer(prompt).input_ids)
-    assert found == dict(zip(found, (size + 2, size + 2, size, 0)))
+    names, size = (
+        ("chosen_length", "rejected_length", "shared_length", "prefix_length"),
+        len(tokenizer(prompt).input_ids),
+    )
+    assert [examples[0][name] for name in names] == [size + 2, size + 2, size, 0]
 
 
 @pytest.mark.parametrize(
@@ -637,11 +658,7 @@ def test_every_form_of_preferences(form, tmp_path):
     [
         # of more turns than one
         (
-            {
-                "prompt": [user("a")],
-                "chosen": [assistant("b"), user("c"), assistant("d")],
-                "rejected": [assistant("e")],
-            },
+            plain([user("a")], [assistant("b"), user("c"), assistant("d")], [assistant("e")]),
             "<|user|>a<|end|><|assistant|>",
             "b<|end|><|user|>c<|end|><|assistant|>d<|end|>",
             "e<|end|>",
@@ -675,18 +692,14 @@ def test_every_form_of_preferences(form, tmp_path):
         ),
         # whole conversations beside their prompt
         (
-            {
-                "prompt": [user("a")],
-                "chosen": [user("a"), assistant("b")],
-                "rejected": [user("a"), assistant("c")],
-            },
+            plain([user("a")], [user("a"), assistant("b")], [user("a"), assistant("c")]),
             "<|user|>a<|end|><|assistant|>",
             "b<|end|>",
             "c<|end|>",
         ),
         # a turn that the prompt has begun goes on
         (
-            {"prompt": [user("a"), assistant("b")], "chosen": [assistant("c")], "rejected": [assistant("d")]},
+            plain([user("a"), assistant("b")], [assistant("c")], [assistant("d")]),
             "<|user|>a<|end|><|assistant|>b",
             "c<|end|>",
             "d<|end|>",
@@ -694,39 +707,32 @@ def test_every_form_of_preferences(form, tmp_path):
         # one is the other's beginning
         ({"chosen": "ab", "rejected": "abc"}, "ab", "<|end|>", "c<|end|>"),
         ({"chosen": "ab<|end|>", "rejected": "ac"}, "a", "b<|end|>", "c<|end|>"),
-        ({"prompt": "", "chosen": "ab", "rejected": "ac"}, "", "ab<|end|>", "ac<|end|>"),
-        ({"prompt": "a", "chosen": "", "rejected": "b"}, "a", "<|end|>", "b<|end|>"),
+        (plain("", "ab", "ac"), "", "ab<|end|>", "ac<|end|>"),
+        (plain("a", "", "b"), "a", "<|end|>", "b<|end|>"),
     ],
 )
 def test_where_prompts_end(row, prompt, chosen, rejected):
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
-    found = [tokenizer.decode(ids) for ids in tokenize(row, tokenizer)[:3]]
-    assert found == [prompt, chosen, rejected]
+    assert [tokenizer.decode(ids) for ids in tokenize(row, tokenizer)[:3]] == [prompt, chosen, rejected]
 
 
-def test_a_line_break_after_the_end_of_a_turn_is_left_out():
+@pytest.mark.parametrize(
+    "template, ends, chosen",
+    [
+        # a line break after the end of a turn is left out
+        ("<|{{ m.role }}|>{{ m.content }}<|end|>\n", (), "2<|end|>"),
+        # a template without EOS gets one
+        ("[{{ m.content }}]", (), "[2]<|end|>"),
+        ("{{ m.content }}<|assistant|>\n", (), "2<|assistant|>\n<|end|>"),
+        # nothing is added behind an end that the model names
+        ("{{ m.content }}<|assistant|>\n", ("<|assistant|>",), "2<|assistant|>"),
+    ],
+)
+def test_every_completion_ends_once(template, ends, chosen):
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    )
-    prompt, chosen, rejected, moved = tokenize(FORMS["conversational"], tokenizer)
-    assert [tokenizer.decode(ids) for ids in (chosen, rejected)] == ["2<|end|>", "3<|end|>"]
-    assert tokenizer.decode(prompt).endswith("so<|end|>\n<|assistant|>") and not moved
-
-
-def test_nothing_is_added_behind_an_end_that_the_model_names():
-    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|assistant|>\n{% endfor %}"
-    end = tokenizer.convert_tokens_to_ids("<|assistant|>")
-    for ends, chosen in (((), "2<|assistant|>\n<|end|>"), ((END, end), "2<|assistant|>")):
-        assert tokenizer.decode(tokenize(FORMS["conversational"], tokenizer, ends)[1]) == chosen
-
-
-def test_a_template_without_eos_gets_one():
-    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
-    tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
-    assert tokenizer.decode(tokenize(FORMS["conversational"], tokenizer)[1]) == "[2]<|end|>"
+    tokenizer.chat_template = "{% for m in messages %}" + template + "{% endfor %}"
+    ids = tokenize(FORMS["conversational"], tokenizer, tokenizer.convert_tokens_to_ids([*ends]))[1]
+    assert tokenizer.decode(ids).removeprefix("<|assistant|>") == chosen
 
 
 def test_the_prompt_ends_where_joint_and_separate_tokenisation_part(tmp_path):
@@ -734,12 +740,9 @@ def test_the_prompt_ends_where_joint_and_separate_tokenisation_part(tmp_path):
     byte_pairs = models.BPE({piece: i for i, piece in enumerate(pieces)}, [("a", "b")])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(byte_pairs), eos_token="<eos>")
     # together: x ab y and x a y; "ab" holds a piece of the completion, so both completions begin there
-    rows = [
-        {"prompt": "xa", "chosen": "by", "rejected": "y"},
-        {"prompt": "x", "chosen": "a", "rejected": "y"},
-    ]
+    rows = [plain("xa", "by", "y"), plain("x", "a", "y")]
     assert tokenize(rows[0], tokenizer) == ([1], [5, 4, 0], [2, 4, 0], True)
-    _, data = load_examples(write_jsonl(tmp_path / "rows.jsonl", rows), "train", tokenizer, Arguments())
+    _, data = load(write_jsonl(tmp_path / "rows.jsonl", rows), Arguments(), tokenizer)
     assert data["boundaries_moved"] == 1
 
 
@@ -757,10 +760,7 @@ P, C, R = [464, 6766, 318], [4171, 2], [4077, 2]
         ({"max_length": 4, "truncation_mode": "keep_end"}, ([6766, 318], C, [6766, 318], R)),
         ({"max_length": 2, "truncation_mode": "keep_end"}, ([], C, [], R)),
         ({"max_length": 1, "truncation_mode": "keep_end"}, ([], [2], [], [2])),
-        (
-            {"max_prompt_length": 2, "max_length": 3, "truncation_mode": "keep_start"},
-            ([6766, 318], [4171], [6766, 318], [4077]),
-        ),
+        ({"max_prompt_length": 2, "max_length": 3}, ([6766, 318], [4171], [6766, 318], [4077])),
         (
             {"max_completion_length": 1, "max_length": 2, "truncation_mode": "keep_end"},
             ([318], [4171], [318], [4077]),
@@ -780,10 +780,6 @@ def test_the_truncation_table(limits, expected):
     assert (P, C, R) == ([464, 6766, 318], [4171, 2], [4077, 2])  # not mutated
 
 
-def plain(prompt, chosen, rejected):
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-
-
 TO_CUT = [
     plain("p" * 9, "ab", "ac"),  # 12 tokens each
     plain("p" * 9, "a" * 8 + "x", "a" * 8 + "y"),  # 19 each
@@ -791,39 +787,27 @@ TO_CUT = [
     plain("p", "ab", "ab"),  # equal from the start
     plain("p" * 9, "a", "b" * 6),  # 11 and 16
 ]
+COUNTS = ("used", "equal", "unscored", "truncated")
+COUNTS = ("examples_read", *(f"examples_{name}" for name in COUNTS), "prompts_truncated", "prompts_parted")
+COUNTS += ("completions_truncated", "completions_without_eos")
 
 
 @pytest.mark.parametrize(
-    "flags, used, equal, unscored, pairs, prompts, parted, completions, eos",
+    "flags, counts",
     [
-        ({}, 4, 1, 0, 0, 0, 0, 0, 0),
-        ({"max_completion_length": 8}, 3, 2, 0, 0, 0, 0, 0, 0),
-        ({"max_prompt_length": 5}, 4, 1, 0, 4, 4, 0, 0, 0),
-        ({"max_length": 16}, 2, 2, 1, 0, 0, 0, 0, 0),
-        ({"max_length": 15}, 2, 2, 1, 1, 0, 0, 1, 1),
-        ({"max_length": 15, "truncation_mode": "keep_end"}, 4, 1, 0, 3, 3, 1, 0, 0),
+        ({}, (5, 4, 1, 0, 0, 0, 0, 0, 0)),
+        ({"max_completion_length": 8}, (5, 3, 2, 0, 0, 0, 0, 0, 0)),
+        ({"max_prompt_length": 5}, (5, 4, 1, 0, 4, 4, 0, 0, 0)),
+        ({"max_length": 16}, (5, 2, 2, 1, 0, 0, 0, 0, 0)),
+        ({"max_length": 15}, (5, 2, 2, 1, 1, 0, 0, 1, 1)),
+        ({"max_length": 15, "truncation_mode": "keep_end"}, (5, 4, 1, 0, 3, 3, 1, 0, 0)),
     ],
 )
-def test_cuts_and_drops_are_counted(
-    flags, used, equal, unscored, pairs, prompts, parted, completions, eos, tmp_path
-):
-    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
-    name = write_jsonl(tmp_path / "rows.jsonl", TO_CUT)
-    examples, data = load_examples(name, "train", tokenizer, Arguments(**flags))
-    expected = {
-        "examples_read": 5,
-        "examples_used": used,
-        "examples_equal": equal,
-        "examples_unscored": unscored,
-        "examples_truncated": pairs,
-        "prompts_truncated": prompts,
-        "prompts_parted": parted,
-        "completions_truncated": completions,
-        "completions_without_eos": eos,
-    }
-    assert {name: data[name] for name in expected} == expected
+def test_cuts_and_drops_are_counted(flags, counts, tmp_path):
+    examples, data = load(write_jsonl(tmp_path / "rows.jsonl", TO_CUT), Arguments(**flags))
+    assert {name: data[name] for name in COUNTS} == dict(zip(COUNTS, counts))
     kept = sum(len(example[name]) for example in examples for name in TOKENS)
-    assert len(examples) == used and data["tokens_kept"] == kept
+    assert len(examples) == data["examples_used"] and data["tokens_kept"] == kept
 
 
 def test_edited_tokenisation_is_not_taken_from_the_cache(tmp_path):
@@ -835,16 +819,15 @@ def test_edited_tokenisation_is_not_taken_from_the_cache(tmp_path):
 import importlib, sys
 sys.path.insert(0, {str(tmp_path)!r})
 import common.data, dpo_padding_free
-from transformers import AutoTokenizer
+pretrained = dpo_padding_free.read_pretrained({DEMO_MODEL!r})
 
 def load(file, edit):
     with open({str(tmp_path)!r} + file, "a") as source:
         source.write(edit)
     importlib.reload(common.data)
     importlib.reload(dpo_padding_free)
-    tokenizer = AutoTokenizer.from_pretrained({str(DEMO_MODEL)!r})
     args = dpo_padding_free.Arguments()
-    examples, _ = dpo_padding_free.load_examples({name!r}, "train", tokenizer, args)
+    examples, _ = dpo_padding_free.load_examples({name!r}, "train", pretrained, args)
     print(examples[0]["chosen_ids"][1:])
 
 load("/common/data.py", "")
@@ -856,21 +839,28 @@ load("/dpo_padding_free.py", "\\ndef tokenize(*args): return [1], [2, 3], [2, 4]
 
 
 def test_tokens_are_cached_until_something_they_depend_on_changes(cache, tmp_path):
-    def load(name, **flags):
-        tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
-        load_examples(name, "train", tokenizer, Arguments(**flags))
+    name = write_jsonl(tmp_path / "rows.jsonl", [FORMS["plain"]])
+
+    def files(**flags):
+        load(name, Arguments(**flags))
         return {path for path in cache.rglob("*.arrow") if path.parent.name == "tokenised"}
 
-    name = write_jsonl(tmp_path / "rows.jsonl", [FORMS["plain"]])
-    first = load(name)
-    assert load(name, learning_rate=1.0, seed=7, share_prompt=False, output_dir="elsewhere") == first
-    assert len(load(name, max_length=9) - first) == 1
+    first = files()
+    assert files(learning_rate=1.0, seed=7, share_prompt=False, output_dir="elsewhere") == first
+    assert len(files(max_length=9) - first) == 1
 
 
-# --- Batches by tokens ---
+def test_a_thousand_empty_prompts_first(tmp_path):
+    """The first rows that datasets writes have no prompt's type to show."""
+    rows = [plain("", "a", "b")] * 1001 + [plain("c", "a", "b")]
+    examples, data = load(write_jsonl(tmp_path / "rows.jsonl", rows), Arguments())
+    assert data["examples_used"] == 1002 and examples[1001]["chosen_prompt_ids"] == [66]  # "c"
 
 
-@settings(max_examples=50)
+# --- 6. Batches by tokens, and those of the reference ---
+
+
+@settings(max_examples=30)
 @given(
     sizes=st.lists(st.tuples(lengths, lengths, lengths, st.just(0)), min_size=1, max_size=20),
     slack=st.integers(0, 60),
@@ -878,283 +868,104 @@ def test_tokens_are_cached_until_something_they_depend_on_changes(cache, tmp_pat
     way=st.sampled_from(list(WAYS)),
 )
 def test_batches_hold_as_many_pairs_as_their_tokens_allow(sizes, slack, start, way):
-    pairs = [{"example": 0, **pair} for pair in make_pairs(0, sizes)]
-    examples = datasets.Dataset.from_list(pairs)
-    budget = int(Pairs(examples, Arguments(**WAYS[way]), "x").costs.max()) + slack
-    planned = Pairs(examples, Arguments(max_tokens_per_batch=budget, **WAYS[way]), "x")
-    chunks = list(planned.cut(planned.order(0)))
-    assert np.concatenate(chunks).tolist() == planned.order(0).tolist()  # each pair once, in order
+    pairs = make_pairs(0, sizes)
+    budget = int(planned(pairs, Arguments(**WAYS[way])).costs.max()) + slack
+    some = planned(pairs, Arguments(max_tokens_per_batch=budget, **WAYS[way]))
+    chunks = list(some.cut(some.order(0)))
+    assert np.concatenate(chunks).tolist() == some.order(0).tolist()  # each pair once, in order
 
     def computed_tokens(numbers):
-        return collate([pairs[i] for i in numbers], planned.args, 0)["input_ids"].numel()
+        return collate([pairs[i] for i in numbers], some.args)["input_ids"].numel()
 
     for chunk, following in zip(chunks, [*chunks[1:], []]):
         assert computed_tokens(chunk) <= budget
         assert len(following) == 0 or computed_tokens([*chunk, following[0]]) > budget
     # from any batch's end on, the rest is cut as before: a resumed run meets the same batches
     start %= len(chunks)
-    done = sum(map(len, chunks[:start]))
-    again = list(planned.cut(planned.order(0)[done:]))
+    again = some.cut(some.order(0)[sum(map(len, chunks[:start])) :])
     assert [chunk.tolist() for chunk in again] == [chunk.tolist() for chunk in chunks[start:]]
-
-
-def test_every_epoch_and_seed_has_an_order_of_its_own(base):
-    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
-    examples, _ = load_examples(base["dataset_name"], "train", tokenizer, Arguments(max_length=64))
-    orders = [
-        Pairs(examples, Arguments(max_length=64, seed=seed), "data").order(epoch).tolist()
-        for seed in (0, 1)
-        for epoch in (0, 1)
-    ]
-    assert len({tuple(order) for order in [*orders, range(10)]}) == 5
-    assert all(sorted(order) == list(range(10)) for order in orders)
-
-
-def test_a_thousand_empty_prompts_first(tmp_path):
-    """The first rows that datasets writes have no prompt's type to show."""
-    rows = [{"prompt": "", "chosen": "a", "rejected": "b"}] * 1001
-    name = write_jsonl(tmp_path / "rows.jsonl", [*rows, {"prompt": "c", "chosen": "a", "rejected": "b"}])
-    examples, data = load_examples(name, "train", AutoTokenizer.from_pretrained(DEMO_MODEL), Arguments())
-    assert data["examples_used"] == 1002 and examples[1001]["chosen_prompt_ids"] == [66]  # "c"
-
-
-def test_the_start_up_check_looks_at_pairs_that_share(base, tmp_path, monkeypatch):
-    rows = [{"prompt": "", "chosen": "a", "rejected": "b"}] * 2 + random_preferences(0, 4)
-    name = write_jsonl(tmp_path / "rows.jsonl", rows)
-    change_shared_rows(monkeypatch, keys_of_another_prompt)
-    with pytest.raises(ValueError, match="mixes the sequences"):
-        run(tmp_path / "out", base, dataset_name=name)
-
-
-def test_ranks_that_find_different_files_all_compute(base, tmp_path, monkeypatch):
-    """As if another rank had not found what this one has of pair 3."""
-    flags = {**base, "bf16": True, "lr_scheduler_type": "constant"}
-    through = run(tmp_path / "0", flags, num_train_epochs=2)
-    run(tmp_path / "1", flags, save_steps=3)
-    computed, all_reduce = computed_pairs(monkeypatch), torch.distributed.all_reduce
-
-    def with_another_rank(tensor, op=torch.distributed.ReduceOp.SUM):
-        all_reduce(tensor, op)
-        if op == torch.distributed.ReduceOp.MAX:
-            tensor[3] = 1
-
-    monkeypatch.setattr(torch.distributed, "all_reduce", with_another_rank)
-    resumed = run(tmp_path / "1", flags, num_train_epochs=2, resume_from_checkpoint="latest")
-    [chunk] = computed
-    assert 3 in chunk and len(chunk) <= 4
-    assert_same_bits(resumed, through)
-
-
-def test_steps_by_tokens(base, tmp_path):
-    flags = {**base, "max_tokens_per_batch": 80, "gradient_accumulation_steps": 2, "num_train_epochs": 2}
-    done = run(tmp_path, flags)
-    assert max(values(done, "num_tokens")) <= 160
-    epochs = values(done, "epoch")
-    assert epochs[-1] == 2.0 and 1.0 in epochs and epochs == sorted(epochs)
-    every = run(tmp_path / "pairs", base, num_train_epochs=2)
-    assert sum(values(done, "num_scored_tokens")) == sum(values(every, "num_scored_tokens"))
-
-
-@pytest.mark.parametrize("epochs", [1, 2, 1.6])
-@pytest.mark.parametrize("budget", [None, 40])
-def test_planned_steps_are_the_steps_there_are(epochs, budget):
-    pairs = [{"example": 0, **pair} for pair in make_pairs(0, [(n, 3, 4, 0) for n in range(1, 18)])]
-    args = Arguments(max_tokens_per_batch=budget, num_train_epochs=epochs)
-    planned = Pairs(datasets.Dataset.from_list(pairs), args, "x")
-    progress = {"step": 0, "epoch": 0, "pairs_done": 0}
-    total = dpo_padding_free.count_steps(args, planned, 1, progress)
-    trained = []
-    while progress["step"] < total:  # as train() walks through the pairs
-        for step in planned.steps(progress["epoch"], progress["pairs_done"], 1):
-            # counted again at every step, and on other ranks, the total is the same or as many pairs
-            assert dpo_padding_free.count_steps(args, planned, 1, progress) == total
-            trained += np.concatenate(step).tolist()
-            progress["step"] += 1
-            progress["pairs_done"] += sum(map(len, step))
-            if progress["step"] == total:
-                break
-        progress["epoch"], progress["pairs_done"] = progress["epoch"] + 1, 0
-    assert epochs * 17 <= len(trained) < epochs * 17 + 4
-    assert sorted(trained[:17]) == list(range(17))
 
 
 @pytest.mark.parametrize("budget", [None, 90])
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("steps_done, total_steps", [(0, 1), (0, 2), (1, 2), (2, 2), (1, 4)])
 def test_the_references_micro_batches_are_those_of_training(steps_done, total_steps, world, budget):
-    pairs = [{"example": 0, **pair} for pair in make_pairs(0, [(n, 3, 4, 0) for n in range(1, 41)])]
     args = Arguments(max_tokens_per_batch=budget, gradient_accumulation_steps=2)
     args.per_device_train_batch_size = 3 if budget is None else None
-    planned = Pairs(datasets.Dataset.from_list(pairs), args, "x")
-    steps = list(planned.steps(0, 0, world))
-    done = sum(map(len, sum(steps[:steps_done], [])))
-    progress = {"step": steps_done, "epoch": 0, "pairs_done": done}
-    found = [chunk.tolist() for chunk in planned.reference_chunks(progress, total_steps, world)]
-    ahead = sum(steps[steps_done:total_steps], [])
-    if total_steps <= len(steps):
-        assert found == [chunk.tolist() for chunk in ahead]
-    else:  # the second epoch visits what the first steps did
-        assert found[: len(ahead)] == [chunk.tolist() for chunk in ahead] and len(found) > len(ahead)
+    some = planned(make_pairs(0, [(n, 3, 4, 0) for n in range(1, 41)]), args, world=world)
+    steps = list(some.steps(0, 0))
+    progress = {"step": steps_done, "epoch": 0, "done": sum(map(len, sum(steps[:steps_done], [])))}
+    found = [chunk.tolist() for chunk in some.reference_chunks(progress, total_steps)]
+    ahead = [chunk.tolist() for chunk in sum(steps[steps_done:total_steps], [])]
+    assert found[: len(ahead)] == ahead
+    # the second epoch visits what the first steps did
+    assert len(found) == len(ahead) if total_steps <= len(steps) else sorted(sum(found, [])) == [*range(40)]
 
 
-# --- 6. Refusals ---
-
-
-class Make:
-    """Files for a bad input."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def data(self, *rows, raw=None, name="bad.jsonl"):
-        path = self.path / name
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows) if raw is None else raw)
-        return {"dataset_name": str(path)}
-
-    def model(self, *args, **overrides):
-        return {"model_name_or_path": write_model(self.path / "model", *args, **overrides)}
-
-
-def without_template(make):
-    flags = make.model()
-    (Path(flags["model_name_or_path"]) / "chat_template.jinja").unlink()
-    return {**make.data(FORMS["conversational"]), **flags}
-
+# --- 7. Refusals ---
 
 PLAIN = FORMS["plain"]
 BAD_DATA = {
-    "missing file": (
-        lambda make: {"dataset_name": str(make.path / "none.jsonl")},
-        "none.jsonl does not exist",
-    ),
-    "empty file": (lambda make: make.data(), "bad.jsonl is empty"),
-    "malformed line": (
-        lambda make: make.data(raw='{"prompt": "a"}\n{"prompt": \n'),
-        "bad.jsonl, line 2: not valid JSON",
-    ),
-    "missing columns": (
-        lambda make: make.data({"prompt": "a", "completion": "b"}),
-        "has the columns prompt, completion; wanted: chosen and rejected",
-    ),
-    "no rejected": (lambda make: make.data({"prompt": "a", "chosen": "b"}), "prompt, chosen; wanted"),
-    "a null": (lambda make: make.data(PLAIN, {**PLAIN, "rejected": None}), "bad.jsonl, example 1: "),
-    "a number": (lambda make: make.data({"prompt": 1, "chosen": 2, "rejected": 3}), "bad.jsonl, example 0: "),
-    "a string and messages": (
-        lambda make: make.data({**FORMS["conversational"], "prompt": "a"}),
-        "bad.jsonl, example 0: ",
-    ),
-    "unknown role": (
-        lambda make: make.data({**FORMS["conversational"], "prompt": [{"role": "tool", "content": "a"}]}),
-        "example 0: .*role tool",
-    ),
+    "missing columns": ([{"prompt": "a", "completion": "b"}], "has the columns prompt, completion; wanted"),
+    "no rejected": ([{"prompt": "a", "chosen": "b"}], "prompt, chosen; wanted: chosen and rejected"),
+    "a null": ([PLAIN, {**PLAIN, "rejected": None}], "bad.jsonl, example 1: rejected is None"),
+    "a number": ([plain(1, 2, 3)], "bad.jsonl, example 0: prompt is 1"),
+    "a string and messages": ([{**FORMS["conversational"], "prompt": "a"}], "bad.jsonl, example 0: "),
     "no answer": (
-        lambda make: make.data({"chosen": [user("a"), assistant("b")], "rejected": [user("a")]}),
+        [{"chosen": [user("a"), assistant("b")], "rejected": [user("a")]}],
         "example 0: rejected ends with a message of role user",
     ),
     "no prompt": (
-        lambda make: make.data({"question": "a", "score": 1, "chosen": "b", "rejected": "c"}),
+        [{"question": "a", "score": 1, "chosen": "b", "rejected": "c"}],
         "have no beginning in common .* the other columns: question, score",
     ),
-    "the prompt once more": (
-        lambda make: make.data({"prompt": "ab", "chosen": "abc", "rejected": "abd"}),
-        "in 1 of 1 rows the completion begins with the whole prompt",
-    ),
-    "a null prompt": (
-        lambda make: make.data(FORMS["plain"], {**FORMS["plain"], "prompt": None}),
-        "example 1: prompt is None",
-    ),
-    "a message without content": (
-        lambda make: make.data({**FORMS["conversational"], "chosen": [{"role": "assistant"}]}),
-        "example 0: chosen holds .*a message has a role and a content",
-    ),
-    "tools": (
-        lambda make: make.data({**FORMS["plain"], "tools": "x"}),
-        "example 0: tools is 'x', which these scripts do not support",
-    ),
-    "tool calls": (
-        lambda make: make.data(
-            {**FORMS["conversational"], "chosen": [{**assistant("b"), "tool_calls": [{"name": "x"}]}]}
-        ),
-        "example 0: chosen holds tool calls",
-    ),
-    "no message": (lambda make: make.data({**FORMS["conversational"], "chosen": []}), "example 0: "),
-    "all equal": (
-        lambda make: make.data(plain("a", "b", "b")),
-        "no pair whose completions differ .* within max_length 64.*'examples_equal': 1",
-    ),
-    "all too long": (
-        lambda make: make.data(plain("a" * 99, "b", "c")),
-        "no pair whose .* max_length 64.*'examples_unscored': 1",
-    ),
-    "over the budget": (
-        lambda make: {**make.data(PLAIN, plain("a" * 9, "b", "c")), "max_tokens_per_batch": 12},
-        "bad.jsonl, example 1 takes 13 tokens, over --max_tokens_per_batch 12: raise it",
-    ),
-    "bad evaluation data": (
-        lambda make: {"eval_dataset_name": make.data({"a": "b"})["dataset_name"]},
-        "has the columns a; wanted",
-    ),
-    "no chat template": (without_template, "no chat template"),
-    "id outside the vocabulary": (
-        lambda make: make.model(vocab_size=200, pad_token_id=0, eos_token_id=1),
-        "token id 257 is outside the vocabulary of 200",
-    ),
-    "id outside the vocabulary in the evaluation": (
-        lambda make: {
-            "eval_dataset_name": make.data(FORMS["conversational"])["dataset_name"],
-            **make.model(vocab_size=258),
-        },
-        "token id 2.. is outside the vocabulary of 258",
-    ),
+    "the prompt once more": ([plain("ab", "abc", "abd")], "in 1 of 1 rows the completion begins with the"),
+    "all equal": ([plain("a", "b", "b")], "no pair whose .* within max_length 64.*'examples_equal': 1"),
+    "all too long": ([plain("a" * 99, "b", "c")], "no pair whose .* max_length 64.*'examples_unscored': 1"),
 }
 BAD_MODELS = {
-    "missing model": (lambda make: {"model_name_or_path": str(make.path / "none")}, "none cannot be loaded"),
-    "max_length over positions": (
-        lambda make: {"max_length": 257},
-        "--max_length 257 is over the model's 256",
-    ),
-    "sequences mix": (lambda make: make.model("mamba"), "mixes the sequences .* --no_padding_free"),
+    "sequences mix": ("mamba", {}, "refuses this run's rows|computes something else .*--no_padding_free"),
     "a convolution crosses over": (
-        lambda make: make.model("lfm2", full_attn_idxs=[1]),
-        "mixes the sequences of a row of shared prompts.* --no_share_prompt",
+        "lfm2",
+        {"full_attn_idxs": [1]},
+        "computes something else in a row of shared prompts.* --no_share_prompt",
     ),
-    "boundaries are not passed on": (lambda make: make.model("stablelm"), "keep documents apart"),
-    "attention sinks": (lambda make: make.model("gpt_oss"), "s_aux"),
-    "scaled logits": (lambda make: make.model("granite", logits_scaling=8.0), "changes its logits"),
+    "boundaries are not passed on": ("stablelm", {}, "keep documents apart"),
+    "attention sinks": ("gpt_oss", {}, "s_aux"),
+    "softcap": ("gemma2", {"final_logit_softcapping": 1.0}, "softcap"),
+    "scaled logits": ("granite", {"logits_scaling": 8.0}, "logits_scaling 8.0"),
+    "id outside the vocabulary": (
+        "llama",
+        {"vocab_size": 200, "pad_token_id": 0, "eos_token_id": 1},
+        "token id 257 is outside the vocabulary of 200",
+    ),
 }
-BAD_FLAGS = [
-    {"warmup_steps": 2, "lr_scheduler_type": "constant"},
-    {"seed": -1},
-    *({name: 0} for name in ("max_length", "max_prompt_length", "max_completion_length")),
-    *({name: 0} for name in ("per_device_train_batch_size", "max_tokens_per_batch", "loss_chunk_size")),
-    {"gradient_accumulation_steps": -1},
-    {"save_steps": 0},
-    {"save_total_limit": 0},
-    {"learning_rate": math.nan},
-    {"learning_rate": -1.0},
-    {"max_grad_norm": math.inf},
-    {"max_steps": 0},
-    {"num_train_epochs": 0.0},
-    {"num_train_epochs": math.inf},
-    {"max_length": 1},
-    {"max_prompt_length": 64},
-    {"max_completion_length": 64},
-    {"truncation_mode": "keep_middle"},
-    {"beta": 0.0},
-    {"loss_type": "kto"},
-    {"label_smoothing": 0.7},
-    {"loss_type": "hinge", "label_smoothing": 0.1},
-    {"max_tokens_per_batch": 99, "per_device_train_batch_size": 2},
-    {"share_prefix": True, "share_prompt": False},
-    {"share_prefix": True, "padding_free": False},
-    {"attn_implementation": "flash_attention_2", "bf16": True},
-    {"attn_implementation": "sdpa"},
-    {"attn_implementation": "eager"},
-    {"attn_implementation": "flash_attention_2", "share_prompt": False},
-    {"attn_implementation": "varlen", "padding_free": False},
-    {"attn_implementation": "nonsense", "share_prompt": False},
-    {"eval_steps": 2},
-]
+FLASH = "flash_attention_2"
+BAD_FLAGS = {
+    "--max_length is 1": {"max_length": 1},
+    "--max_prompt_length 64 leaves no room": {"max_prompt_length": 64},
+    "--max_completion_length 64 leaves no room": {"max_completion_length": 64},
+    "--truncation_mode is 'keep_middle'; choose one of keep_start": {"truncation_mode": "keep_middle"},
+    "beta is 0.0": {"beta": 0.0},
+    "loss_type is 'kto'; choose one of sigmoid, ipo, hinge": {"loss_type": "kto"},
+    "label_smoothing is 0.7": {"label_smoothing": 0.7},
+    "not defined for loss_type hinge": {"loss_type": "hinge", "label_smoothing": 0.1},
+    "both size a batch": {"max_tokens_per_batch": 99, "per_device_train_batch_size": 2},
+    "--max_tokens_per_batch is 0": {"max_tokens_per_batch": 0},
+    "--share_prefix needs": {"share_prefix": True, "share_prompt": False},
+    "--share_prefix needs shared": {"share_prefix": True, "padding_free": False},
+    "flash_attention_2 ignores kv_index": {"attn_implementation": FLASH, "bf16": True},
+    "sdpa ignores kv_index": {"attn_implementation": "sdpa"},
+    "flash_attention_2 rejects fp32": {"attn_implementation": FLASH, "share_prompt": False},
+    "varlen is for flat rows": {"attn_implementation": "varlen", "padding_free": False},
+    "--eval_steps needs": {"eval_steps": 2},
+    "a pair may take 127 tokens, over --max_tokens_per_batch 99": {
+        "dry_run": True,
+        "max_tokens_per_batch": 99,
+    },
+    "takes .* tokens, over --max_tokens_per_batch 12: raise it": {"max_tokens_per_batch": 12},
+    "needs a GPU, and torch sees none": {"use_liger_kernel": True},
+}
 
 
 @pytest.fixture(scope="module")
@@ -1183,44 +994,80 @@ def assert_refused(folder, flags, message):
     assert contents(folder) == before
 
 
-@pytest.mark.parametrize("name", [*BAD_DATA, *BAD_MODELS])
-def test_bad_data_and_models_are_refused(name, base, copied_run, tmp_path):
-    flags, message = {**BAD_DATA, **BAD_MODELS}[name]
-    assert_refused(copied_run, {**base, "overwrite_output_dir": True, **flags(Make(tmp_path))}, message)
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_bad_data_is_refused(name, base, earlier_run, tmp_path):
+    rows, message = BAD_DATA[name]
+    bad = write_jsonl(tmp_path / "bad.jsonl", rows)
+    flags = {**base, "overwrite_output_dir": True}
+    assert_refused(earlier_run, {**flags, "dataset_name": bad}, message)
+    if name == "missing columns":
+        assert_refused(earlier_run, {**flags, "eval_dataset_name": bad}, message)
 
 
-@pytest.mark.parametrize("flags", BAD_FLAGS, ids=str)
-def test_contradictory_flags_are_refused(flags, base, copied_run):
-    """Naming the flag and its value."""
-    name, value = [*flags.items()][-1 if len(flags) == 2 and "loss_type" in flags else 0]
-    message = f"{name}.*{re.escape(str(value))}" if not isinstance(value, bool) else name
-    if name == "eval_steps":
-        message = "--eval_steps needs --eval_dataset_name"
-    if name == "max_tokens_per_batch" and value:
-        message = "drop one"
-    assert_refused(copied_run, {**base, "overwrite_output_dir": True, **flags}, message)
+@pytest.mark.parametrize("name", BAD_MODELS)
+def test_bad_models_are_refused(name, base, earlier_run, tmp_path):
+    family, overrides, message = BAD_MODELS[name]
+    model = write_model(tmp_path / "model", family, **overrides)
+    assert_refused(earlier_run, {**base, "overwrite_output_dir": True, "model_name_or_path": model}, message)
+    if family == "lfm2":  # which mixes sequences, but not if they are padded
+        flags = {"max_steps": 1, "padding_free": False, "model_name_or_path": model}
+        assert len(run(tmp_path / "out", base, **flags).metrics) == 1
 
 
-def test_a_model_that_mixes_sequences_may_run_padded(base, tmp_path):
-    changes = {"model_name_or_path": write_model(tmp_path / "model", "lfm2", full_attn_idxs=[1])}
-    assert len(run(tmp_path / "out", base, max_steps=1, padding_free=False, **changes).metrics) == 1
+@pytest.mark.parametrize("message", BAD_FLAGS)
+def test_contradictory_flags_are_refused(message, base, earlier_run):
+    assert_refused(earlier_run, {**base, "overwrite_output_dir": True, **BAD_FLAGS[message]}, message)
+
+
+def test_liger_on_a_model_that_it_does_not_know_is_refused(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    gpt2 = write_model(tmp_path / "gpt2", "gpt2")
+    with pytest.raises(ValueError, match="no kernels for model type 'gpt2'"):
+        run(tmp_path / "out", base, model_name_or_path=gpt2, use_liger_kernel=True)
+
+
+@pytest.mark.parametrize("way", ["shared", "padded"])
+def test_kernels_that_compute_something_else_are_refused(way, base, tmp_path, monkeypatch):
+    """As if Liger's had been put into a model of another configuration."""
+    original = dpo_padding_free.set_kernels
+
+    def wrong(model, args, flat, pretends=False):
+        original(model, args, flat)
+        model.model.norm.variance_epsilon = 1.0
+
+    monkeypatch.setattr(dpo_padding_free, "set_kernels", wrong)
+    rows = {"shared": "row of shared prompts", "padded": "padded batch.*Drop --use_liger_kernel"}[way]
+    with pytest.raises(ValueError, match=f"computes something else in a {rows}"):
+        run(tmp_path, base, **WAYS[way])
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ({}, "holds another run .*--resume_from_checkpoint latest.*--overwrite_output_dir"),
-        ({"resume_from_checkpoint": "latest", "max_length": 16}, "other data"),
-        ({"resume_from_checkpoint": "latest", "seed": 1}, "other data"),
-        ({"resume_from_checkpoint": "latest", "bf16": True}, "its precision is not this one's"),
-        (
-            {"resume_from_checkpoint": "latest", "eval_dataset_name": str(ROOT / "demo/preferences.jsonl")},
-            "its evaluation data is not this one's",
-        ),
+        ({"resume_from_checkpoint": None}, "holds another run .*--resume_from_checkpoint latest"),
+        ({"max_length": 16}, "its data is not this run's. Use its dataset, limits"),
+        ({"seed": 1}, "its data is not this run's"),
+        ({"beta": 0.5}, "its objective is not this run's. Use its loss_type, beta"),
+        ({"loss_type": "hinge"}, "its objective"),
+        ({"label_smoothing": 0.1}, "its objective"),
+        ({"bf16": True}, "its precision is not this one's"),
+        ({"eval_dataset_name": str(ROOT / "demo/preferences.jsonl")}, "its evaluation data is not this one"),
+        ({}, "has finished its 3 steps"),
     ],
+    ids=str,
 )
-def test_a_folder_that_holds_another_run_is_refused(flags, message, base, copied_run):
-    assert_refused(copied_run, {**base, **flags}, message)
+def test_a_folder_that_holds_another_run_is_refused(flags, message, base, earlier_run):
+    flags = {"max_steps": 4 if "precision" in message or "eval" in message else 3, **flags}
+    assert_refused(earlier_run, {**base, "resume_from_checkpoint": "latest", **flags}, message)
+
+
+@pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
+def test_resuming_with_other_data_is_refused(column, base, earlier_run, tmp_path):
+    rows = [json.loads(line) for line in open(base["dataset_name"])]
+    rows[7][column] = "".join(chr(ord(c) + 1) for c in rows[7][column])  # as long as before
+    name = write_jsonl(tmp_path / "rows.jsonl", rows)
+    flags = {**base, "dataset_name": name, "resume_from_checkpoint": "latest"}
+    assert_refused(earlier_run, flags, "its data is not this run's")
 
 
 @pytest.mark.parametrize("how", ["file there", "file gone", "second model"])
@@ -1228,95 +1075,63 @@ def test_resuming_with_another_model_is_refused(how, base, copied_run, tmp_path)
     """Its log-probabilities would be another reference than that of the steps before."""
     name = write_model(tmp_path / "other", initializer_range=0.1)
     if how == "file gone":
-        (Path(copied_run) / REFERENCE).unlink()
-    flags = {**base, "model_name_or_path": name, "resume_from_checkpoint": "latest"}
+        (copied_run / REFERENCE).unlink()
+    flags = {**base, "model_name_or_path": name, "resume_from_checkpoint": "latest", "max_steps": 4}
     flags["precompute_ref_log_probs"] = how != "second model"
-    assert_refused(copied_run, flags, "checkpoint-3 began with another model")
+    assert_refused(copied_run, flags, "its reference model is not this run's")
 
 
-@pytest.mark.parametrize("change", [{"beta": 0.5}, {"loss_type": "hinge"}, {"label_smoothing": 0.1}])
-def test_resuming_with_another_loss_is_refused(change, base, copied_run):
-    assert_refused(copied_run, {**base, **change, "resume_from_checkpoint": "latest"}, "limits or losses")
-
-
-def test_a_finished_run_is_left_as_it_is(base, copied_run):
-    assert_refused(copied_run, {**base, "resume_from_checkpoint": "latest"}, "has finished its 3 steps")
-
-
-@pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
-def test_resuming_with_other_data_is_refused(column, base, copied_run, tmp_path):
-    rows = [json.loads(line) for line in open(base["dataset_name"])]
-    rows[7][column] = "".join(chr(ord(c) + 1) for c in rows[7][column])  # as long as before
-    name = write_jsonl(tmp_path / "rows.jsonl", rows)
-    assert_refused(
-        copied_run, {**base, "dataset_name": name, "resume_from_checkpoint": "latest"}, "other data"
-    )
-
-
-def test_a_reference_that_is_not_finite_stops_the_run(base, tmp_path):
+@pytest.mark.parametrize("check_exact", [True, False])
+def test_a_reference_that_is_not_finite_stops_the_run(check_exact, base, tmp_path):
     folder = write_model(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(folder)
     token = AutoTokenizer.from_pretrained(folder)("y")["input_ids"]  # of all rejected completions
     model.model.embed_tokens.weight.data[token] = math.inf
     model.save_pretrained(folder)
-    flags = {**base, "model_name_or_path": folder, "check_isolation": False}
-    with pytest.raises((ValueError, FloatingPointError), match="finite"):
-        run(tmp_path / "out", flags)
+    message = "not finite: its weights" if check_exact else "log-probabilities of example . are not finite"
+    with pytest.raises((ValueError, FloatingPointError), match=message):
+        run(tmp_path / "out", base, model_name_or_path=folder, check_exact=check_exact)
     assert not (tmp_path / "out").exists()
 
 
-# --- 7. The reference ---
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(base, tmp_path, monkeypatch):
+    def breaks(chosen_logratios, rejected_logratios, chosen_lengths, **_):
+        return (chosen_logratios - rejected_logratios) * (chosen_lengths == 5) / 0.0
+
+    monkeypatch.setitem(dpo_padding_free.LOSSES, "sigmoid", breaks)
+    rows = [plain("a", "b" * n, "c") for n in (4,)]  # and EOS: 5 scored tokens
+    flags = {**base, "dataset_name": write_jsonl(tmp_path / "rows.jsonl", rows)}
+    with pytest.raises(FloatingPointError, match=r"step 1: loss nan.* Pairs \[0\], examples \[0\]"):
+        run(tmp_path / "out", flags, save_steps=1)
+    assert not list_checkpoints(tmp_path / "out")
 
 
-def test_the_reference_is_kept_and_not_computed_again(base, copied_run, monkeypatch):
-    kept = load_file(copied_run / REFERENCE)["data"]
-    assert kept.shape == (10, 2) and kept.dtype == torch.float32
-    monkeypatch.setattr(dpo_padding_free, "compute_reference", None)
-    run(copied_run, base, resume_from_checkpoint="latest", max_steps=5)
-    assert torch.equal(load_file(copied_run / REFERENCE)["data"], kept)
+# --- 8. The reference ---
+
+FINGERPRINT = {"model": "m", "data": "d", "precision": "fp32"}
 
 
-def test_without_its_file_the_reference_is_still_the_first_model(base, copied_run, tmp_path):
-    through = run(tmp_path / "through", base)
-    kept = load_file(copied_run / REFERENCE)["data"]
-    (copied_run / REFERENCE).unlink()
-    resumed = run(copied_run, base, resume_from_checkpoint=str(copied_run / "checkpoint-1"))
-    found = load_file(copied_run / REFERENCE)["data"]
-    ahead = ~found.isnan().any(1)  # the pairs of the steps that are left
-    assert ahead.sum() == 6 and torch.equal(found[ahead], kept[ahead])
-    assert_same_bits(resumed, through)
-
-
-def test_a_reference_of_the_trained_model_is_found(base, copied_run, tmp_path):
-    """As if a resumed run had computed it from the weights of its checkpoint."""
-    through = run(tmp_path / "through", base)
-    trained = {**base, "model_name_or_path": str(tmp_path / "through")}
-    run(tmp_path / "trained", trained)
-    wrong, metadata = load_file(tmp_path / "trained" / REFERENCE), metadata_of(copied_run / REFERENCE)
-    save_file(wrong, copied_run / REFERENCE, metadata=metadata)
-    resumed = run(copied_run, base, resume_from_checkpoint=str(copied_run / "checkpoint-1"))
-    assert losses(resumed)[0] == losses(through)[0]
-    assert abs(losses(resumed)[1] - losses(through)[1]) > 1e-5
-
-
-BATCHES = {
-    "shared": {},
-    "shared with prefix": {"share_prefix": True},
-    "padding-free": {"share_prompt": False},
-    "padded": {"padding_free": False},
-    "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
-    "by tokens": {"per_device_train_batch_size": None, "max_tokens_per_batch": 80},
-    "not checkpointed": {"gradient_checkpointing": False},
-}
+def test_a_kept_reference_is_read_by_its_own_run_alone(tmp_path):
+    tensors = {"data": torch.tensor([[-1.5, math.nan], [-3.0, float(2**-20)]])}
+    assert dpo_padding_free.read_reference(tmp_path, FINGERPRINT) == {}
+    dpo_padding_free.write_reference(tmp_path, tensors, FINGERPRINT)
+    found = dpo_padding_free.read_reference(tmp_path, FINGERPRINT)
+    assert found.keys() == tensors.keys() and torch.equal(
+        found["data"].nan_to_num(), tensors["data"].nan_to_num()
+    )
+    for other in (*FINGERPRINT, "more"):
+        message = f"{REFERENCE} belongs to another run: its {other} is not this one's.*remove the file"
+        with pytest.raises(ValueError, match=message):
+            dpo_padding_free.read_reference(tmp_path, {**FINGERPRINT, other: "x"})
 
 
 def computed_pairs(monkeypatch):
     """A list that fills with the pairs of each micro-batch in which the reference is computed."""
     computed, compute = [], dpo_padding_free.compute_reference
 
-    def note(*args):
-        computed.extend(chunk.tolist() for chunk in args[-1])
-        return compute(*args)
+    def note(model, pairs, chunks, run):
+        computed.extend(chunk.tolist() for chunk in chunks)
+        return compute(model, pairs, chunks, run)
 
     monkeypatch.setattr(dpo_padding_free, "compute_reference", note)
     return computed
@@ -1334,31 +1149,32 @@ def rows_matter(monkeypatch):
     monkeypatch.setattr(dpo_padding_free, "sequence_logps", noisy)
 
 
-def assert_equal_models(done):
-    """In every step and evaluation policy and reference have one number, not two nearly equal ones."""
+BATCHES = {
+    "shared": {"bf16": True},
+    "shared with prefix": {"share_prefix": True},
+    "padding-free": {"share_prompt": False, "bf16": True},
+    "padded": {"padding_free": False},
+    "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "bf16": True},
+    "by tokens": {"per_device_train_batch_size": None, "max_tokens_per_batch": 80},
+    "not checkpointed": {"gradient_checkpointing": False, "bf16": True},
+}
+
+
+@pytest.mark.parametrize("form", BATCHES)
+def test_a_policy_that_has_not_moved_is_its_reference(form, evaluated, rows_matter, tmp_path):
+    """To the last bit, in all of the first epoch and in every evaluation: one number, not two nearly equal."""
+    done = run(tmp_path, evaluated, learning_rate=0.0, **BATCHES[form])
+    assert done.metrics[-1]["epoch"] == 1.0
     for line in done.metrics:
         assert line["loss"] == pytest.approx(math.log(2), abs=1e-7)
         assert line["rewards/chosen"] == line["rewards/rejected"] == line["rewards/margins"] == 0.0
         assert line["rewards/accuracies"] == 0.0 and line.get("eval_rewards/margins", 0.0) == 0.0
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("form", BATCHES)
-def test_a_policy_that_has_not_moved_is_its_reference(form, bf16, evaluated, rows_matter, tmp_path):
-    """To the last bit, in all of the first epoch."""
-    flags = {**evaluated, "learning_rate": 0.0, "bf16": bf16, **BATCHES[form]}
-    done = run(tmp_path, flags)
-    assert done.metrics[-1]["epoch"] == 1.0
-    assert_equal_models(done)
-
-
 def test_a_reference_computed_in_other_rows_would_be_seen(base, rows_matter, tmp_path, monkeypatch):
-    def in_order(self, progress, total_steps, world):
-        return list(self.cut(np.arange(len(self))))
-
-    monkeypatch.setattr(Pairs, "reference_chunks", in_order)
+    monkeypatch.setattr(Pairs, "reference_chunks", lambda self, *_: self.in_order())
     done = run(tmp_path, base, learning_rate=0.0)
-    assert any(abs(line["rewards/margins"]) > 1e-3 for line in done.metrics)
+    assert any(abs(margin) > 1e-3 for margin in values(done, "rewards/margins"))
 
 
 def test_the_reference_is_computed_for_the_pairs_that_training_visits(
@@ -1366,35 +1182,51 @@ def test_the_reference_is_computed_for_the_pairs_that_training_visits(
 ):
     computed = computed_pairs(monkeypatch)
     order = np.random.default_rng([0, 0]).permutation(10).tolist()
-    through = run(tmp_path / "through", base, lr_scheduler_type="constant", num_train_epochs=2)
+    flags = {**base, "lr_scheduler_type": "constant"}
+    through = run(tmp_path / "through", flags, num_train_epochs=2)
     assert computed == [order[:4], order[4:8], order[8:]]
-    whole = load_file(tmp_path / "through" / REFERENCE)["data"]
-    flags = {**base, "lr_scheduler_type": "constant", "save_steps": 1}
+    whole = kept_reference(tmp_path / "through")
+    assert whole.shape == (10, 2) and whole.dtype == torch.float32
     for max_steps, pairs in ((1, [order[:4]]), (2, [order[4:8]]), (5, [order[8:]]), (6, [])):
         computed.clear()
         resume = {"resume_from_checkpoint": "latest"} if max_steps > 1 else {}
-        prolonged = run(tmp_path / "prolonged", flags, max_steps=max_steps, **resume)
+        prolonged = run(tmp_path / "prolonged", flags, max_steps=max_steps, save_steps=1, **resume)
         assert computed == pairs
-        kept = load_file(tmp_path / "prolonged" / REFERENCE)["data"]
+        kept = kept_reference(tmp_path / "prolonged")
         known = ~kept.isnan().any(1)
         assert known.nonzero()[:, 0].tolist() == sorted(order[: min(4 * max_steps, 10)])
         assert torch.equal(kept[known], whole[known])
     assert_same_bits(prolonged, through)
 
 
-@pytest.mark.parametrize("step", [1, 4])
-def test_a_lost_reference_is_computed_in_the_first_epochs_rows(step, base, rows_matter, tmp_path):
-    """Whether training goes on in the first epoch or in the second."""
-    flags = {**base, "lr_scheduler_type": "constant", "num_train_epochs": 2, "save_steps": 1}
-    through = run(tmp_path / "through", flags)
-    folder = cut_after(tmp_path / "through", step, tmp_path / "cut")
-    (folder / REFERENCE).unlink()
-    assert_same_bits(run(folder, flags, resume_from_checkpoint="latest"), through)
+def test_a_reference_of_the_trained_model_is_found(base, copied_run, tmp_path):
+    """As if a resumed run had computed it from the weights of its checkpoint."""
+    through = read_run(copied_run)
+    run(tmp_path / "trained", base, model_name_or_path=str(copied_run))
+    wrong, metadata = {"data": kept_reference(tmp_path / "trained")}, metadata_of(copied_run)
+    save_file(wrong, copied_run / REFERENCE, metadata=metadata)
+    resumed = run(copied_run, base, resume_from_checkpoint=str(copied_run / "checkpoint-1"))
+    assert values(resumed, "loss")[0] == values(through, "loss")[0]
+    assert abs(values(resumed, "loss")[1] - values(through, "loss")[1]) > 1e-5
 
 
-def metadata_of(path):
-    with safe_open(path, "pt") as file:
-        return file.metadata()
+def test_ranks_that_find_different_files_all_compute(base, tmp_path, monkeypatch):
+    """As if another rank had not found what this one has of pair 3."""
+    flags = {**base, "bf16": True, "lr_scheduler_type": "constant"}
+    through = run(tmp_path / "0", flags, num_train_epochs=2)
+    run(tmp_path / "1", flags, save_steps=3)
+    computed, all_reduce = computed_pairs(monkeypatch), torch.distributed.all_reduce
+
+    def with_another_rank(tensor, op=torch.distributed.ReduceOp.SUM):
+        all_reduce(tensor, op)
+        if op == torch.distributed.ReduceOp.MAX:
+            tensor[3] = 1
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", with_another_rank)
+    resumed = run(tmp_path / "1", flags, num_train_epochs=2, resume_from_checkpoint="latest")
+    [chunk] = computed
+    assert 3 in chunk and len(chunk) <= 4
+    assert_same_bits(resumed, through)
 
 
 def test_a_run_killed_before_its_first_step_goes_on_with_its_reference(base, tmp_path, monkeypatch):
@@ -1411,22 +1243,25 @@ def test_a_run_killed_before_its_first_step_goes_on_with_its_reference(base, tmp
 
 
 def test_overwriting_replaces_the_whole_run(base, copied_run, tmp_path):
-    before = load_file(copied_run / REFERENCE)["data"]
+    before = kept_reference(copied_run)
     name = write_model(tmp_path / "other", initializer_range=0.1)
     again = run(copied_run, base, overwrite_output_dir=True, max_steps=3, model_name_or_path=name)
     assert len(again.metrics) == 3 and list_checkpoints(copied_run) == []
-    assert worst(load_file(copied_run / REFERENCE)["data"], before) > 0.1
+    assert worst(kept_reference(copied_run), before) > 0.1
     run(copied_run, base, overwrite_output_dir=True, max_steps=1, precompute_ref_log_probs=False)
     assert not (copied_run / REFERENCE).exists()
 
 
-def test_a_second_model_is_not_trained(base, tmp_path, monkeypatch):
-    models, load_model = [], dpo_padding_free.load_model
+def test_a_second_model_is_not_trained_and_has_the_same_kernels(base, tmp_path, monkeypatch):
+    kernels, set_kernels = [], dpo_padding_free.set_kernels
     monkeypatch.setattr(
-        dpo_padding_free, "load_model", lambda *args: models.append(load_model(*args)) or models[-1]
+        dpo_padding_free,
+        "set_kernels",
+        lambda model, *args, **rest: kernels.append((model, args)) or set_kernels(model, *args, **rest),
     )
     run(tmp_path, base, precompute_ref_log_probs=False)
-    policy, reference = models
+    (policy, first), (reference, second) = kernels
+    assert first == second
     assert policy.training and not reference.training
     original = load_file(Path(base["model_name_or_path"]) / "model.safetensors")
     for name, parameter in reference.named_parameters():
@@ -1434,7 +1269,7 @@ def test_a_second_model_is_not_trained(base, tmp_path, monkeypatch):
     assert any(not torch.equal(p, original[name]) for name, p in policy.named_parameters())
 
 
-# --- 8. Checkpoints ---
+# --- 9. Checkpoints ---
 
 
 @pytest.fixture(scope="module")
@@ -1454,8 +1289,10 @@ def dropout(base, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(dropout, tmp_path_factory):
-    return run(tmp_path_factory.mktemp("uninterrupted"), dropout)
+def saved_folder(dropout, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    run(folder, dropout, save_steps=2)
+    return folder
 
 
 def cut_after(run_folder, step, folder):
@@ -1468,152 +1305,94 @@ def cut_after(run_folder, step, folder):
     return folder
 
 
-def test_dropout_is_off(base, dropout, uninterrupted, tmp_path):
-    without = run(tmp_path, dropout, model_name_or_path=base["model_name_or_path"])
-    assert values(uninterrupted, "rewards/margins")[0] == pytest.approx(0, abs=1e-5)  # from equal models
-    assert_same_bits(uninterrupted, without)
+@pytest.mark.parametrize("step", [2, 4, 6])
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_resumed_run_is_the_uninterrupted_one(step, lost, dropout, saved_folder, tmp_path):
+    """Within the warm-up, before the epoch's end and after it: the same bits. A lost reference is computed
+    anew in the first epoch's rows, from the first weights.
+    """
+    folder, kept = cut_after(saved_folder, step, tmp_path / "cut"), kept_reference(saved_folder)
+    if lost:
+        (folder / REFERENCE).unlink()
+    resumed = run(folder, dropout, save_steps=2, resume_from_checkpoint="latest")
+    assert_same_bits(resumed, read_run(saved_folder))
+    found = kept_reference(folder)
+    assert torch.equal(found[~found.isnan()], kept[~found.isnan()])
 
 
-@pytest.mark.parametrize("step, budget", [(2, None), (4, None), (6, None), (4, 90)])
-def test_a_resumed_run_is_the_uninterrupted_one(step, budget, dropout, uninterrupted, tmp_path):
-    """Within the warm-up, before the epoch's end and after it: the same bits."""
-    flags = dropout
-    if budget is not None:
-        flags = {**dropout, "per_device_train_batch_size": None, "max_tokens_per_batch": budget}
-    whole = run(tmp_path / "whole", flags, save_steps=2)
-    if budget is None:
-        assert_same_bits(whole, uninterrupted)  # saving changes nothing
-    folder = cut_after(tmp_path / "whole", step, tmp_path / "cut")
-    resumed = run(folder, flags, save_steps=2, resume_from_checkpoint="latest")
-    assert_same_bits(resumed, whole)
-    for name in ("step", "epoch", "learning_rate", "num_tokens", "num_scored_tokens"):
-        assert values(resumed, name) == values(whole, name)
+def test_dropout_saving_and_evaluating_change_no_step(
+    base, dropout, saved_folder, evaluated, tmp_path, monkeypatch
+):
+    """Checkpointing neither, to rounding."""
+    saved = read_run(saved_folder)
+    assert values(saved, "rewards/margins")[0] == 0.0  # from equal models
+    assert_same_bits(saved, run(tmp_path / "0", dropout, model_name_or_path=base["model_name_or_path"]))
+    name = {"eval_dataset_name": evaluated["eval_dataset_name"]}
+    assert_same_bits(saved, run(tmp_path / "1", dropout, **name, eval_steps=1))
+    assert curve_difference(saved, run(tmp_path / "2", dropout, gradient_checkpointing=False)) <= 1e-5
 
 
 @pytest.mark.parametrize("changes", [{}, {"bf16": True}, {"precompute_ref_log_probs": False}], ids=str)
 def test_frozen_layers_cost_their_weights_alone(changes, dropout, tmp_path, monkeypatch):
-    flags = {**dropout, **changes, "save_steps": 2, "measure_memory": True}
+    flags = {**dropout, **changes, "save_steps": 4, "measure_memory": True}
     in_graph = freeze_first(dpo_padding_free, monkeypatch)
     whole = run(tmp_path / "whole", flags)
     assert not any(in_graph) and len(in_graph) >= 8
-    state = load_file(next((tmp_path / "whole/checkpoint-4").glob("*.safetensors")))
-    assert not [name for name in state if name.split(".", 1)[1].startswith(FROZEN)]
     came = load_file(Path(flags["model_name_or_path"]) / "model.safetensors")
     for name, weight in whole.weights.items():
         assert torch.equal(weight, came[name]) == name.startswith(FROZEN), name
     trained = sum(w.numel() for name, w in came.items() if not name.startswith(FROZEN))
-    found = {row["name"]: row for row in whole.returned["ledger"]}
-    assert found["gradients"]["measured"] == found["gradients"]["predicted"] == 4 * trained
-    assert found["optimizer"]["predicted"] == 8 * trained
-    assert found["optimizer"]["measured"] == pytest.approx(8 * trained, rel=0.01)
-    folder = cut_after(tmp_path / "whole", 4, tmp_path / "cut") if len(changes) == 0 else tmp_path / "whole"
+    found = bytes_of(whole.returned)
+    assert found["gradients"] == 4 * trained
+    assert found["optimizer"] == pytest.approx(8 * trained, rel=0.01)
+    folder = tmp_path / "whole" if changes else cut_after(tmp_path / "whole", 4, tmp_path / "cut")
     checkpoint = {"resume_from_checkpoint": str(folder / "checkpoint-4")}
     assert_same_bits(run(folder, flags, **checkpoint), whole)
     monkeypatch.undo()
-    assert_refused(folder, {**flags, **checkpoint}, "was frozen .* is trained now")
+    assert_refused(folder, {**flags, **checkpoint}, "its frozen is not this run's")
 
 
-def test_evaluating_changes_no_step(dropout, uninterrupted, evaluated, tmp_path):
-    flags = {**dropout, "eval_dataset_name": evaluated["eval_dataset_name"]}
-    assert_same_bits(run(tmp_path, flags, eval_steps=1), uninterrupted)
-
-
-def test_nothing_is_pickled(base, tmp_path, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("torch.load or torch.save was called")
-
-    monkeypatch.setattr(torch, "load", refuse)
-    monkeypatch.setattr(torch, "save", refuse)
-    run(tmp_path, base, save_steps=2)
-    run(cut_after(tmp_path, 2, tmp_path / "cut"), base, resume_from_checkpoint="latest")
-    files = [path for path in (tmp_path / "checkpoint-2").rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} == {".safetensors", ".rng", ".json"}
-
-
-def command(flags, **changes):
-    options = [f"--{name}={value}" for name, value in {**flags, **changes}.items()]
-    return [sys.executable, str(SCRIPT), *options]
-
-
-def test_sigterm_saves_a_checkpoint_and_ends_with_code_0(base, tmp_path):
-    flags = {**base, "lr_scheduler_type": "constant"}
-    arguments = command(flags, output_dir=tmp_path / "stopped", max_steps=100_000)
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        metrics, deadline = tmp_path / "stopped/metrics.jsonl", time.monotonic() + 100
-        while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
-            time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
-        _, stderr = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 0 and "--resume_from_checkpoint latest" in stderr
-    [(step, _)] = list_checkpoints(tmp_path / "stopped")
-    assert step >= 3 and f"checkpoint-{step}" in stderr
-    changes = {"max_steps": step + 2}
-    resumed = run(tmp_path / "stopped", flags, resume_from_checkpoint="latest", **changes)
-    assert_same_bits(resumed, run(tmp_path / "through", flags, **changes))
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(base, tmp_path, monkeypatch):
-    original = dpo_padding_free.dpo_loss
-
-    def breaks(chosen, *args, **kwargs):
-        broken = [math.inf if n == 5 else 1.0 for n in kwargs["chosen_lengths"].tolist()]
-        losses, *rewards = original(chosen, *args, **kwargs)
-        return losses * torch.tensor(broken), *rewards
-
-    monkeypatch.setattr(dpo_padding_free, "dpo_loss", breaks)
-    rows = [plain("a", "b" * n, "c") for n in (1, 2, 3, 4, 6, 7)]  # and EOS: the fourth has 5 scored tokens
-    flags = {**base, "dataset_name": write_jsonl(tmp_path / "rows.jsonl", rows), "seed": 1}
-    with pytest.raises(FloatingPointError, match=r"Pairs \[3\], examples \[3\]") as caught:
-        run(tmp_path / "out", flags, per_device_train_batch_size=1, save_steps=1)
-    step = int(re.match(r"step (\d+): loss (nan|inf)", str(caught.value))[1])
-    assert (
-        step > 1
-        and losses(read_run(tmp_path / "out"))
-        and len(list_checkpoints(tmp_path / "out")) == step - 1
-    )
-
-
-# --- Ranks ---
+# --- 10. Ranks ---
 
 TWO_EPOCHS = {"num_train_epochs": 2, "save_steps": 2, "lr_scheduler_type": "constant"}
 
 
-def torchrun(flags, **changes):
-    """Two ranks, killed with all their processes if they hang. Returns the exit code and stderr."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    process = subprocess.Popen(
-        [*launcher, *command(flags, **changes)[1:]],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
-    try:
-        stderr = process.communicate(timeout=180)[1]
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    return process.returncode, stderr
-
-
 @pytest.fixture(scope="module")
 def two_ranks(evaluated, tmp_path_factory):
-    """Steps of 4 pairs on 2 ranks, 2 x 1 on each: 4 + 4 + 2, where the last leaves nothing to accumulate."""
-    folder = tmp_path_factory.mktemp("two") / "ranks"
+    """Two runs on 2 ranks. "pairs": steps of 4 pairs, 2 x 1 on each: 4 + 4 + 2, where the last leaves nothing
+    to accumulate. "tokens": 5 pairs in uneven batches, where one rank runs a batch without a pair.
+    """
+    folder = tmp_path_factory.mktemp("two")
+    few = write_jsonl(folder / "rows.jsonl", random_preferences(0, 5))
+    flags = {
+        "pairs": {**evaluated, **TWO_EPOCHS},
+        "tokens": {**evaluated, "dataset_name": few, "max_steps": 3, "share_prefix": True}
+        | {"precompute_ref_log_probs": False, "max_tokens_per_batch": 60},
+    }
     sizes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
-    returncode, stderr = torchrun(evaluated, output_dir=folder, **TWO_EPOCHS, **sizes)
-    assert returncode == 0, stderr[-3000:]
-    return folder
+    jobs = {
+        name: [*SCRIPT.stem.split(), {**each, "output_dir": str(folder / name)}]
+        for name, each in flags.items()
+    }
+    jobs["pairs"][1] |= sizes
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launcher, str(ROOT / "tests/script_runs.py"), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = [json.loads((folder / f"results{rank}.json").read_text()) for rank in (0, 1)]
+    assert all("error" not in result for each in results for result in each.values()), results
+    return folder, flags
 
 
 def assert_same_curve(first, second):
     assert curve_difference(first, second) <= 1e-4
-    assert max(abs(a - b) for a, b in zip(losses(first), losses(second), strict=True)) <= 1e-5
+    assert values(first, "loss") == pytest.approx(values(second, "loss"), abs=1e-5)
     assert worst(first.weights, second.weights) <= 1e-4
     for name in METRICS:
         assert first.metrics[-1][f"eval_{name}"] == pytest.approx(
@@ -1623,133 +1402,43 @@ def assert_same_curve(first, second):
         assert values(first, name) == values(second, name)
 
 
-def test_two_ranks_are_one_rank(two_ranks, evaluated, tmp_path):
-    one = run(tmp_path, evaluated, **TWO_EPOCHS)
-    two = read_run(two_ranks)
+def test_two_ranks_are_one_rank(two_ranks, tmp_path, monkeypatch):
+    folder, flags = two_ranks[0] / "pairs", two_ranks[1]["pairs"]
+    one, two = run(tmp_path / "one", flags), read_run(folder)
     assert_same_curve(two, one)
     assert values(two, "rewards/margins")[0] == values(one, "rewards/margins")[0] == 0.0
-    summary = json.loads((two_ranks / "summary.json").read_text())
-    assert summary["world_size"] == 2
-    assert summary["data"] == one.returned["data"]
-    assert worst(load_file(two_ranks / REFERENCE)["data"], load_file(tmp_path / REFERENCE)["data"]) <= 2e-5
-    assert metadata_of(two_ranks / REFERENCE) == metadata_of(tmp_path / REFERENCE)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["world_size"] == 2 and summary["data"] == one.returned["data"]
+    assert worst(kept_reference(folder), kept_reference(tmp_path / "one")) <= 2e-5
+    assert metadata_of(folder) == metadata_of(tmp_path / "one")
+    # one rank resumes their checkpoint, and takes their reference
+    monkeypatch.setattr(dpo_padding_free, "compute_reference", None)
+    cut = cut_after(folder, 2, tmp_path / "cut")
+    resumed = run(cut, flags, resume_from_checkpoint="latest")
+    assert_same_curve(resumed, two)
+    assert values(resumed, "loss")[:2] == values(two, "loss")[:2]
 
 
-def test_two_ranks_leave_a_checkpoint_that_one_rank_resumes(two_ranks, evaluated, tmp_path, monkeypatch):
-    monkeypatch.setattr(dpo_padding_free, "compute_reference", None)  # theirs is taken
-    folder = cut_after(two_ranks, 2, tmp_path / "cut")
-    resumed = run(folder, evaluated, **TWO_EPOCHS, resume_from_checkpoint="latest")
-    assert_same_curve(resumed, read_run(two_ranks))
-    assert losses(resumed)[:2] == losses(read_run(two_ranks))[:2]
-
-
-def test_two_ranks_with_a_second_model_and_batches_by_tokens(evaluated, tmp_path):
-    """5 pairs in uneven batches: one rank runs a batch without a pair."""
-    rows = random_preferences(0, 5)
-    flags = {**evaluated, "dataset_name": write_jsonl(tmp_path / "rows.jsonl", rows)}
-    flags |= {"precompute_ref_log_probs": False, "max_steps": 3, "share_prefix": True}
-    returncode, stderr = torchrun(flags, output_dir=tmp_path / "two", max_tokens_per_batch=60)
-    assert returncode == 0, stderr[-3000:]
-    two = read_run(tmp_path / "two")
-    one = run(tmp_path / "one", flags, max_tokens_per_batch=60, gradient_accumulation_steps=2)
+def test_two_ranks_with_a_second_model_and_batches_by_tokens(two_ranks, tmp_path):
+    two = read_run(two_ranks[0] / "tokens")
+    one = run(tmp_path, two_ranks[1]["tokens"], gradient_accumulation_steps=2)
     assert_same_curve(two, one)
     assert any(a - b == 2 for a, b in zip(values(two, "num_tokens"), values(one, "num_tokens")))
 
 
-# --- 9. Contract ---
-
-RUN_METRICS = (
-    "step epoch grad_norm learning_rate num_tokens num_scored_tokens tokens_per_second step_seconds "
-    "peak_memory_bytes"
-)
-SUMMARY = "args versions device world_size data throughput ledger activation_offloading final_metrics"
-
-
-def parsed():
-    return ast.parse(SCRIPT.read_text())
-
-
-def test_every_flag_is_read_beyond_its_check():
-    """args.name or self.args.name, loaded somewhere outside of check_arguments."""
-    checks = next(node for node in parsed().body if getattr(node, "name", None) == "check_arguments")
-    lines = range(checks.lineno, checks.end_lineno + 1)
-    read = {
-        node.attr
-        for node in ast.walk(parsed())
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and node.lineno not in lines
-        if getattr(node.value, "id", None) == "args" or getattr(node.value, "attr", None) == "args"
-    }
-    assert {field.name for field in fields(Arguments)} - read == set()
-
-
-def test_no_flag_is_written():
-    written = [node for node in ast.walk(parsed()) if isinstance(node, ast.Attribute)]
-    assert not [
-        n.attr for n in written if isinstance(n.ctx, ast.Store) and getattr(n.value, "id", None) == "args"
-    ]
-
-
-def test_importing_does_nothing():
-    """Only definitions, constants and imports stand at the top; the guard at the end is the one exception."""
-    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign)
-    first, *body, last = parsed().body
-    assert isinstance(first, ast.Expr) and isinstance(first.value.value, str)
-    assert all(isinstance(node, allowed) for node in body)
-    assert isinstance(last, ast.If) and ast.unparse(last.test) == "__name__ == '__main__'"
-
-
-REPEATED = (
-    "start_distributed barrier all_sum load_model prepare_model decoder_layers shard training_state "
-    "to_device save_checkpoint clip_gradients save_model main"
-)
-
-
-@pytest.mark.parametrize("name", REPEATED.split())
-def test_what_two_scripts_repeat_is_the_same_to_the_letter(name):
-    def source(script):
-        text = (ROOT / script).read_text()
-        (node,) = [n for n in ast.parse(text).body if getattr(n, "name", None) == name]
-        return ast.get_source_segment(text, node)
-
-    assert source("dpo_padding_free.py") == source("sft_packing.py")
-
-
-def test_both_scripts_end_alike():
-    """With exit code 2 and one line for what a user got wrong."""
-    ends = [script.read_text().split("if __name__")[1] for script in (SCRIPT, ROOT / "sft_packing.py")]
-    assert ends[0] == ends[1]
-
-
-def test_flags_on_the_command_line():
-    parser = HfArgumentParser(Arguments)
-    [args] = parser.parse_args_into_dataclasses(
-        [
-            "--max-length",
-            "7",
-            "--no_share_prompt",
-            "--no_precompute_ref_log_probs",
-            "--max_prompt_length",
-            "3",
-        ]
-    )
-    assert (args.max_length, args.share_prompt, args.precompute_ref_log_probs) == (7, False, False)
-    assert args.max_prompt_length == 3
-    assert parser.parse_args_into_dataclasses([]) == (Arguments(),)
+# --- 11. Contract ---
 
 
 def test_what_a_run_leaves_behind(evaluated, tmp_path, capsys):
-    done = run(tmp_path, evaluated, eval_steps=2, save_steps=2, logging_steps=2)
+    done = run(tmp_path, evaluated, eval_steps=2, save_steps=2)
+    own = {"step", "epoch", "grad_norm", "learning_rate", "num_tokens", "num_scored_tokens"}
+    own |= {"tokens_per_second", "step_seconds", "peak_memory_bytes", *METRICS}
     for line in done.metrics:
         evaluates = line["step"] in (2, 3)  # and at the end
-        names = {*RUN_METRICS.split(), *METRICS}
-        assert set(line) == names | ({f"eval_{name}" for name in METRICS} if evaluates else set())
-        assert line["tokens_per_second"] == pytest.approx(line["num_tokens"] / line["step_seconds"])
+        assert set(line) == own | ({f"eval_{name}" for name in METRICS} if evaluates else set())
         assert line["rewards/margins"] == pytest.approx(line["rewards/chosen"] - line["rewards/rejected"])
-    assert done.metrics[-1]["epoch"] == 1.0
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert set(summary) == set(SUMMARY.split())
     assert json.loads(json.dumps(done.returned)) == summary
-    assert summary["args"]["max_length"] == 64 and summary["final_metrics"] == done.metrics[-1]
     tokens = sum(values(done, "num_tokens"))
     assert summary["throughput"]["num_tokens"] == tokens
     assert summary["data"]["computed_fraction"] == pytest.approx(tokens / summary["data"]["tokens_kept"])
@@ -1760,111 +1449,89 @@ def test_what_a_run_leaves_behind(evaluated, tmp_path, capsys):
     assert "read 10  used 10  equal 0" in page and "boundaries_moved 0" in page and "memory ledger" in page
 
 
-@pytest.mark.parametrize("dtype, tied", [(torch.float32, False), (torch.bfloat16, True)])
-def test_the_saved_model_is_the_trained_one(dtype, tied, base, tmp_path):
-    folder = write_model(tmp_path / "model", dtype=dtype, tie_word_embeddings=tied)
-    done = run(tmp_path / "out", base, model_name_or_path=folder, save_steps=3, learning_rate=1e-2)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    checkpoint = load_file(next((tmp_path / "out/checkpoint-3").glob("*.safetensors")))
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, checkpoint[f"weight.{name}"].to(dtype))
-        assert parameter.ne(load_file(Path(folder) / "model.safetensors")[name]).any()
-    assert done.weights.keys() == load_file(Path(folder) / "model.safetensors").keys()  # a tied weight once
-
-
 def test_bf16_follows_fp32(base, tmp_path):
-    exact = run(tmp_path / "fp32", base)
-    half = run(tmp_path / "bf16", base, bf16=True)
-    assert not torch.distributed.is_initialized()
+    exact, half = run(tmp_path / "fp32", base), run(tmp_path / "bf16", base, bf16=True)
     assert values(half, "logps/chosen") != values(exact, "logps/chosen")
     assert values(half, "logps/chosen") == pytest.approx(values(exact, "logps/chosen"), rel=0.02)
-    assert losses(half) == pytest.approx(losses(exact), rel=0.05)
+    assert values(half, "loss") == pytest.approx(values(exact, "loss"), rel=0.05)
     assert all(weight.dtype == torch.float32 for weight in half.weights.values())
 
 
-def test_gradient_checkpointing_changes_no_loss(dropout, uninterrupted, tmp_path):
-    without = run(tmp_path, dropout, gradient_checkpointing=False)
-    assert curve_difference(without, uninterrupted) <= 1e-5
-
-
 @pytest.mark.parametrize("change", [{"beta": 0.5}, {"loss_type": "ipo"}, {"label_smoothing": 0.2}])
-def test_flags_of_the_loss_change_it(change, base, tmp_path):
-    before, after = run(tmp_path / "0", base), run(tmp_path / "1", base, **change)
-    assert abs(losses(before)[-1] - losses(after)[-1]) > 1e-3
+def test_flags_of_the_loss_change_it(change, base, earlier_run, tmp_path):
+    after = run(tmp_path, base, **change)
+    assert abs(values(read_run(earlier_run), "loss")[-1] - values(after, "loss")[-1]) > 1e-3
 
 
-def test_the_first_update_is_adamw_on_the_mean_loss(base, tmp_path):
-    """One step on all pairs, from weights to weights, against torch's own optimizer on the plain loss."""
-    done = run(tmp_path, base, per_device_train_batch_size=10, weight_decay=10.0, max_grad_norm=0.05)
-    model = AutoModelForCausalLM.from_pretrained(base["model_name_or_path"])
-    tokenizer = AutoTokenizer.from_pretrained(base["model_name_or_path"])
-    ratios = []
-    for row in map(json.loads, open(base["dataset_name"])):
-        start = len(tokenizer(row["prompt"]).input_ids)
-        for name in ("chosen", "rejected"):
-            ids = torch.tensor(tokenizer(row["prompt"] + row[name]).input_ids + [END])
-            log_p = model(input_ids=ids[None], use_cache=False).logits[0].log_softmax(-1)
-            logp = log_p[range(start - 1, len(ids) - 1), ids[start:]].sum()
-            ratios.append(logp - logp.detach())
-    ratios = torch.stack(ratios)
-    loss = -torch.nn.functional.logsigmoid(0.1 * (ratios[0::2] - ratios[1::2])).mean()
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
-    norms = [p for name, p in model.named_parameters() if "norm" in name]
-    matrices = [p for name, p in model.named_parameters() if "norm" not in name]
-    for parameters, weight_decay in ((matrices, 10.0), (norms, 0.0)):
-        torch.optim.AdamW(parameters, lr=1e-3, weight_decay=weight_decay).step()
-    assert losses(done) == pytest.approx([math.log(2)], abs=1e-7)
-    assert done.metrics[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4) and norm > 0.05
-    assert worst(done.weights, {name: p.detach() for name, p in model.named_parameters()}) <= 1e-4
-
-
-def test_training_on_the_demo_raises_accuracy_and_margin_on_held_out_pairs(tmp_path):
-    rows = (ROOT / "demo/preferences.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "train.jsonl").write_text("".join(rows[:160]))
-    (tmp_path / "eval.jsonl").write_text("".join(rows[-40:]))
-    flags = {"dataset_name": str(tmp_path / "train.jsonl"), "eval_dataset_name": str(tmp_path / "eval.jsonl")}
-    done = run(tmp_path / "out", flags, learning_rate=3e-4, per_device_train_batch_size=8, eval_steps=5)
-    early, last = done.metrics[4], done.metrics[-1]
-    assert len(done.metrics) == 20
-    # before the first step the margin is 0, the loss log 2 and no margin is above 0
-    assert last["eval_rewards/margins"] > early["eval_rewards/margins"] > 0.03
-    assert last["eval_loss"] < early["eval_loss"] < math.log(2) - 0.01
-    assert last["eval_rewards/accuracies"] > 0.6
-
-
-# --- Memory ---
+# --- 12. Memory ---
 
 
 def bytes_of(summary):
-    return {row["name"]: row["measured"] for row in summary["ledger"]}
+    return {row["name"]: row["bytes"] for row in summary["ledger"]}
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        {},
-        {"share_prompt": False},
-        {"padding_free": False},
-        {"bf16": True},
-        {"gradient_checkpointing": False},
-        {"precompute_ref_log_probs": False},
-        {"gradient_accumulation_steps": 2},
-    ],
-    ids=str,
-)
-def test_the_ledger_is_filled_and_foretold(flags, tmp_path):
+COUNTED = {
+    **WAYS,
+    "reference beside": {"precompute_ref_log_probs": False},
+    "bf16": {"bf16": True},
+    "no checkpointing, accumulated": {"gradient_checkpointing": False, "gradient_accumulation_steps": 2},
+    "offloaded": {"activation_offloading": True, "gradient_checkpointing": False},
+}
+
+
+@pytest.mark.parametrize("way", COUNTED)
+def test_a_dry_run_counts_what_a_step_holds(way, tmp_path, monkeypatch):
+    """Over the same batches, those of the step that was measured."""
     rows = (ROOT / "demo/preferences.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "rows.jsonl").write_text("".join(rows[:16]))
-    flags = {"dataset_name": str(tmp_path / "rows.jsonl"), "max_steps": 2, **flags}
-    ledger = run(tmp_path / "out", flags, measure_memory=True).returned["ledger"]
-    reference = [] if flags.get("precompute_ref_log_probs", True) else ["reference"]
-    names = ["parameters", *reference, "gradients", "optimizer", "activations", "loss_head", "peak"]
-    assert [row["name"] for row in ledger] == names
-    for row in ledger:
-        if row["name"] == "loss_head" and "gradient_accumulation_steps" in flags:
-            continue  # measured on the micro-batch with the most scored tokens, predicted for the longest one
-        assert row["predicted"] == pytest.approx(row["measured"], rel=0.1), row
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(rows[:4]) * COUNTED[way].get("gradient_accumulation_steps", 1)
+    )
+    batches, batch = [], Pairs.batch
+    monkeypatch.setattr(Pairs, "batch", lambda *args: batches.append(batch(*args)) or batches[-1])
+    flags = {"dataset_name": str(tmp_path / "rows.jsonl"), "max_steps": 2, "measure_memory": True}
+    args = Arguments(output_dir=str(tmp_path / "out"), **flags, **COUNTED[way])
+    measured = bytes_of(main(args))
+    largest = max(batches, key=lambda each: each["input_ids"].numel())
+    largest = {"ref_logps": torch.zeros(8)} | largest
+    monkeypatch.setattr(dpo_padding_free, "pretend_batch", lambda args: largest)
+    found, moment = dpo_padding_free.pretend_step(args, read_pretrained(DEMO_MODEL, dropout=False))
+    assert found.keys() == measured.keys() and moment
+    assert ("reference" in found) == (way == "reference beside")
+    for name, count in found.items():
+        assert count == pytest.approx(measured[name], rel=0.05, abs=2**14), name
+
+
+@given(
+    limits=st.tuples(*[st.none() | st.integers(1, 19)] * 2),
+    max_length=st.integers(20, 40),
+    way=st.sampled_from([{}, {"share_prompt": False}, {"padding_free": False}]),
+)
+def test_no_pair_is_larger_than_the_one_that_a_dry_run_counts(limits, max_length, way):
+    flags = {"max_prompt_length": limits[0], "max_completion_length": limits[1], "max_length": max_length}
+    args = Arguments(per_device_train_batch_size=1, **flags | way)
+    most_prompt, most_completion = (limit or max_length for limit in limits)
+    pairs = [
+        (prompt, completion)
+        for prompt in range(1, most_prompt + 1)
+        for completion in range(1, min(most_completion, max_length - prompt) + 1)
+    ]
+    largest = max(p + 2 * c if way == {} else 2 * (p + c) for p, c in pairs)
+    assert dpo_padding_free.pretend_batch(args)["input_ids"].numel() == largest
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_a_budget_of_tokens_is_counted_in_full(share_prompt, monkeypatch):
+    limits = {"max_length": 64, "max_prompt_length": 20, "share_prompt": share_prompt}
+    for budget in range(200, 300):
+        # whole pairs of 107 or 128 tokens, and one of what is left, if it holds a prompt and two completions
+        least = (20 if share_prompt else 40) + 2
+        counted = dpo_padding_free.pretend_batch(Arguments(max_tokens_per_batch=budget, **limits))
+        assert budget - least < counted["input_ids"].numel() <= budget
+    monkeypatch.setattr(dpo_padding_free, "pretend_step", lambda args, pretrained: ({"peak": 1}, ""))
+    flags = {"dry_run": True, "gpu_memory_gib": 1.0, "max_length": 32, "share_prompt": share_prompt}
+    # of lengths whose pair is within the budget: a prompt of one token and two completions of 49, 99 tokens;
+    # or two sequences of 50
+    assert main(Arguments(max_tokens_per_batch=100, **flags))["longest"] == 50
 
 
 def test_bytes_fall_from_padded_to_padding_free_to_shared(base, tmp_path):
@@ -1880,7 +1547,6 @@ def test_bytes_fall_from_padded_to_padding_free_to_shared(base, tmp_path):
     for less, more in (("padding-free", "padded"), ("shared", "padding-free")):
         assert found[less]["activations"] <= 1.1 * found[more]["activations"] * tokens[less] / tokens[more]
         assert found[less]["peak"] < found[more]["peak"]
-        assert found[less]["parameters"] == found[more]["parameters"]
     assert found["shared"]["peak"] < 0.5 * found["padded"]["peak"]
 
 
@@ -1894,9 +1560,6 @@ def test_a_computed_reference_costs_no_second_model(tmp_path):
     assert twice["peak"] - once["peak"] == pytest.approx(once["parameters"], rel=0.1)
 
 
-# --- Offloading and Liger's kernels ---
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -1908,66 +1571,13 @@ def test_a_computed_reference_costs_no_second_model(tmp_path):
 )
 def test_offloading_changes_only_where_activations_wait(changes, evaluated, tmp_path, monkeypatch):
     monkeypatch.setattr("common.offload.MIN_BYTES", 1)
-    plain = run(tmp_path / "plain", evaluated, **changes)
+    kept = run(tmp_path / "kept", evaluated, **changes)
     offloaded = run(tmp_path / "offloaded", evaluated, activation_offloading=True, **changes)
-    assert_same_bits(plain, offloaded)
-    assert plain.metrics[-1]["eval_loss"] == offloaded.metrics[-1]["eval_loss"]
-    assert plain.returned["activation_offloading"] is None
+    assert_same_bits(kept, offloaded)
+    assert kept.metrics[-1]["eval_loss"] == offloaded.metrics[-1]["eval_loss"]
+    assert kept.returned["activation_offloading"] is None
     report = offloaded.returned["activation_offloading"]
     assert report["offloaded_bytes"] > 0 and report["peak_host_bytes"] >= report["offloaded_bytes"]
     if changes.get("gradient_checkpointing", True):  # of two layers' inputs the first one's; 32 fp32 numbers
         tokens = {line["num_tokens"] for line in offloaded.metrics[1:]}
         assert report["offloaded_bytes"] in {count * 32 * 4 for count in tokens}
-
-
-def test_the_ledger_of_an_offloaded_run(tmp_path, capsys):
-    flags = {"dataset_name": str(ROOT / "demo/preferences.jsonl"), "max_steps": 2, "measure_memory": True}
-    done = run(tmp_path, flags, per_device_train_batch_size=16, activation_offloading=True)
-    for row in done.returned["ledger"]:
-        assert row["predicted"] == pytest.approx(row["measured"], rel=0.1), row
-    assert done.returned["ledger"][-1]["name"] == "on_host"
-    assert "on a pretend device" in capsys.readouterr().out
-
-
-def test_liger_is_refused_before_anything_is_touched(base, tmp_path, monkeypatch):
-    flags = {**base, "use_liger_kernel": True, "output_dir": str(tmp_path / "out")}
-    with pytest.raises(ValueError, match="needs a GPU, and torch sees none"):
-        main(Arguments(**flags))
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    gpt2 = write_model(tmp_path / "gpt2", "gpt2")
-    with pytest.raises(ValueError, match="no kernels for model type 'gpt2'"):
-        main(Arguments(**{**flags, "model_name_or_path": gpt2}))
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("precompute_ref_log_probs", [True, False])
-def test_both_models_get_the_kernels(precompute_ref_log_probs, base, copied_run, tmp_path, monkeypatch):
-    """Kernels round otherwise: policy and reference must agree, and one's reference is not the other's."""
-    patched = []
-    monkeypatch.setattr(dpo_padding_free, "check_liger", lambda model_type: None)
-    monkeypatch.setattr(dpo_padding_free, "apply_liger_kernels", lambda model, ids: patched.append(model))
-    flags = {"use_liger_kernel": True, "precompute_ref_log_probs": precompute_ref_log_probs}
-    run(tmp_path, base, max_steps=1, **flags)
-    assert len({id(model) for model in patched}) == (1 if precompute_ref_log_probs else 2)
-    if precompute_ref_log_probs:
-        with pytest.raises(ValueError, match="its precision is not this one's"):
-            main(Arguments(**{**base, **flags, "output_dir": copied_run, "resume_from_checkpoint": "latest"}))
-
-
-# --- README ---
-
-
-def readme_commands():
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    return [
-        line.split("dpo_padding_free.py", 1)[1].split()
-        for line in text.splitlines()
-        if " dpo_padding_free.py --" in line
-    ]
-
-
-def test_the_readmes_commands_are_accepted():
-    assert len(readme_commands()) >= 2
-    for command in readme_commands():
-        (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(command)
-        dpo_padding_free.check_arguments(args)

@@ -1,14 +1,21 @@
 """Chunked log-probabilities: what the full [N, V] logits give, in a fraction of their bytes."""
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import documents, gradients, inputs, tiny_model, worst
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from common import logps
-from common.collators import IGNORE, flatten, pad
-from common.logps import check_head, head_computes, nll_sum, token_logps
+from common.collators import add_scored, pad
+from common.logps import at_scored, head_computes, liger_nll_sum, nll_sum, token_logps
 
+ROOT = Path(__file__).parents[1]
 N, H, V = 23, 16, 101
 TOLERANCE = 1e-5
 chunk_sizes = pytest.mark.parametrize("chunk_size", [1, 7, 23, 256])
@@ -248,35 +255,28 @@ def test_peak_is_one_chunk_and_the_gradients(function, dtype):
 # --- In a model ---
 
 
-def shifted(batch):
-    """Row positions whose hidden state predicts something, and what."""
-    targets = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE).flatten()
-    positions = (targets != IGNORE).nonzero()[:, 0]
-    return positions, targets[positions]
-
-
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi"])  # phi's head has a bias
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("function", ["token_logps", "nll_sum"])
-def test_head_computes_in_a_whole_model(family, tied, function):
-    batch = pad(documents(0, [9, 5, 1]), 0)
-    positions, targets = shifted(batch)
+def test_a_model_scores_its_tokens_without_logits(family, tied, function):
+    """The head alone sees what is scored; the batch's other keys do not reach the model."""
+    batch = add_scored(pad(documents(0, [9, 5, 1]), 0))
+    index, ids, seen = batch["score_index"], batch["score_ids"], []
 
-    def compute(hidden, weight, bias):
-        scored = hidden.flatten(0, 1).index_select(0, positions)
+    def compute(hidden, weight, target_ids, bias):
+        seen.append(hidden.shape[0])
         if function == "nll_sum":
-            return nll_sum(scored, weight, targets, bias=bias, chunk_size=5)
-        return -token_logps(scored, weight, targets, bias=bias, chunk_size=5).sum()
+            return nll_sum(hidden, weight, target_ids, bias=bias, chunk_size=5)
+        return -token_logps(hidden, weight, target_ids, bias=bias, chunk_size=5).sum()
 
     model = tiny_model(family, "sdpa", tie_word_embeddings=tied)
-    logits = model(**inputs(batch), use_cache=False).logits.flatten(0, 1)[positions]
-    expected = torch.nn.functional.cross_entropy(logits, targets)
+    logits = model(**inputs(batch), use_cache=False).logits.flatten(0, 1)[index]
+    expected = torch.nn.functional.cross_entropy(logits, ids)
     expected.backward()
     expected_gradients = gradients(model)
-    with head_computes(model, compute):
-        loss = model(**inputs(batch), use_cache=False).logits / len(targets)
+    loss = at_scored(model, batch, compute) / len(ids)
     loss.backward()
-    assert abs(loss - expected) <= TOLERANCE
+    assert abs(loss - expected) <= TOLERANCE and seen == [12]
     found = gradients(model)
     assert ("lm_head.weight" in found) == (not tied)
     assert worst(found, expected_gradients) <= TOLERANCE
@@ -287,6 +287,9 @@ def test_head_computes_restores_the_head():
     before = model(**inputs(batch)).logits
     with head_computes(model, lambda hidden, weight, bias: torch.zeros(())):
         assert model(**inputs(batch)).logits.shape == ()
+        with head_computes(model, lambda hidden, weight, bias: torch.zeros(2)):
+            assert model(**inputs(batch)).logits.shape == (2,)
+        assert model(**inputs(batch)).logits.shape == ()
     assert torch.equal(model(**inputs(batch)).logits, before)
     with pytest.raises(KeyError), head_computes(model, lambda hidden, weight, bias: {}["missing"]):
         model(**inputs(batch))
@@ -294,27 +297,35 @@ def test_head_computes_restores_the_head():
     assert "forward" not in vars(model.get_output_embeddings())
 
 
-@pytest.mark.parametrize(
-    "family, fields, setting",
-    [
-        ("gemma2", {"final_logit_softcapping": 30.0}, "'final_logit_softcapping': 30.0"),
-        ("granite", {"logits_scaling": 8.0}, "'logits_scaling': 8.0"),
-        ("cohere", {"logit_scale": 0.0625}, "'logit_scale': 0.0625"),
-    ],
-)
-def test_check_head_raises_for_logits_changed_after_the_head(family, fields, setting):
-    model = tiny_model(family, "eager", **fields)  # gemma2 knows no sdpa
-    with pytest.raises(ValueError, match=setting):
-        check_head(model, {"input_ids": torch.tensor([[3, 4, 5]])})
-    assert "forward" not in vars(model.get_output_embeddings())
+# --- Liger's cross entropy, in Triton's interpreter (liger_interpreted.py) ---
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma3_text", "phi3", "phi"])
-@pytest.mark.parametrize("lengths", [[3, 2], [1, 9], [200]])
-def test_check_head_passes_on_the_first_tokens_of_any_batch(family, lengths):
-    sequences, seen = documents(0, lengths), []
-    for batch, attention in ((pad(sequences, 0), "sdpa"), (flatten(sequences), "varlen")):
-        model = tiny_model(family, attention)
-        model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
-        check_head(model, batch)
-    assert all(rows == 1 and tokens <= 64 for rows, tokens, _ in seen) and len(seen) == 2
+def test_in_the_interpreter():
+    """Its tests run in a process in which Triton interprets: it looks when it is imported."""
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:logging"]
+    done = subprocess.run(
+        [*command, str(ROOT / "tests/liger_interpreted.py")],
+        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert re.search(r"^\d+ passed in", done.stdout, re.M), done.stdout + done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ligers_loss_head_on_cuda(dtype):
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = (torch.randn(size, 64, generator=generator).to("cuda", dtype) for size in (300, 1000))
+    targets = torch.randint(0, 1000, (300,), generator=generator).cuda()
+    results = []
+    for function in (liger_nll_sum, nll_sum):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+        loss = function(*leaves, targets)
+        (loss / 300).backward()
+        results.append([loss.detach(), *(x.grad for x in leaves)])
+    for found, expected in zip(*results):
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        assert worst(found, expected) <= tolerance * max(expected.abs().max().item(), 1)

@@ -1,7 +1,6 @@
 """Activation offloading on the pretend device: exact, freed for real, gone after each step."""
 
 import gc
-import json
 import weakref
 from collections import Counter
 from contextlib import contextmanager, nullcontext
@@ -18,7 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from common.collators import flatten
-from common.offload import OffloadActivations, keep_on_device
+from common.offload import OffloadActivations
 
 CPU = torch.device("cpu")
 
@@ -61,10 +60,7 @@ def kinds(x, w):
 
 
 def kept(x, w):
-    h = x.exp()
-    with keep_on_device():
-        h = h.sin().cos()
-    return h.tanh() * x
+    return x.exp().sin().cos().tanh() * x
 
 
 def checkpointed(x, w, use_reentrant=False):
@@ -208,23 +204,18 @@ def test_what_the_last_layer_the_head_and_a_kept_region_save_stays():
         for forward in (1, 2):  # two forwards in one region are two forwards
             loss = model(leaf(6, 4) * 1).exp().sin().sum()
             assert offload.moved_bytes == forward * 2 * 96
-            with keep_on_device():
-                offload.layer = 0
-                loss = loss.exp().sin()
-                offload.layer = len(layers)
-            assert offload.moved_bytes == forward * 2 * 96
     loss.backward()
     assert in_flight == [1, 1] and loaded == [1]  # a copy has the next layer's time, there and back
-    report = offload.report()
-    assert report["offloaded_bytes"] == 2 * report["bytes_per_layer"] == 4 * 96
-    json.dumps(report)
+    assert offload.report()["offloaded_bytes"] == 4 * 96
 
 
 def test_what_a_node_saves_of_its_own_output_is_no_cycle():
     """A kept tensor packed as itself would be: tensor -> node -> saved tensor -> tensor."""
     gc.disable()
     try:
-        with offloader(), keep_on_device():
+        offload = offloader()
+        with offload:
+            offload.layer = 10**9  # in the head: what is saved stays
             y = leaf(6, 4).exp()
         freed = weakref.ref(y.untyped_storage())
         del y
@@ -259,8 +250,7 @@ def test_a_graph_that_outlives_its_step_is_refused(error):
 
 def test_the_slab_is_sized_by_the_first_step_and_grows():
     offload, largest = offloader(), 0
-    # what is reported is the largest forward, but not the first step's, whose copies are slow without a slab
-    for rows, in_slab, reported in ((9, False, 9), (6, True, 6), (90, False, 90), (9, True, 90)):
+    for rows, in_slab, reported in ((9, False, 9), (6, True, 9), (90, False, 90), (9, True, 90)):
         with offload:
             loss = (leaf(rows, 4) * 2).exp().sin().cos().sum()  # saves the outputs of exp and of sin
             slab = offload.host.slab.untyped_storage().data_ptr()
@@ -616,7 +606,7 @@ def test_cuda_gradients_are_bit_equal_and_memory_is_free(checkpointing, default_
     layer_input = 8400 * 256 * 2
     assert plain_peak - peak > (2 * layer_input if checkpointing else 20 * layer_input)
     report = offload.report()
-    assert report["pretend"] is False and 0 < report["layer_seconds"] < 1
+    assert report["pretend"] is False
     assert offload.host.slab.is_pinned()
     if checkpointing:  # not rounded up
         assert len(offload.host.slab) == report["peak_host_bytes"] == 5 * layer_input

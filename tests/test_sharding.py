@@ -1,0 +1,609 @@
+"""A pretrained model comes in and goes out as its files have it, on one rank and on two."""
+
+import importlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import alone_on_the_cpu, documents, gradients, inputs, tiny_model, worst, write_jsonl
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+
+from common import Refusal, sharding
+from common.collators import flatten
+from common.run import Run
+from common.sharding import (
+    ShardedArguments,
+    check_liger,
+    check_sharded_arguments,
+    checkpoint_layers,
+    frozen_names,
+    load_model,
+    load_training_state,
+    load_whole,
+    max_positions,
+    model_fingerprint,
+    parameter_groups,
+    read_pretrained,
+    save_model,
+    save_training_state,
+    saved_names,
+    set_kernels,
+    trained,
+    try_to_write,
+    write_pretrained,
+)
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ["sft_packing", "dpo_padding_free", "grpo_zero3"]
+SPECIAL = {"vocab_size": 261, "pad_token_id": 256, "bos_token_id": None, "eos_token_id": 257}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with alone_on_the_cpu(tmp_path_factory.mktemp("cache")) as folder:
+        yield folder
+
+
+@pytest.fixture
+def run(tmp_path):
+    with Run(ShardedArguments(output_dir=str(tmp_path / "out")), "TEST") as opened:
+        (tmp_path / "out").mkdir()
+        yield opened
+
+
+def write_model(folder, family="llama", dtype=torch.float32, **fields):
+    """A tiny model and the demo's tokenizer, as its folder on the Hub would be."""
+    tiny_model(family, "sdpa", **{**SPECIAL, **fields}).to(dtype).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(ROOT / "demo/model").save_pretrained(folder)
+    return str(folder)
+
+
+def change_config(folder, inside=None, **fields):
+    config = json.loads((folder / "config.json").read_text())
+    (config[inside] if inside else config).update(fields)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def tensors_of(folder):
+    return {name: t for file in Path(folder).glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+def assert_same_tensors(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+# --- In and out ---
+
+ROUTED = {  # a bias that chooses the experts, kept in fp32 beside bf16 weights
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 0,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+}
+CASES = {  # of which transformers joins some tensors: experts, for example
+    "llama": {},
+    "phi3": {"tie_word_embeddings": True},
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "deepseek_v3": ROUTED,
+}
+
+
+def split_files(folder, kind):
+    """Turn model.safetensors into another kind of files with the same tensors."""
+    tensors = load_file(folder / "model.safetensors")
+    if kind == "one":
+        return
+    (folder / "model.safetensors").unlink()
+    count = 2 if "shards" in kind else 1
+    parts = [dict(list(tensors.items())[i::count]) for i in range(count)]
+    name = "pytorch_model.bin" if "torch" in kind else "model.safetensors"
+    names = [f"{i}-{name}" for i in range(count)] if count > 1 else [name]
+    for file, part in zip(names, parts):
+        if "torch" in kind:
+            torch.save(part, folder / file)
+        else:
+            save_file(part, folder / file, metadata={"format": "pt"})
+    if count > 1:
+        weight_map = {tensor: file for file, part in zip(names, parts) for tensor in part}
+        (folder / f"{name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.mark.parametrize(
+    "family, kind", [*((f, "one") for f in CASES), *(("deepseek_v3", k) for k in ("shards", "torch", "torch shards"))]
+)
+def test_each_tensor_is_written_as_its_file_has_it(family, kind, tmp_path, run):
+    came, left = tmp_path / "came", tmp_path / "out"
+    write_model(came, family, torch.bfloat16, **CASES[family])
+    tensors = tensors_of(came)
+    for name in [name for name in tensors if "e_score_correction_bias" in name or "layernorm" in name]:
+        tensors[name] = torch.randn(tensors[name].shape)
+    save_file(tensors, came / "model.safetensors", metadata={"format": "pt"})
+    split_files(came, kind)
+    pretrained = read_pretrained(str(came))
+    whole = load_whole(pretrained, run)
+    assert {p.dtype for p in whole.parameters()} == {torch.float32}  # the widest
+    assert family in ("llama", "phi3") or whole.state_dict().keys() != tensors.keys()
+    shutil.rmtree(came)  # nothing of it is needed any more
+    try_to_write(run, whole, pretrained)
+    weights = whole.state_dict()
+    write_pretrained(left, pretrained, {name: weights[name] for name in saved_names(whole)})
+    assert_same_tensors(tensors_of(left), tensors)
+    read = AutoModelForCausalLM.from_pretrained(left, dtype=torch.float32)
+    assert worst(dict(read.named_parameters()), dict(whole.named_parameters())) == 0
+    assert (left / "model.safetensors").stat().st_mode & 0o044  # not for its owner alone
+
+
+def write_apart(folder):
+    """A configuration that ties, files that do not; norms in fp32 beside bf16; a generation configuration
+    that transformers takes for invalid.
+    """
+    write_model(folder, dtype=torch.bfloat16, initializer_range=0.1, num_hidden_layers=1)
+    tensors = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in tensors.items():
+        if "norm" in name:
+            tensors[name] = 1 + torch.randn(tensor.shape, generator=generator) / 100
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    change_config(folder, tie_word_embeddings=True)
+    (folder / "generation_config.json").write_text('{"num_return_sequences": 3, "eos_token_id": 257}')
+    return str(folder)
+
+
+def assert_same_model(folder, came):
+    assert_same_tensors(tensors_of(folder), tensors_of(came))
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
+    generation = "generation_config.json"
+    assert (folder / generation).read_text() == (came / generation).read_text()
+
+
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    **SPECIAL,
+}
+GEMMA3 = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2}
+LINEAR |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+INSIDE = {
+    "gemma3": {
+        "text_config": {**TEXT, **GEMMA3, "num_hidden_layers": 2, "query_pre_attn_scalar": 16},
+        "vision_config": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+        | {"num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+        "mm_tokens_per_image": 4,
+    },
+    "qwen3_5": {
+        "text_config": {**TEXT, **LINEAR, "num_hidden_layers": 4},
+        "vision_config": {"hidden_size": 16, "intermediate_size": 24, "depth": 1, "num_heads": 2}
+        | {"out_hidden_size": 32},
+    },
+}
+
+
+def write_inside(folder, family, dtype=torch.float32):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **INSIDE[family])
+    AutoModelForImageTextToText.from_config(config, dtype=dtype).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(ROOT / "demo/model").save_pretrained(folder)
+    return str(folder)
+
+
+def assert_text_alone_is_trained(folder, came):
+    found, before = tensors_of(folder), tensors_of(came)
+    assert found.keys() == before.keys()
+    for name, tensor in before.items():
+        assert found[name].dtype == tensor.dtype
+        seen = any(part in name for part in ("vision", "visual", "multi_modal"))
+        assert torch.equal(found[name], tensor) == seen, name
+    _, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().weight.shape == (261, 32)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("family", INSIDE)
+def test_a_text_model_inside_another_is_trained_alone_and_goes_back_into_it(family, bf16, tmp_path, run):
+    """transformers makes a model of text alone of one of them: the rest is written beside it."""
+    name = write_inside(tmp_path / "model", family, torch.bfloat16)
+    pretrained = read_pretrained(name)
+    run.args.bf16 = bf16
+    model = load_model(run.args, run, pretrained)
+    assert all("vision" in name or "projector" in name for name in frozen_names(model))
+    with torch.no_grad():
+        for parameter in trained(model):
+            parameter.mul_(1.5).add_(0.1)
+    save_model(run, model, pretrained)
+    assert_text_alone_is_trained(tmp_path / "out", tmp_path / "model")
+
+
+# --- What cannot be read, loaded or written ---
+
+
+@pytest.mark.parametrize("inside", [None, "text_config"])
+def test_quantised_weights_are_refused(inside, tmp_path):
+    name = write_inside(tmp_path, "gemma3") if inside else write_model(tmp_path)
+    change_config(tmp_path, inside, quantization_config={"quant_method": "gptq", "bits": 4})
+    for tokenizer in (True, False):  # a dry run's way as well
+        with pytest.raises(Refusal, match="gptq.: full training of a quantised model is not supported"):
+            read_pretrained(name, tokenizer=tokenizer)
+
+
+def test_models_that_are_not_there_or_not_whole_are_refused(tmp_path, run):
+    with pytest.raises(Refusal, match="/nowhere cannot be loaded; wanted: a folder with a config.json"):
+        read_pretrained("/nowhere")
+    name = write_model(tmp_path / "model", tie_word_embeddings=True)
+    (tmp_path / "model/generation_config.json").write_text("{")
+    with pytest.raises(Refusal, match="cannot be loaded"):
+        read_pretrained(name)
+    (tmp_path / "model/generation_config.json").unlink()
+    change_config(tmp_path / "model", tie_word_embeddings=False)
+    with pytest.raises(Refusal, match="lack 1 of the model's weights, such as lm_head.weight"):
+        load_whole(read_pretrained(name), run)
+    (tmp_path / "model/model.safetensors").write_bytes(b"x")
+    with pytest.raises(Refusal, match="cannot be loaded"):
+        load_whole(read_pretrained(name), run)
+    (tmp_path / "model/model.safetensors").unlink()
+    with pytest.raises(Refusal, match="neither model.safetensors nor pytorch_model.bin"):
+        load_whole(read_pretrained(name), run)
+
+
+def test_shards_that_are_not_the_files_are_seen(tmp_path, monkeypatch, run):
+    spread = sharding.set_model_state_dict
+
+    def one_off(model, state, options):
+        spread(model, state, options=options)
+        model.model.norm.weight.data.mul_(1.5)
+
+    monkeypatch.setattr(sharding, "set_model_state_dict", one_off)
+    run.args.bf16 = True
+    with pytest.raises(AssertionError, match="do not hold what the files do: .'model.norm.weight'."):
+        load_model(run.args, run, read_pretrained(write_model(tmp_path / "model")))
+
+
+def test_what_ends_a_generation_and_a_vocabulary(tmp_path):
+    name = write_model(tmp_path)
+    assert read_pretrained(name).eos_token_id == 257 and read_pretrained(name).vocab_size == 261
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
+    assert read_pretrained(name).eos_token_id == [3, 4]
+    (tmp_path / "generation_config.json").unlink()
+    assert read_pretrained(name).eos_token_id == 257
+
+
+DROPS = {"attn_pdrop": 0.2, "embd_pdrop": 0.2, "resid_pdrop": 0.2}
+
+
+def test_dropout_is_off_where_it_is_asked_for_and_written_as_it_came(tmp_path, monkeypatch, run):
+    name = write_model(tmp_path / "model", "gpt2", n_positions=64, **DROPS)
+    for dropout in (True, False):
+        pretrained = read_pretrained(name, dropout=dropout)
+        model, ids = load_whole(pretrained, run).train(), torch.arange(9)[None]
+        assert torch.equal(model(ids).logits, model(ids).logits) == (not dropout)
+    write_pretrained(tmp_path / "out", pretrained, model.state_dict())
+    assert json.loads((tmp_path / "out/config.json").read_text())["resid_pdrop"] == 0.2
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    made = LlamaMLP.__init__
+
+    def with_dropout(self, config):
+        made(self, config)
+        self.drop = torch.nn.Dropout(0.1)
+
+    monkeypatch.setattr(LlamaMLP, "__init__", with_dropout)
+    name = write_model(tmp_path / "llama")
+    load_whole(read_pretrained(name), run)
+    with pytest.raises(Refusal, match="that its configuration does not name .*layers.0.mlp.drop"):
+        load_whole(read_pretrained(name, dropout=False), run)
+
+
+ROPES = {
+    "longrope": {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0], "factor": 4.0}
+    | {"original_max_position_embeddings": 16},
+    "dynamic": {"factor": 4.0, "original_max_position_embeddings": 16},
+}
+POSITIONS = {"max_position_embeddings": 64, "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize("rope_type", [None, *ROPES])
+def test_more_positions_than_a_model_computes_alike_are_refused(rope_type, tmp_path):
+    limit, message = 64, "--max_length 65 is over the model's 64 positions"
+    if rope_type is None:
+        name = write_inside(tmp_path, "gemma3")
+    else:
+        rope = ROPES[rope_type] | {"rope_type": rope_type, "rope_theta": 10_000.0}
+        family = {"longrope": "phi3", "dynamic": "llama"}[rope_type]
+        name = write_model(tmp_path, family, rope_parameters=rope, **POSITIONS)
+        limit, message = 16, f"17 is over the model's 16 original positions, beyond which rope_type {rope_type}"
+    read_pretrained(name, limit)
+    with pytest.raises(Refusal, match=message):
+        read_pretrained(name, limit + 1)
+
+
+@torch.no_grad()
+def test_within_its_original_positions_longrope_computes_packed_documents_as_alone():
+    rope = ROPES["longrope"] | {"rope_type": "longrope", "rope_theta": 10_000.0}
+    model = tiny_model("phi3", rope_parameters=rope, **POSITIONS)
+    for longest, exact in ((16, True), (17, False)):
+        sequences = documents(0, [longest, 9])
+        packed = model(**inputs(flatten(sequences)), use_cache=False).logits[0, longest:]
+        alone = model(**inputs(flatten(sequences[1:])), use_cache=False).logits[0]
+        assert (worst(packed, alone) <= 1e-5) == exact
+    ropes = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0}}
+    text = INSIDE["gemma3"]["text_config"] | {"rope_parameters": ropes}
+    assert max_positions(AutoConfig.for_model("gemma3", text_config=text))[0] == 16
+
+
+# --- Flags and kernels ---
+
+
+@pytest.mark.parametrize(
+    "flat, flags, message",
+    [
+        (False, {"attn_implementation": "varlen"}, "varlen is for flat rows"),
+        (True, {"attn_implementation": "flash_attention_2"}, "flash_attention_2 rejects fp32: add --bf16"),
+        (True, {"eval_steps": 2}, "--eval_steps needs --eval_dataset_name"),
+        (True, {"dry_run": True, "use_liger_kernel": True}, "--dry_run cannot look into Triton's kernels"),
+        (True, {"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps is 0"),
+        (True, {"max_steps": 0}, "--max_steps 0"),  # of all scripts
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(flat, flags, message):
+    check_sharded_arguments(ShardedArguments(), flat)
+    with pytest.raises(Refusal, match=message):
+        check_sharded_arguments(ShardedArguments(**flags), flat)
+
+
+def test_kernels_that_are_not_here_or_do_not_fit_are_refused(monkeypatch):
+    llama4 = {"num_local_experts": 2, "intermediate_size_mlp": 48, "attention_chunk_size": None}
+    model = tiny_model("llama4_text", "sdpa", attn_temperature_tuning=True, **llama4)
+    with pytest.raises(Refusal, match="attn_temperature_tuning"):
+        set_kernels(model, ShardedArguments(), flat=True)
+    set_kernels(model, ShardedArguments(), flat=False)  # padded: each row begins at 0
+    args, model = ShardedArguments(attn_implementation="flash_attention_2"), tiny_model("llama", "sdpa")
+    with pytest.raises(Refusal, match="flash_attention_2: flash-attn is not installed"):
+        set_kernels(model, args, flat=True)
+    set_kernels(model, args, flat=True, pretends=True)
+    assert model.config._attn_implementation == "varlen"
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(Refusal, match="needs a GPU, and torch sees none"):
+        check_liger()
+    for missing in ("triton", "liger_kernel.transformers.monkey_patch", "liger_kernel"):
+        for name in [missing, *(name for name in sys.modules if name.startswith(f"{missing}."))]:
+            monkeypatch.setitem(sys.modules, name, None)  # importing it raises ModuleNotFoundError
+        with pytest.raises(Refusal, match=f"here: .*{missing}.* Install requirements.txt"):
+            check_liger()
+        monkeypatch.undo()
+
+
+# --- What is trained ---
+
+
+def test_matrices_decay_and_norms_and_biases_and_what_is_frozen_do_not():
+    model = tiny_model("gpt2", "sdpa")
+    decayed, kept = parameter_groups(model, 0.1)
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert sorted(names[id(p)] for p in decayed["params"] + kept["params"]) == sorted(names.values())
+    for group in (decayed, kept):
+        for name in (names[id(p)] for p in group["params"]):
+            assert (name.endswith("bias") or "ln_" in name) == (group is kept), name
+    module = torch.nn.Module()
+    for name in ("gate_up_proj", "gate_up_proj_bias", "shard", "vector"):  # as experts have them
+        shape = (2, 3) if "gate" in name else (3,)
+        module.register_parameter(name, torch.nn.Parameter(torch.ones(shape)))
+    module.shard.ds_shape = (2, 3)  # ZeRO-3's part of a matrix
+    decayed, kept = (group["params"] for group in parameter_groups(module, 0.1))
+    assert {id(p) for p in decayed} == {id(module.gate_up_proj), id(module.shard)}
+    assert {id(p) for p in kept} == {id(module.gate_up_proj_bias), id(module.vector)}
+    model = tiny_model("llama").requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+    [group] = parameter_groups(model, 0.1)  # no norm is trained: the fused AdamW gets no empty group
+    assert group["params"] == trained(model) == [model.lm_head.weight]
+    assert set(frozen_names(model)) == {n for n, _ in model.named_parameters()} - {"lm_head.weight"}
+
+
+@pytest.mark.parametrize("frozen_layers", [0, 1])
+def test_backward_ends_where_nothing_below_is_trained(frozen_layers):
+    plain, checkpointed = tiny_model("llama").train(), tiny_model("llama").train()
+    checkpoint_layers(checkpointed)
+    found = []
+    for model in (plain, checkpointed):
+        for module in (model.get_input_embeddings(), *model.model.layers[:frozen_layers]):
+            module.requires_grad_(False)
+        in_graph = []
+        for module in (model.get_input_embeddings(), *model.model.layers):
+            module.register_forward_hook(lambda _, __, out, seen=in_graph: seen.append(out.requires_grad))
+        row = inputs(flatten(documents(0, [5, 9])))
+        model(**row, use_cache=False).logits.logsumexp(-1).sum().backward()
+        assert in_graph[:3] == [False, *([False] * frozen_layers + [True, True])[:2]]
+        found.append(gradients(model))
+    assert worst(*found) <= 1e-5 and len(found[0]) == len(trained(plain))
+
+
+# --- Training state ---
+
+
+def test_a_training_state_comes_back_and_a_new_rank_keeps_its_seed(tmp_path, run):
+    models = [tiny_model("llama"), tiny_model("llama")]
+    for model in models:
+        model.model.norm.requires_grad_(False)
+    optimizers = [torch.optim.AdamW(parameter_groups(model, 0.1), fused=True) for model in models]
+    model(**inputs(flatten(documents(0, [5]))), use_cache=False).logits.sum().backward()
+    optimizers[1].step()
+    torch.manual_seed(1)
+    save_training_state(tmp_path, run, models[1], optimizers[1])
+    drawn = torch.rand(4)
+    assert {file.suffix for file in tmp_path.iterdir() if file.is_file()} == {".safetensors", ".rng"}
+    run.checkpoint, run.progress["updates"] = tmp_path, 1
+    load_training_state(run, models[0], optimizers[0])
+    assert torch.equal(torch.rand(4), drawn)
+    found, expected = (
+        {f"{n} {name}": x for n, state in optimizer.state_dict()["state"].items() for name, x in state.items()}
+        for optimizer in optimizers
+    )
+    assert worst(found, expected) == 0 and len(found) == 3 * len(trained(models[0]))
+    assert worst(*(dict(model.named_parameters()) for model in models)) == 0
+    run.rank = 5
+    torch.manual_seed(3)
+    seeded = torch.rand(4)
+    torch.manual_seed(3)
+    load_training_state(run, models[0], optimizers[0])
+    assert torch.equal(torch.rand(4), seeded)
+
+
+def test_a_fingerprint_names_weights_and_configuration(run):
+    def changed(change):
+        model = tiny_model("llama")
+        with torch.no_grad():
+            change(model)
+        return model_fingerprint(model)
+
+    def one_bit(model):
+        weight = model.model.norm.weight
+        weight[3] = torch.nextafter(weight[3], torch.tensor(2.0))
+
+    def swapped(model):
+        first, second = (layer.self_attn.q_proj.weight.data for layer in model.model.layers)
+        kept = first.clone()
+        first.copy_(second)
+        second.copy_(kept)
+
+    name = model_fingerprint(tiny_model("llama", "sdpa"))
+    assert changed(lambda model: None) == name
+    others = [changed(one_bit), changed(swapped), model_fingerprint(tiny_model("llama", rms_norm_eps=0.1))]
+    others.append(model_fingerprint(tiny_model("llama", tie_word_embeddings=True)))
+    assert len({name, *others}) == 5
+
+
+# --- Whole runs: at a learning rate of 0, what is written is what came ---
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Each script's smallest data, as flags."""
+    folder = tmp_path_factory.mktemp("data")
+    texts = [{"text": "abcdef "[i % 5 :] * (2 + i % 4)} for i in range(8)]
+    pairs = [{"prompt": "ab" * (1 + i), "chosen": "cd" * (1 + i), "rejected": "e"} for i in range(4)]
+    prompts = [{"prompt": "abcdefgh"[: 2 + i % 6]} for i in range(4)]
+    files = {"sft_packing": texts, "dpo_padding_free": pairs, "grpo_zero3": prompts}
+    flags = {
+        script: {"dataset_name": write_jsonl(folder / f"{script}.jsonl", rows), "max_steps": 1, "learning_rate": 0.0}
+        for script, rows in files.items()
+    }
+    flags["sft_packing"] |= {"eval_dataset_name": flags["sft_packing"]["dataset_name"], "max_length": 64}
+    flags["dpo_padding_free"] |= {"precompute_ref_log_probs": False, "max_length": 64}
+    flags["grpo_zero3"] |= {"reward_funcs": "grpo_cases:upper", "num_generations": 2, "max_prompt_length": 8}
+    flags["grpo_zero3"] |= {"per_device_train_batch_size": 4, "max_completion_length": 4, "beta": 0.1}
+    return flags
+
+
+def start(script, flags, output_dir, **changes):
+    script = importlib.import_module(script)
+    return script.main(script.Arguments(**{**flags, "output_dir": str(output_dir), **changes}))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_that_learns_nothing_writes_what_came(script, data, tmp_path):
+    """fp32; two ranks below compute in bf16 as well."""
+    name = write_apart(tmp_path / "model")
+    metrics = start(script, data[script] | {"model_name_or_path": name}, tmp_path / "out")["final_metrics"]
+    assert_same_model(tmp_path / "out", tmp_path / "model")
+    if script == "dpo_padding_free":  # policy and reference are one model
+        assert metrics["loss"] == pytest.approx(0.6931, abs=1e-4)
+    if script == "grpo_zero3":
+        assert metrics["kl"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_model_that_cannot_be_written_is_refused_before_the_first_step(script, data, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise TypeError("Object of type set is not JSON serializable")
+
+    flags = data[script] | {"model_name_or_path": write_model(tmp_path / "model")}
+    tokenizer = type(AutoTokenizer.from_pretrained(flags["model_name_or_path"]))
+    monkeypatch.setattr(tokenizer, "save_pretrained", fail)
+    with pytest.raises(Refusal, match="once trained it could not be written, for TypeError: Object of"):
+        start(script, flags, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_dropout_is_off_where_two_models_are_compared(script, data, tmp_path):
+    name = write_model(tmp_path / "model", "gpt2", n_positions=64, **DROPS)
+    flags = data[script] | {"model_name_or_path": name, "check_exact": False}
+    if script == "grpo_zero3":  # the second step on a rollout, with the weights that sampled it
+        flags |= {"num_iterations": 2, "max_steps": 2, "epsilon": 1e-4}
+    metrics = start(script, flags, tmp_path / "out")["final_metrics"]
+    if script == "sft_packing":
+        assert abs(metrics["loss"] - metrics["eval_loss"]) > 1e-3
+    if script == "dpo_padding_free":
+        assert metrics["loss"] == pytest.approx(0.693147, abs=1e-5)
+    if script == "grpo_zero3":
+        assert metrics["clip_ratio"] == 0 and metrics["kl"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(data, tmp_path_factory):
+    """The scripts' runs on two ranks, one after another in processes of DeepSpeed's launcher, and what each
+    rank returned or raised.
+    """
+    folder, jobs = tmp_path_factory.mktemp("two"), {}
+    apart, inside = write_apart(folder / "apart"), write_inside(folder / "inside", "gemma3")
+    lacking = write_model(folder / "lacking", tie_word_embeddings=True)
+    change_config(folder / "lacking", tie_word_embeddings=False)
+    for script, flags in data.items():
+        learns = {"learning_rate": 1e-2} | ({"reward_funcs": "grpo_cases:spread"} if "grpo" in script else {})
+        jobs[f"{script} fp32"] = [script, flags | {"model_name_or_path": apart}]
+        jobs[f"{script} bf16"] = [script, flags | {"model_name_or_path": apart, "bf16": True}]
+        jobs[f"{script} inside"] = [script, flags | learns | {"model_name_or_path": inside, "bf16": True}]
+        jobs[f"{script} lacking"] = [script, flags | {"model_name_or_path": lacking}]
+    for name, job in jobs.items():
+        job[1]["output_dir"] = str(folder / name)
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port", str(port)]
+    done = subprocess.run(
+        [*launcher, ROOT / "tests/script_runs.py", folder], capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder, [json.loads((folder / f"results{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_two_ranks_write_what_came(script, two_ranks, data, tmp_path):
+    folder, (results, second) = two_ranks
+    for way in ("fp32", "bf16"):
+        assert "error" not in results[f"{script} {way}"], results
+        assert_same_model(folder / f"{script} {way}", folder / "apart")
+    assert "error" not in results[f"{script} inside"], results
+    assert_text_alone_is_trained(folder / f"{script} inside", folder / "inside")
+    assert "lm_head.weight" in results[f"{script} lacking"]["error"]
+    assert "its own message says why" in second[f"{script} lacking"]["error"]
+    if script == "sft_packing":  # an untied head gives one loss on every path
+        found = [results[f"{script} {way}"]["returned"]["final_metrics"]["eval_loss"] for way in ("fp32", "bf16")]
+        flags = data[script] | {"model_name_or_path": str(folder / "apart")}
+        expected = start(script, flags, tmp_path)["final_metrics"]["eval_loss"]
+        assert found == [pytest.approx(expected, abs=1e-5), pytest.approx(expected, rel=1e-2)]

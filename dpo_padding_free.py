@@ -82,7 +82,6 @@ from common.truncation import truncate_pair
 # of a pair, once cut: keep_end may leave the two sequences different ends of one prompt
 TOKENS = ("chosen_prompt_ids", "chosen_ids", "rejected_prompt_ids", "rejected_ids")
 REFERENCE = "reference_logps.safetensors"  # in output_dir
-DROPOUT = False  # whether the model's own is on in training
 
 
 # --- 1. Arguments ---
@@ -216,8 +215,12 @@ def load_examples(name, split, pretrained, args):
         check_chat_template(tokenizer, name, args.model_name_or_path)
     # the cache's key is a hash of all that the function refers to: not of args, then
     end_ids = end_token_ids(tokenizer, pretrained.eos_token_id)
-    limits = ("max_prompt_length", "max_completion_length", "max_length", "truncation_mode")
-    limits = {limit: getattr(args, limit) for limit in limits}
+    limits = {
+        "max_prompt_length": args.max_prompt_length,
+        "max_completion_length": args.max_completion_length,
+        "max_length": args.max_length,
+        "truncation_mode": args.truncation_mode,
+    }
 
     def encode(example, index):
         prompt_ids, chosen_ids, rejected_ids, moved = tokenize(example, tokenizer, end_ids)
@@ -639,7 +642,8 @@ def prepare_reference(model, pairs, eval_pairs, args, run):
         missing = some.reference.isnan().any(1).to(run.device, torch.uint8)
         # computing is a collective: what one rank lacks (its file is its own machine's), all compute
         dist.all_reduce(missing, dist.ReduceOp.MAX)
-        if chunks := [chunk for chunk in chunks if missing.cpu()[chunk].any()]:
+        missing = missing.cpu()
+        if chunks := [chunk for chunk in chunks if missing[chunk].any()]:
             compute_reference(model, some, chunks, run)
     return {name: some.reference for name, (some, _) in sets.items()}, fingerprint
 
@@ -743,18 +747,14 @@ def prepare_data(args, pretrained, world):
 
 
 def main(args):
-    """Train. Returns what summary.json holds; after SIGTERM, {"stopped_at_step": step}; of a dry run, what it
-    counted.
-
-    Raises: ValueError for what the arguments, the data or the model make impossible, before output_dir is
-            touched; FloatingPointError for a non-finite loss or gradient, before the weights and the
-            checkpoints are.
+    """Train. Returns what summary.json holds; {"stopped_at_step": step} after SIGTERM; of a dry run, its
+    counts. Raises what `Run` says.
     """
     check_arguments(args)
     if args.dry_run:
         return explore(args)
     with Run(args, "DPO", unfinished=[REFERENCE]) as run:
-        pretrained = read_pretrained(args.model_name_or_path, args.max_length, dropout=DROPOUT)
+        pretrained = read_pretrained(args.model_name_or_path, args.max_length, dropout=False)
         if args.use_liger_kernel:
             check_liger(pretrained.config.model_type)
         pairs, eval_pairs, data = run.on_each_machine(prepare_data, args, pretrained, run.world)
@@ -848,7 +848,7 @@ def pretend_step(args, pretrained):
 
 def explore(args):
     """Count the bytes of one step, those that single flags would save, and the longest pairs that fit."""
-    pretrained = read_pretrained(args.model_name_or_path, dropout=DROPOUT, tokenizer=False)
+    pretrained = read_pretrained(args.model_name_or_path, dropout=False, tokenizer=False)
     size, budget = args.per_device_train_batch_size or 4, args.max_tokens_per_batch or 0
     switches = ("bf16", "gradient_checkpointing", "activation_offloading", "padding_free", "share_prompt")
     changes = {f"--{name}": {name: True} for name in (*switches, "precompute_ref_log_probs")}

@@ -143,18 +143,14 @@ def check_arguments(args):
     refuse(budget and budget < longest, small)
     empty = '--stop_strings "" would end every completion at its first token: drop it.'
     refuse("" in (args.stop_strings or ()), empty)
-    both = (
-        "--gather_budget_gib says how much to gather, --no_ds3_gather_for_generation says nothing: drop one."
-    )
+    both = "--gather_budget_gib says how much to gather, --no_ds3_gather_for_generation nothing: drop one."
     refuse(args.gather_budget_gib is not None and not args.ds3_gather_for_generation, both)
     every = args.num_iterations
     for name in ("save_steps", "max_steps"):
         count = getattr(args, name) or 0
         mid = f"--{name} {count} falls into mid-rollout: give a multiple of --num_iterations {every}."
         refuse(count > 0 and count % every, mid)
-    host = (
-        "--offload_param keeps the shards on the host, where the optimizer must be: add --offload_optimizer."
-    )
+    host = "--offload_param keeps shards on the host, where the optimizer must be: add --offload_optimizer."
     refuse(args.offload_param and not args.offload_optimizer, host)
 
 
@@ -654,12 +650,15 @@ def make_batches(groups, advantages, denominators, budget, run):
         for name, values in (("advantages", advantages), ("denominators", denominators)):
             row[name] = values[done : done + len(lengths)].float().repeat_interleave(lengths)
         done += len(lengths)
+        # of the data: a prompt counts once for each completion
+        row["real_tokens"] = sum(len(prompt) * len(ids) + sum(map(len, ids)) for prompt, ids in chunk)
         batches.append(row)
     # Ranks must run equally many forwards and backwards, or collectives stall: tokens that weigh nothing.
     most = int(run.max({"batches": len(batches)})["batches"])
-    for _ in range(most - len(batches)):
-        row = flatten_shared_prompt([(groups[0][0][:1], [groups[0][0][:1]])])
-        batches.append(row | {"advantages": torch.zeros(1), "denominators": torch.full((1,), math.inf)})
+    nothing = {"advantages": torch.zeros(1), "denominators": torch.full((1,), math.inf), "real_tokens": 0}
+    one_token = groups[0][0][:1]
+    while len(batches) < most:
+        batches.append(flatten_shared_prompt([(one_token, [one_token])]) | nothing)
     return [run.to_device(batch) for batch in batches]
 
 
@@ -667,13 +666,14 @@ def train_step(engine, batches, args, run):
     """One optimizer step over this rank's micro-batches; where no token is scored it changes nothing.
 
     Args:    engine: DeepSpeed's, or an Unsharded model.
-    Returns: sums over all ranks: num_scored_tokens, num_tokens (computed), and those of `batch_loss`; the
-             norm of the gradient before it was clipped.
+    Returns: sums over all ranks: num_scored_tokens, num_tokens (computed), real_tokens (of the data), and
+             those of `batch_loss`; the norm of the gradient before it was clipped.
     Raises:  FloatingPointError if loss or gradient are not finite: DeepSpeed has skipped the update.
     """
     counts = {
         "num_scored_tokens": sum(batch["denominators"].isfinite().sum() for batch in batches),
         "num_tokens": sum(batch["input_ids"].numel() for batch in batches),
+        "real_tokens": sum(batch["real_tokens"] for batch in batches),
     }
     sums = run.sum(counts)
     if not sums["num_scored_tokens"]:  # every completion masked: not even Adam's momentum may move a weight
@@ -828,13 +828,10 @@ def prove(engine, prompts, args, run):
     model, longest = engine.module, args.max_prompt_length + args.max_completion_length
     num_scored = min(NUM_SCORED, args.max_completion_length)
     first, last = (prompts.examples[i]["input_ids"] for i in (0, len(prompts) - 1))
-    groups = [
-        (
-            proof_tokens(ids, model.config, longest)[: longest - num_scored],
-            [other[:num_scored], other[-num_scored:]],
-        )
-        for ids, other in ((first, last), (last, first))
-    ]
+    groups = []
+    for ids, other in ((first, last), (last, first)):
+        prompt = proof_tokens(ids, model.config, longest)[: longest - num_scored]
+        groups.append((prompt, [other[:num_scored], other[-num_scored:]]))
     sequences = [(prompt + ids, len(ids)) for prompt, completions in groups for ids in completions]
     expected = logps_alone(model, sequences, run.device) if args.check_exact else None
     model.set_attn_implementation("varlen")
@@ -869,18 +866,14 @@ class Rollouts:
             self.stopped = lambda completion_ids: criteria(completion_ids, None)
         resident, self.gathered_bytes_per_token, _ = plan_residents(engine.module, budget_bytes(args))
         self.resident_bytes, self.most_whole_bytes = whole_bytes(resident), 0
-
         if run.first:
-            tqdm.write(self.describe())
-
-    def describe(self):
-        total = whole_bytes(self.engine.module.parameters())
-        return (
-            f"generation: {self.resident_bytes / 2**20:.1f} of {total / 2**20:.1f} MiB of weights stay "
-            f"gathered on each rank; {self.gathered_bytes_per_token / 2**20:.1f} MiB are gathered for each "
-            f"of up to {self.args.max_completion_length} tokens, which all "
-            f"{self.args.per_device_train_batch_size} completions of a rank share"
-        )
+            all_bytes = whole_bytes(engine.module.parameters())
+            counts = (self.resident_bytes, all_bytes, self.gathered_bytes_per_token)
+            stay, all_of_them, come = (f"{count / 2**20:.1f}" for count in counts)
+            tqdm.write(
+                f"generation: {stay} of {all_of_them} MiB of weights stay gathered on each rank; {come} MiB "
+                f"are gathered for each token, for all {args.per_device_train_batch_size} completions at once"
+            )
 
     def sample(self, numbers):
         """One rollout, of all ranks' prompts `numbers`: this rank's groups, rewards, and what the update and
@@ -915,8 +908,6 @@ class Rollouts:
             "finished": torch.tensor(finished),
             "entropy_sum": float(sum(e * n for e, n in zip(entropies, lengths.tolist()))),
             "texts": texts,
-            # of the data: a prompt counts once for each completion
-            "num_tokens": int(lengths.sum()) + args.num_generations * sum(map(len, prompt_ids)),
             "costs": {
                 "gathered_bytes_per_token": self.gathered_bytes_per_token,
                 "resident_bytes": self.resident_bytes,
@@ -1009,11 +1000,8 @@ def save_training_state(folder, engine):
     if torch.cuda.is_available():
         random_states["cuda"] = torch.cuda.get_rng_state()
     # no file "latest" of DeepSpeed's: the newest folder with its final name is the latest one
-    state, options = (
-        {"random_states": random_states},
-        {"save_latest": False, "exclude_frozen_parameters": True},
-    )
-    engine.save_checkpoint(str(folder), "zero3", state, **options)
+    options = {"save_latest": False, "exclude_frozen_parameters": True}
+    engine.save_checkpoint(str(folder), "zero3", {"random_states": random_states}, **options)
 
 
 def load_training_state(folder, engine):
@@ -1121,8 +1109,7 @@ def main(args):
                 "num_scored_tokens": num_scored,
                 "update_seconds": update_seconds,
             }
-            real_tokens = run.sum({"of all ranks": rollout["num_tokens"] if num_scored else 0})
-            run.log(metrics, real_tokens=real_tokens["of all ranks"])
+            run.log(metrics, real_tokens=sums["real_tokens"])
             if run.first and run.due(args.log_completions_steps):
                 show_completions(run.progress["step"], rollout, args.num_generations)
             # a checkpoint holds no half-used rollout
@@ -1179,31 +1166,26 @@ def largest_batch(args):
 
 
 def pretend_rollout(model, args):
-    """Bytes of all completions' keys and values, and the most that their last token's forward needs beside
-    the weights, those keys and values among it.
-    """
+    """Bytes of all completions' keys and values; and the most that is held at the end, weights aside."""
     size, length = args.per_device_train_batch_size, args.max_prompt_length + args.max_completion_length
     cache, tracker = DynamicCache(config=model.config), ByteCounter()
 
-    def forward(num_tokens, length):
-        return model(
-            input_ids=torch.zeros(size, num_tokens, dtype=torch.int64),
-            attention_mask=torch.ones(size, length, dtype=torch.int64),
-            use_cache=True,
-            logits_to_keep=1,
-            **as_argument(cache, model),
-        ).logits[:, -1]
-
-    def cached():
-        return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    def forward(num_tokens, mask_length):
+        input_ids = torch.zeros(size, num_tokens, dtype=torch.int64)
+        mask = torch.ones(size, mask_length, dtype=torch.int64)
+        options = {"attention_mask": mask, "use_cache": True, "logits_to_keep": 1}
+        return model(input_ids=input_ids, **options, **as_argument(cache, model)).logits[:, -1]
 
     with torch.no_grad():
-        forward(length - 1, length - 1)
-        tracker.track_external(model, *cached())
+        forward(length, length)
+        cached = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+        num_bytes = sum(tensor.nbytes for tensor in cached)
+        tracker.track_external(model, *cached)
+        del cached  # the next token's forward replaces them
         with tracker:
-            sample(forward(1, length), torch.rand(size), args.temperature, args.top_k, args.top_p)
+            sample(forward(1, length + 1), torch.rand(size), args.temperature, args.top_k, args.top_p)
     peak = tracker.peak_bytes(model.device) - whole_bytes(model.parameters())
-    return sum(tensor.nbytes for tensor in cached()), peak
+    return num_bytes, peak
 
 
 def pretend_step(args, pretrained):

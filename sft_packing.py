@@ -538,10 +538,10 @@ def train_step(model, optimizer, batches, args, run, offload=None):
 @torch.no_grad()
 def evaluate(model, rows, args, run):
     """Mean negative log-likelihood per scored token over all rows and ranks."""
-    run.watch("evaluation")
     model.eval()
     tally = Tally()
     for batch in rows.micro_batches(rows.cut(np.arange(len(rows))), run):
+        run.watch("evaluation")
         _, metrics = batch_loss(model, run.to_device(batch), args)
         tally.add({**metrics, "scored": len(batch["score_ids"])})
     model.train()
@@ -564,12 +564,8 @@ def prepare_data(args, pretrained, world):
 
 
 def main(args):
-    """Train. Returns what summary.json holds; after SIGTERM, {"stopped_at_step": step}; of a dry run, what it
-    counted.
-
-    Raises: ValueError for what the arguments, the data or the model make impossible, before output_dir is
-            touched; FloatingPointError for a non-finite loss or gradient, before the weights and the
-            checkpoints are.
+    """Train. Returns what summary.json holds; {"stopped_at_step": step} after SIGTERM; of a dry run, its
+    counts. Raises what `Run` says.
     """
     check_arguments(args)
     if args.dry_run:
@@ -595,9 +591,10 @@ def main(args):
         meter = MemoryMeter(model, optimizer, run.device, args.measure_memory, run.counted_step, offload)
 
         for numbers, chunks in rows.remaining_steps(run):
-            batches = rows.micro_batches(chunks, run)
-            with run.step(optimizer, lambda: rows.name(numbers)), meter.step(batches):
-                sums, grad_norm = train_step(model, optimizer, batches, args, run, offload)
+            with run.step(optimizer, lambda: rows.name(numbers)):
+                batches = rows.micro_batches(chunks, run)
+                with meter.step(batches):
+                    sums, grad_norm = train_step(model, optimizer, batches, args, run, offload)
             run.progress["updates"] += sums["num_scored_tokens"] > 0
             metrics = {
                 "epoch": rows.advance(run.progress, numbers),

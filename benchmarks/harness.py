@@ -1,37 +1,47 @@
-"""What all benchmarks share: a model and data by name, alternating repetitions, and one form of JSON.
+"""What all benchmarks share: a command line, a model and data by name, a script's run, turns, bytes and JSON.
 
-Two things are compared in one process, A B A B .., after a run of each that is not timed. What is quoted is
-the median of the ratios pair by pair: they hold where the machine's speed drifts. Where bytes are counted, it
-is in a run of its own, for counting slows down; it comes first, and on a CPU is the one that is not timed.
+What is compared runs in one process. Bytes are counted first, of a step of their own, for counting slows it
+down. Then all ways take turns, A B A B .., and quotients are taken pair by pair: they hold where the machine's
+speed drifts. The learning rate is 0: each step does all of its work and leaves the weights as they were, so
+that losses and gradients of all ways can be compared.
 """
 
 import argparse
 import datetime
+import gc
+import itertools
 import json
 import os
 import platform
 import re
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from cases import RESULTS, case, ratio
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from cases import RESULTS, case, ratio  # noqa: E402, F401
-from transformers import (  # noqa: E402
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    Qwen3Config,
-)
+import sft_packing  # noqa: E402
+from common.collators import add_scored, flatten, pad  # noqa: E402
+from common.memory import count_step  # noqa: E402
+from common.run import Run  # noqa: E402
+from common.sharding import checkpoint_layers, set_kernels  # noqa: E402
 
+MIB, GIB = 2**20, 2**30
 PACKAGES = ("torch", "transformers", "trl", "deepspeed", "liger-kernel", "flash-attn", "accelerate", "numpy")
+
+# --- The command line ---
 
 
 def parse(description, **defaults):
@@ -44,48 +54,44 @@ def parse(description, **defaults):
     for name, value in defaults.items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
     options = parser.parse_args()
-    if options.results is None:  # README's numbers are not those of a quick run
+    if options.results is None:  # the tables' numbers are not those of a quick run
         options.results = ROOT / "outputs/bench-quick" if options.quick else RESULTS
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a script's run would take the GPU
+    elif not torch.cuda.is_available():
+        sys.exit("--device cuda: torch sees no GPU.")
+    options.repeats = options.repeats or (2 if options.quick else 3)
+    # On a GPU a step that is not timed, in which the allocator asks for memory; on a CPU counting is enough.
+    options.warm_up = int(options.device == "cuda")
     options.commit = commit()  # of the code that is loaded by now
     return options
 
 
-def qwen3_config(size):
-    """The configuration of Qwen3-0.6B or Qwen3-1.7B, which differ in their widths alone."""
-    hidden, intermediate = {"0.6B": (1024, 3072), "1.7B": (2048, 6144)}[size]
-    return Qwen3Config(
-        vocab_size=151936,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=28,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=40960,
-        tie_word_embeddings=True,
-    )
+# --- Models and data ---
+
+SHARED = {"tie_word_embeddings": True}
+QWEN3 = SHARED | {"vocab_size": 151936, "num_hidden_layers": 28, "num_attention_heads": 16}
+QWEN3 |= {"num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960}
+SMOLLM2 = SHARED | {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536}
+SMOLLM2 |= {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
+SHAPES = {
+    "SmolLM2-135M": ("llama", SMOLLM2 | {"max_position_embeddings": 8192}),
+    "Qwen3-0.6B": ("qwen3", QWEN3 | {"hidden_size": 1024, "intermediate_size": 3072}),
+    "Qwen3-1.7B": ("qwen3", QWEN3 | {"hidden_size": 2048, "intermediate_size": 6144}),
+}
 
 
-def smollm2_config():
-    """The configuration of SmolLM2-135M."""
-    return LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-    )
+def random_model(shape, folder, device="cpu", tokenizer=ROOT / "demo/model", **changes):
+    """Write random bf16 weights of one of SHAPES, or of a configuration, and a tokenizer. Returns the folder.
 
-
-def save_random(config, folder, device, tokenizer=ROOT / "demo/model"):
-    """Write a model with random weights in bf16, and the tokenizer of another folder, into `folder`."""
+    Args: changes: fields of the configuration that are to be others.
+    """
+    if isinstance(shape, str):
+        family, fields = SHAPES[shape]
+        shape = AutoConfig.for_model(family, **fields | changes)
     torch.manual_seed(0)
-    config.dtype = "bfloat16"
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
     return folder
@@ -98,27 +104,18 @@ def model_folder(options, scratch):
     tokenizer, with random weights written into `scratch`. Otherwise random weights in SmolLM2-135M's shape,
     on CUDA in Qwen3-0.6B's, with the demo's tokenizer: the same work for each token, other token counts.
     """
+    scratch, device = Path(scratch), options.device
     if options.quick:
         return ROOT / "demo/model"
     if named := os.environ.get("BENCH_MODEL"):
         if not Path(named).is_dir():
             sys.exit(f"BENCH_MODEL {named} is no folder: wanted is one with a model, or a config.json.")
-        files = {path.suffix for path in Path(named).iterdir()}
-        if ".safetensors" in files:
+        if list(Path(named).glob("*.safetensors")):
             return Path(named)
-        if files & {".bin", ".pt", ".pth"}:
-            sys.exit(f"BENCH_MODEL {named} has weights, but no *.safetensors.")
         config = AutoConfig.from_pretrained(named)
-        return save_random(config, Path(scratch) / f"random-{Path(named).name}", options.device, named)
-    if options.device == "cuda":
-        return save_random(qwen3_config("0.6B"), Path(scratch) / "random-Qwen3-0.6B", "cuda")
-    return save_random(smollm2_config(), Path(scratch) / "random-SmolLM2-135M", "cpu")
-
-
-def tokenizer_folder(options):
-    """The folder that model_folder would name, for a benchmark that needs no weights: none are made."""
-    named = os.environ.get("BENCH_MODEL")
-    return Path(named) if named and not options.quick else ROOT / "demo/model"
+        return random_model(config, scratch / f"random-{Path(named).name}", device, named)
+    shape = "Qwen3-0.6B" if device == "cuda" else "SmolLM2-135M"
+    return random_model(shape, scratch / f"random-{shape}", device)
 
 
 def data_file(name, options, demo):
@@ -127,14 +124,98 @@ def data_file(name, options, demo):
     return ROOT / "demo" / demo if options.quick or not folder else Path(folder) / f"{name}.jsonl"
 
 
+def random_batch(lengths, vocabulary=1000, flat=True):
+    """Random documents of these lengths, every token scored: a flat row of them, or a padded batch."""
+    ids = [torch.randint(0, vocabulary, (length,)).tolist() for length in lengths]
+    documents = [{"input_ids": x, "labels": x} for x in ids]
+    return add_scored(flatten(documents) if flat else pad(documents, 0))
+
+
+# --- A script's run ---
+
+
+@contextmanager
+def script_run(script, options, model=model_folder, **flags):
+    """A run of one of the scripts in a folder that goes afterwards, as its own `main` would begin it.
+
+    Args:   model: function of options and a folder that makes the model; flags: of the script.
+    Yields: the folder; the script's Arguments; a Run.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        args = script.Arguments(
+            model_name_or_path=str(model(options, scratch)),
+            output_dir=f"{scratch}/run",
+            learning_rate=0.0,
+            collective_timeout_s=1e6,  # a benchmark says nothing of its phases
+            **flags,
+        )
+        with Run(args, script.__name__) as run:
+            yield Path(scratch), args, run
+
+
+@dataclass
+class Way:
+    """One way to take an optimizer step, ready to run.
+
+    step: function of a list of micro-batches (dicts of tensors) that takes a whole optimizer step and returns
+    {"loss": .., "grad_norm": ..}. steps: the micro-batches of the step whose bytes are counted, and then of
+    those that are timed, warm-ups first. others: further models that run in a step.
+    """
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    step: Callable
+    steps: list
+    offload: object = None  # an OffloadActivations
+    others: tuple = ()
+
+    def take(self, number):
+        return self.step([dict(batch) for batch in self.steps[number]])  # copies: a step may add keys
+
+    def count_bytes(self, device):
+        """Peak bytes of the first step, and what they consist of."""
+        if device == "cuda":
+            self.take(0)  # makes what kernels keep for their work
+        step, first = partial(self.take, 0), self.steps[0]
+        measured, _ = count_step(step, first, self.model, self.optimizer, self.offload, self.others)
+        # TRL computes its loss outside of the head's module: what the meter reads there is 0
+        measured = {name: count for name, count in measured.items() if count}
+        peak_bytes, tokens = measured.pop("peak"), sum(batch["input_ids"].numel() for batch in first)
+        return {"peak_bytes": peak_bytes, "bytes": measured, "tokens_in_peak_step": tokens}
+
+
+def switch_checkpointing(model, wanted):
+    """For the ways that share a model."""
+    if wanted:
+        checkpoint_layers(model)
+    else:
+        model.gradient_checkpointing_disable()
+
+
+def use(model, args, flat):
+    """Let a model that several ways share compute as one of them does."""
+    switch_checkpointing(model, args.gradient_checkpointing)
+    set_kernels(model, args, flat)
+
+
+def sft_way(args, run, model, optimizer, steps):
+    """sft_packing.py's own step, as these Arguments have it."""
+    offload = sft_packing.prepare_training(model, args, run)[1]
+
+    def step(batches):
+        use(model, args, sft_packing.is_flat(args))
+        sums, grad_norm = sft_packing.train_step(model, optimizer, batches, args, run, offload)
+        return {"loss": sums["nll"] / sums["num_scored_tokens"], "grad_norm": grad_norm}
+
+    return Way(model, optimizer, step, steps, offload)
+
+
+# --- Measuring ---
+
+
 def synchronize(device):
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def count_warm_ups(options):
-    """On a GPU one, in which its allocator asks for memory. On a CPU counting a step's bytes is enough."""
-    return int(options.device == "cuda")
 
 
 def alternate(ways, repeats, device="cpu", warm_up=1):
@@ -153,6 +234,79 @@ def alternate(ways, repeats, device="cpu", warm_up=1):
             if count >= warm_up:
                 repetitions[name].append({"seconds": time.perf_counter() - started, **measured})
     return repetitions
+
+
+def measure(name, setup, sides, options, real_tokens=None, pairs=()):
+    """Count the bytes of a step of each way, then time all ways in turn, on the same data in each turn.
+
+    Args:    sides: functions that make {name: Way}, of ways that share a model and an optimizer; real_tokens:
+             of the data, in each of a Way's steps; pairs: [(way, baseline), ..] whose quotients are wanted.
+    Returns: a case for `write`.
+    """
+    once, ways = {}, {}
+    for side in sides:
+        # on CUDA, the models of sides made before are in the allocator's count
+        others = torch.cuda.memory_allocated() if options.device == "cuda" else 0
+        made = side()
+        for way, ready in made.items():
+            once[way] = ready.count_bytes(options.device)
+            once[way]["peak_bytes"] -= others
+        ways |= made
+    steps = {}
+    for way, ready in ways.items():
+        numbers = itertools.count(1)
+        steps[way] = lambda ready=ready, numbers=numbers: ready.take(next(numbers))
+    runs = alternate(steps, options.repeats, options.device, options.warm_up)
+    for repetitions in runs.values():
+        for repetition, tokens in zip(repetitions, (real_tokens or [])[-options.repeats :]):
+            repetition["real_tokens_per_second"] = tokens / repetition["seconds"]
+    found = case(name, setup, runs, once)
+    found["ratios"] = {}
+    for way, baseline in pairs:
+        if not {way, baseline} <= ways.keys():
+            continue
+        peaks = [once[each]["peak_bytes"] for each in (way, baseline)]
+        quotients = {"seconds": ratio(found, way, baseline), "peak_bytes": peaks[0] / peaks[1]}
+        found["ratios"][f"{way} against {baseline}"] = quotients
+    results = {each for runs in runs.values() for each in runs[0]} - {"seconds", "real_tokens_per_second"}
+    found["disagreement"] = {each: disagreement(found, each) for each in sorted(results)}
+    show(found)
+    return found
+
+
+def disagreement(found, measure):
+    """Over all steps, the largest difference between any two ways, relative to the step's largest value."""
+    steps = zip(*([run[measure] for run in way["repetitions"]] for way in found["ways"].values()))
+    return max((max(values) - min(values)) / max(*map(abs, values), 1e-30) for values in steps)
+
+
+def show(found):
+    """The table of one comparison of steps."""
+    setup = "  ".join(f"{key} {value}" for key, value in found["setup"].items())
+    print(f"\n{found['case']}: {setup}")
+    print(f"{'way':<36}{'seconds':>9}{'real tok/s':>12}{'peak MiB':>10}{'loss':>12}{'grad norm':>11}")
+    for way, values in found["ways"].items():
+        median = values["median"]
+        print(
+            f"{way:<36}{median['seconds']:9.3f}{median.get('real_tokens_per_second', 0):12.1f}"
+            f"{values['peak_bytes'] / MIB:10.1f}{median['loss']:12.6f}{median['grad_norm']:11.4f}"
+        )
+    for pair, values in found["ratios"].items():
+        r = values["seconds"]
+        spread = f"{r['median']:5.2f} x faster ({r['min']:.2f} to {r['max']:.2f}, {r['pairs']} pairs)"
+        print(f"  {pair:<60}{spread}; {values['peak_bytes']:.2f} of its peak bytes")
+    worst = "  ".join(f"{measure} {value:.1e}" for measure, value in found["disagreement"].items())
+    print(f"  largest relative difference between two ways in one step: {worst}", flush=True)
+
+
+def release():
+    """Give back what a case held: its models and trainers refer to one another."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# --- What a JSON file says of its making ---
 
 
 def hardware(device):
@@ -176,33 +330,32 @@ def installed():
 
 
 def commit():
-    """The commit that was measured, with "+changes" where files differ from it (results aside).
+    """The commit that was measured, with "+changes" where files differ from it (results and pages aside).
 
     $BENCH_COMMIT says it where the files came without their repository.
     """
     if given := os.environ.get("BENCH_COMMIT"):
         return given
-    git = ["git", "-C", str(ROOT)]
+    others = ("benchmarks/results", "benchmarks/figures", "*.md")
+
+    def git(*words):
+        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
     try:
-        head = subprocess.run(
-            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        )
-        paths = ["--", ".", ":!benchmarks/results", ":!benchmarks/figures", ":!README.md"]
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", *paths], capture_output=True, text=True, check=True
-        )
+        changed = git("status", "--porcelain", "--", ".", *(f":!{path}" for path in others))
+        return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
 
 
 def write(what, options, model, cases, reads=("BENCH_MODEL", "BENCH_DATA"), complete=True):
     """Write results/<what>-<device>.json (with --quick, <what>-quick.json; with --only, -<only> added):
     everything a reader would need to repeat or doubt it.
 
-    Args: model: its name; cases: list of `case`s, each of which may hold further keys, like "ratios"; reads:
-          variables of the environment that choose model and data; complete: whether these are all cases;
-          fewer go to a file that ends in .partial, until the whole is there.
+    Args: model: its name or folder; cases: list of `case`s, each of which may hold further keys, like
+          "ratios"; reads: variables of the environment that choose model and data; complete: whether these
+          are all cases; fewer go to a file that ends in .partial, until the whole is there.
     """
     ranks = os.environ.get("WORLD_SIZE")
     launcher = f"OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node {ranks}" if ranks else "python"
@@ -215,19 +368,17 @@ def write(what, options, model, cases, reads=("BENCH_MODEL", "BENCH_DATA"), comp
         "hardware": hardware(options.device),
         "threads": torch.get_num_threads(),
         "versions": installed(),
-        "commit": getattr(options, "commit", None) or commit(),
+        "commit": options.commit,
         "command": " ".join([*given, launcher, f"benchmarks/{Path(sys.argv[0]).name}", *flags]),
         "date": datetime.date.today().isoformat(),
-        "model": (Path(model).name if model != ROOT / "demo/model" else "demo model") if model else None,
+        "model": model and ("demo model" if Path(model) == ROOT / "demo/model" else Path(model).name),
         "cases": cases,
     }
     options.results.mkdir(parents=True, exist_ok=True)
     only = f"-{options.only}" if getattr(options, "only", "") else ""  # beside the whole, not over it
     path = options.results / f"{what}-{'quick' if options.quick else options.device}{only}.json"
-    partial = path.with_suffix(".partial")
-    path = path if complete else partial
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    partial_path = path.with_suffix(".partial")
+    (path if complete else partial_path).write_text(json.dumps(document, indent=1) + "\n")
     if complete:
-        partial.unlink(missing_ok=True)
-    print(f"wrote {path}", file=sys.stderr)
-    return document
+        partial_path.unlink(missing_ok=True)
+        print(f"wrote {path}", file=sys.stderr)

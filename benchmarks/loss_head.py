@@ -1,21 +1,20 @@
 """The loss head alone: forward and backward over N hidden states, V tokens of vocabulary, H hidden size.
 
 Nobody can do without three products of 2 N V H operations: logits, and the gradients of hidden states and
-weight. They are measured as a way of their own, in turn with the others, and are the unit of README's table.
-Bytes are those beyond the inputs, both gradients included, by MemTracker on a CPU, by the allocator on
-CUDA. Gradients are compared with those of full logits in fp32.
+weight. They are measured as a way of their own, in turn with the others, and are the unit of the table. Bytes are those
+beyond the inputs, both gradients included, by MemTracker on a CPU, by the allocator on CUDA. Gradients are compared with those of full logits in fp32.
 
 python benchmarks/loss_head.py [--device cuda] [--quick]
 """
 
 import itertools
+from functools import partial
 
 import torch
-from harness import alternate, case, count_warm_ups, parse, ratio, write
-from torch.distributed._tools.mem_tracker import MemTracker
+from harness import MIB, alternate, case, parse, ratio, write
 
-from common.liger import liger_nll_sum
-from common.logps import nll_sum, token_logps
+from common.logps import liger_nll_sum, nll_sum, token_logps
+from common.memory import ByteCounter
 
 # N, V, H: SmolLM2-135M's; on CUDA also Qwen3-0.6B's and Qwen3-1.7B's
 SHAPES = {
@@ -30,8 +29,9 @@ def three_products(hidden, weight, targets):
     logits.T @ hidden.detach()
 
 
-def full_logits(hidden, weight, targets):
-    return torch.nn.functional.cross_entropy((hidden @ weight.T).float(), targets, reduction="sum")
+def full_logits(hidden, weight, targets, bias=None):
+    logits = torch.nn.functional.linear(hidden, weight, bias).float()
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
 
 
 def trl_fused_head(hidden, weight, targets):
@@ -63,41 +63,34 @@ WAYS = {
 
 def run(way, inputs):
     """Forward and backward; returns the mean loss. The gradients are left in the inputs."""
-    hidden, weight, targets = inputs
-    loss = way(hidden, weight, targets)
+    for tensor in inputs:
+        tensor.grad = None
+    loss = way(*inputs)
     if loss is None:
         return {}
     loss.backward()
-    return {"loss": loss.item() / len(targets)}
-
-
-def clear(inputs):
-    for tensor in inputs:
-        tensor.grad = None
+    return {"loss": loss.item() / len(inputs[2])}
 
 
 def count_bytes(way, inputs, device):
     """Peak bytes beyond the inputs, and the weight's gradient (None for the three products)."""
-    clear(inputs)
+    for tensor in inputs:
+        tensor.grad = None
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run(way, inputs)
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        tracker = MemTracker()
-        tracker.track_external(*inputs)
-        with tracker:
-            before = tracker.get_tracker_snapshot("current")[torch.device(device)]["Total"]
-            run(way, inputs)
-        peak = tracker.get_tracker_snapshot("peak")[torch.device(device)]["Total"]
-    gradient = inputs[1].grad
-    clear(inputs)
-    return peak - before, gradient
+        return torch.cuda.max_memory_allocated() - before, inputs[1].grad
+    tracker = ByteCounter()
+    tracker.track_external(*inputs)
+    with tracker:
+        before = tracker.peak_bytes(torch.device("cpu"))
+        run(way, inputs)
+    return tracker.peak_bytes(torch.device("cpu")) - before, inputs[1].grad
 
 
-def measure(shape, dtype, options, repeats):
+def compare(shape, dtype, options):
     n, vocabulary, size = shape
     generator = torch.Generator(options.device).manual_seed(0)
     draw = {"generator": generator, "device": options.device, "dtype": dtype}
@@ -116,17 +109,12 @@ def measure(shape, dtype, options, repeats):
         if gradient is not None:
             worst = (gradient.float() - exact.grad).abs().max() / exact.grad.abs().max()
             once[name]["gradient_difference"] = worst.item()
-
-        def timed_way(way=way):
-            clear(inputs)
-            return run(way, inputs)
-
-        timed[name] = timed_way
+        timed[name] = partial(run, way, inputs)
     name = str(dtype).removeprefix("torch.")
     setup = {"N": n, "V": vocabulary, "H": size, "dtype": name, "chunk_size": 256}
     # without a GPU, TRL's head folds its tiles in PyTorch
     setup["TRL fused head"] = "Triton kernels" if options.device == "cuda" else "its PyTorch version"
-    runs = alternate(timed, repeats, options.device, count_warm_ups(options))
+    runs = alternate(timed, options.repeats, options.device, options.warm_up)
     found = case(f"{name}, N {n:,}, V {vocabulary:,}, H {size:,}", setup, runs, once)
     found["ratios"] = {way: ratio(found, "nll_sum", way) for way in timed if way != "nll_sum"}
     return found
@@ -140,18 +128,16 @@ def show(found):
         losses = ""
         if "loss" in median:
             losses = f"{median['loss']:10.6f}{values['gradient_difference']:12.1e}"
-        peak = values["peak_bytes"] / 2**20
+        peak = values["peak_bytes"] / MIB
         print(f"  {way:<42}{units:16.2f}{median['seconds']:11.4f}{peak:10.1f}{losses}", flush=True)
 
 
 def main():
     options = parse(__doc__)
     shapes = [(256, 512, 64)] if options.quick else SHAPES[options.device]
-    repeats = options.repeats or (2 if options.quick else 5 if options.device == "cuda" else 3)
-    dtypes = (torch.float32, torch.bfloat16)
     cases = []
-    for shape, dtype in itertools.product(shapes, dtypes):
-        cases.append(measure(shape, dtype, options, repeats))
+    for shape, dtype in itertools.product(shapes, (torch.float32, torch.bfloat16)):
+        cases.append(compare(shape, dtype, options))
         show(cases[-1])
         write("loss_head", options, None, cases, reads=(), complete=False)
     write("loss_head", options, None, cases, reads=())

@@ -8,11 +8,14 @@ BENCH_MODEL=<folder> BENCH_DATA=<folder> python benchmarks/packing.py
 """
 
 import json
+import os
+from functools import partial
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow as pa
-from harness import alternate, case, data_file, parse, ratio, tokenizer_folder, write
+from harness import ROOT, alternate, case, data_file, parse, ratio, write
 from transformers import AutoTokenizer
 
 from sft_packing import plan_rows, tokenize
@@ -79,18 +82,20 @@ def measure(name, lengths, ours_only, one_batch, repeats):
     from trl.data_utils import pack_dataset  # here: the bound's tests run without TRL
 
     dataset = None if ours_only else in_memory(lengths)
+    packers = {"ours": partial(plan_rows, lengths, MAX_LENGTH)}
+    if not ours_only:
+        packers["TRL"] = partial(pack_dataset, dataset, MAX_LENGTH, "bfd", {})
+    if not ours_only and one_batch:
+        packers["TRL, one batch"] = partial(
+            pack_dataset, dataset, MAX_LENGTH, "bfd", {"batch_size": len(lengths)}
+        )
     results = {}
 
-    def keep(way, function):
+    def pack(way):
         results[way] = None  # the last repetition's rows are checked afterwards
-        results[way] = function()
+        results[way] = packers[way]()
 
-    ways = {"ours": lambda: keep("ours", lambda: plan_rows(lengths, MAX_LENGTH))}
-    batches = {"TRL": {}, "TRL, one batch": {"batch_size": len(lengths)}}
-    for way, options in batches.items():
-        if not ours_only and (one_batch or way == "TRL"):
-            pack = lambda options=options: pack_dataset(dataset, MAX_LENGTH, "bfd", options)  # noqa: E731
-            ways[way] = lambda way=way, pack=pack: keep(way, pack)
+    ways = {way: partial(pack, way) for way in packers}
     runs = alternate(ways, repeats, warm_up=int(len(lengths) < 10**6))
     once = {way: (check_ours if way == "ours" else check_trl)(lengths, results[way]) for way in ways}
     setup = {
@@ -117,7 +122,8 @@ def main():
     datasets.disable_caching()
     datasets.disable_progress_bars()
     rng = np.random.default_rng(0)
-    model = tokenizer_folder(options)
+    named = os.environ.get("BENCH_MODEL")
+    model = Path(named) if named and not options.quick else ROOT / "demo/model"
     tokenizer = AutoTokenizer.from_pretrained(model)
 
     def real(name):
@@ -132,16 +138,15 @@ def main():
         "chats, resampled": lambda n: rng.choice(chats, n),
         "GSM8K, resampled": lambda n: rng.choice(problems, n),
     }
-    cases = []
+    cases, repeats = [], options.repeats
     for name, lengths in (("chats", chats), ("GSM8K", problems)):
-        cases.append(measure(name, lengths, False, True, options.repeats or 5))
+        cases.append(measure(name, lengths, False, True, repeats))
     for n in (10**3, 10**4) if options.quick else (10**4, 10**5, 10**6, 10**7):
         for name, draw in draws.items():
             if n == 10**7 and name != "lognormal":
                 continue
             lengths = np.clip(draw(n), 1, MAX_LENGTH).astype(np.int64)
             one_batch = n < 10**5 or name == "lognormal"  # TRL takes as long again for it
-            repeats = options.repeats or (5 if n < 10**6 else 3)
             # TRL takes some ten seconds for a million: one distribution is enough
             ours_only = n > 10**6 or n == 10**6 and name != "lognormal"
             cases.append(measure(name, lengths, ours_only, one_batch, repeats))

@@ -89,8 +89,9 @@ def add_scored(batch):
 
 
 def count_padding(batch):
-    """How many of a batch's tokens are padding: 0 in a flat row, which has no mask."""
-    return int((batch["attention_mask"] == 0).sum()) if "attention_mask" in batch else 0
+    """How many of a batch's tokens are padding, () int64: 0 in a flat row, which has no mask."""
+    # a tensor still: in a dry run it has no value to read
+    return (batch["attention_mask"] == 0).sum() if "attention_mask" in batch else 0
 
 
 def flatten_shared_prompt(groups):

@@ -314,7 +314,7 @@ def pretend(args, sharded=None):
 
 
 def count_step(step, batches, model, optimizer, offload=None, others=()):
-    """Count step(), an optimizer step over batches, on pretended tensors.
+    """Count step(), an optimizer step over batches, on pretended tensors or on real ones.
 
     Returns: {name: bytes}, and the moment of the peak.
     """
@@ -323,7 +323,8 @@ def count_step(step, batches, model, optimizer, offload=None, others=()):
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-    meter = MemoryMeter(model, optimizer, torch.device("cpu"), True, 1, offload, others)
+    device = next(model.parameters()).device
+    meter = MemoryMeter(model, optimizer, device, True, 1, offload, others)
     with meter.step(batches), refusals_of(model, "The dry run cannot go on."):
         step()
     return meter.measured, meter.peak_moment

@@ -233,19 +233,23 @@ class Run:
     """Ranks and device, the output folder, SIGTERM, and where the run stands; a context manager.
 
         with Run(args, "SFT") as run:
-            run.resume(); run.match(..)
+            run.resume(); run.match(..); run.plan(..)
             run.start(..)
             for .. in ..:
                 with run.step(..):
                     ..
                 run.log(..)
                 if run.save_when_due(..):
-                    return run.stopped()
+                    return ..
             return run.finish(..)
 
-    Attributes: rank, local_rank, world, device; checkpoint: the folder to resume from, or None;
-                progress: {"step": optimizer steps done, "updates": those of them that changed weights,
-                "epoch", "done": items done in it}, and what `match` adds: what progress.json holds.
+    Has:    rank, local_rank, world, device; first: whether this is rank 0; checkpoint: the folder to resume
+            from, or None; progress: what progress.json of a checkpoint holds: "step", optimizer steps done;
+            "updates", those of them that changed weights; "epoch"; "done", items done in it; and what else
+            `match` notes.
+    Raises: ValueError for what arguments, data or model make impossible, before output_dir is touched, and
+            for a disk that can no longer be written; FloatingPointError for a loss or gradient that is not
+            finite, before weights and checkpoints are touched.
     """
 
     pretends = False  # see memory.PretendedRun

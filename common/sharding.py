@@ -272,7 +272,8 @@ def load_model(args, run, pretrained):
     sharded = run.world > 1 or args.bf16
     whole = None if run.pretends else load_whole(pretrained, run, torch.float32)
     if not sharded:
-        model = empty_model(pretrained.model_config) if run.pretends else whole.to(run.device)
+        config = pretrained.model_config
+        model = empty_model(config, dtype=torch.float32) if run.pretends else whole.to(run.device)
     else:
         # The first rank reads the weights and hands out the shards: no other ever holds the whole model.
         with torch.device("cpu" if run.pretends else "meta"):

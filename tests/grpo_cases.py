@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo/model"
 LIMIT = 32
-BUCKET = 100_000  # elements, where bytes are counted: the demo's model has a million
+BUCKET = 10_000  # elements, where the bytes of a model of a hundred thousand are counted
 PROMPTS = (
     ["What is 8 plus 8?", "9 - 6 = ?", "Add 2 and 4."],
     ["Take 7 from 8.", "Add up 3, 1, 4, 2, 5.", "How many letters e are in rem?"],

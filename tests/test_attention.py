@@ -190,12 +190,11 @@ def test_models_run_into_the_refusals(mask):
 # --- In training ---
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("row", [flatten(documents(3, LENGTHS)), flatten_shared_prompt(GROUPS)])
-def test_gradient_checkpointing_changes_no_gradient(family, row):
+def test_gradient_checkpointing_changes_no_gradient(row):
     found = []
     for checkpointing in (False, True):
-        model = tiny_model(family).train()
+        model = tiny_model("gemma3_text").train()
         if checkpointing:
             enable_checkpointing(model)
         assert model.model.layers[0].gradient_checkpointing == checkpointing
@@ -204,9 +203,8 @@ def test_gradient_checkpointing_changes_no_gradient(family, row):
     assert worst(*found) == 0
 
 
-@families
-def test_autocast_to_bf16_stays_within_the_rounding_of_bf16(family):
-    row, model = flatten(documents(4, LENGTHS)), tiny_model(family)
+def test_autocast_to_bf16_stays_within_the_rounding_of_bf16():
+    row, model = flatten(documents(4, LENGTHS)), tiny_model("gemma3_text")
     expected = row_loss(model, row)
     with torch.autocast("cpu", torch.bfloat16):
         loss = row_loss(model, row)

@@ -263,23 +263,22 @@ SHAPES = [(7, 5, 3, 0), (9, 1, 4, 0), (1, 6, 6, 4), (0, 5, 3, 2), (12, 4, 8, 3),
 
 
 @pytest.mark.parametrize("way", WAYS)
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 999), shapes=shapes)
 def test_logps_loss_and_every_gradient_are_those_of_sequences_alone(way, seed, shapes):
     assert difference(shared_model("llama"), make_pairs(seed, shapes), **WAYS[way]) <= 1e-5
 
 
-@pytest.mark.parametrize("way", WAYS)
+ATTENTION = {name: {"attn_implementation": name, "share_prompt": False} for name in ("sdpa", "eager")}
+
+
+@pytest.mark.parametrize("way", [*WAYS, *ATTENTION])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_gives_the_naive_gradients(family, way):
-    """Mistral's and Gemma's windows of 4 tokens are shorter than most of these prompts."""
-    assert difference(shared_model(family), make_pairs(1, SHAPES), **WAYS[way]) <= 1e-5
-
-
-@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
-def test_a_row_of_whole_sequences_runs_on_transformers_own_attention(attn_implementation):
-    flags = {"attn_implementation": attn_implementation, **WAYS["padding-free"]}
-    assert difference(shared_model("llama"), make_pairs(1, SHAPES), **flags) <= 1e-5
+    """Mistral's and Gemma's windows of 4 tokens are shorter than most of these prompts. A row of whole
+    sequences runs on transformers' own attention as well.
+    """
+    assert difference(shared_model(family), make_pairs(1, SHAPES), **{**WAYS, **ATTENTION}[way]) <= 1e-5
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -313,7 +312,7 @@ def test_how_many_tokens_each_way_computes():
         assert (4 * costs[0] // 2 if way == "padded" else costs.sum()) == tokens[way]
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge"])
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
 def test_one_batch_of_4_is_4_batches_of_1(loss_type, base, tmp_path):
     """The last window is smaller: 10 pairs are 4 + 4 + 2."""
     flags = {**base, "loss_type": loss_type}
@@ -333,8 +332,9 @@ def naive_run(evaluated, tmp_path_factory):
     return run(tmp_path_factory.mktemp("naive"), evaluated, **flags)
 
 
-@pytest.mark.parametrize("precompute_ref_log_probs", [True, False])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way, precompute_ref_log_probs", [*((way, True) for way in WAYS), ("shared with prefix", False)]
+)
 def test_every_run_is_the_naive_run(way, precompute_ref_log_probs, naive_run, evaluated, tmp_path):
     """Steps, reference and evaluation."""
     changes = {**WAYS[way], "precompute_ref_log_probs": precompute_ref_log_probs, "eval_steps": 1}
@@ -373,20 +373,6 @@ def test_the_first_update_is_adamw_on_the_mean_loss(base, tmp_path):
     assert values(done, "loss") == pytest.approx([math.log(2)], abs=1e-7)
     assert done.metrics[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4) and norm > 0.05
     assert worst(done.weights, {name: p.detach() for name, p in model.named_parameters()}) <= 1e-4
-
-
-def test_training_on_the_demo_raises_accuracy_and_margin_on_held_out_pairs(tmp_path):
-    rows = (ROOT / "demo/preferences.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "train.jsonl").write_text("".join(rows[:120]))
-    (tmp_path / "eval.jsonl").write_text("".join(rows[-40:]))
-    flags = {"dataset_name": str(tmp_path / "train.jsonl"), "eval_dataset_name": str(tmp_path / "eval.jsonl")}
-    done = run(tmp_path / "out", flags, learning_rate=3e-4, per_device_train_batch_size=8, eval_steps=5)
-    early, last = done.metrics[4], done.metrics[-1]
-    assert len(done.metrics) == 15
-    # before the first step the margin is 0, the loss log 2 and no margin is above 0
-    assert last["eval_rewards/margins"] > early["eval_rewards/margins"] > 0.03
-    assert last["eval_loss"] < early["eval_loss"] < math.log(2) - 0.01
-    assert last["eval_rewards/accuracies"] > 0.6
 
 
 # --- 2. Mutations: what the comparisons above would catch ---
@@ -476,8 +462,7 @@ def test_the_proof_looks_back_as_far_as_the_window(base, tmp_path, monkeypatch):
 
     def ignored(model, *args):
         attention(model, *args)
-        for layer in model.model.layers:
-            layer.self_attn.sliding_window = None
+        model.config.sliding_window = None
 
     monkeypatch.setattr(dpo_padding_free, "set_kernels", ignored)
     with pytest.raises(ValueError, match="computes something else in a row of shared prompts"):
@@ -630,11 +615,12 @@ def assistant(content):
 
 TALK = [user("hi"), assistant("yo"), user("so")]
 TALK_TEXT = "<|user|>hi<|end|><|assistant|>yo<|end|><|user|>so<|end|><|assistant|>"
+CHAT = plain(TALK, [assistant("2")], [assistant("3")])
 FORMS = {
     "plain": plain("1+1=", "2", "3"),
     "plain, implicit": {"chosen": "1+1=2", "rejected": "1+1=3"},
-    "conversational": plain(TALK, [assistant("2")], [assistant("3")]),
-    "conversational, implicit": {"chosen": [*TALK, assistant("2")], "rejected": [*TALK, assistant("3")]},
+    "conversational": CHAT,
+    "conversational, implicit": {name: [*TALK, *CHAT[name]] for name in ("chosen", "rejected")},
 }
 
 
@@ -643,96 +629,60 @@ def test_every_form_of_preferences(form, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
     examples, data = load(write_jsonl(tmp_path / "rows.jsonl", [FORMS[form]]), Arguments())
     prompt = "1+1=" if "plain" in form else TALK_TEXT
-    texts = [tokenizer.decode(examples[0][column]) for column in TOKENS]
-    assert texts == [prompt, "2<|end|>", prompt, "3<|end|>"]
+    assert [tokenizer.decode(examples[0][name]) for name in TOKENS] == [
+        prompt,
+        "2<|end|>",
+        prompt,
+        "3<|end|>",
+    ]
     assert data["boundaries_moved"] == 0 and data["examples_used"] == 1
-    names, size = (
-        ("chosen_length", "rejected_length", "shared_length", "prefix_length"),
-        len(tokenizer(prompt).input_ids),
-    )
+    size = len(tokenizer(prompt).input_ids)
+    names = ("chosen_length", "rejected_length", "shared_length", "prefix_length")
     assert [examples[0][name] for name in names] == [size + 2, size + 2, size, 0]
 
 
-@pytest.mark.parametrize(
-    "row, prompt, chosen, rejected",
-    [
-        # of more turns than one
-        (
-            plain([user("a")], [assistant("b"), user("c"), assistant("d")], [assistant("e")]),
-            "<|user|>a<|end|><|assistant|>",
-            "b<|end|><|user|>c<|end|><|assistant|>d<|end|>",
-            "e<|end|>",
-        ),
-        # an answer that both begin with belongs to the prompt, but never the last one
-        (
-            {
-                "chosen": [user("a"), assistant("b")],
-                "rejected": [user("a"), assistant("b"), user("c"), assistant("d")],
-            },
-            "<|user|>a<|end|><|assistant|>",
-            "b<|end|>",
-            "b<|end|><|user|>c<|end|><|assistant|>d<|end|>",
-        ),
-        # the conversations part at a question: no generation prompt
-        (
-            {
-                "chosen": [*TALK[:2], user("c"), assistant("b")],
-                "rejected": [*TALK[:2], user("d"), assistant("e")],
-            },
-            "<|user|>hi<|end|><|assistant|>yo<|end|>",
-            "<|user|>c<|end|><|assistant|>b<|end|>",
-            "<|user|>d<|end|><|assistant|>e<|end|>",
-        ),
-        # nothing in common: no prompt
-        (
-            {"chosen": [user("a"), assistant("b")], "rejected": [user("c"), assistant("b")]},
-            "",
+def talk(*contents):
+    """A conversation in which user and assistant take turns."""
+    return [(user, assistant)[i % 2](content) for i, content in enumerate(contents)]
+
+
+PROMPTS_END = {
+    "an answer that both begin with is the prompt's, but not the last one": (
+        {"chosen": talk("a", "b"), "rejected": talk("a", "b", "c", "d")},
+        ["<|user|>a<|end|><|assistant|>", "b<|end|>", "b<|end|><|user|>c<|end|><|assistant|>d<|end|>"],
+    ),
+    "they part at a question: no generation prompt": (
+        {"chosen": talk("a", "b", "c", "d"), "rejected": talk("a", "b", "e", "f")},
+        [
             "<|user|>a<|end|><|assistant|>b<|end|>",
-            "<|user|>c<|end|><|assistant|>b<|end|>",
-        ),
-        # whole conversations beside their prompt
-        (
-            plain([user("a")], [user("a"), assistant("b")], [user("a"), assistant("c")]),
-            "<|user|>a<|end|><|assistant|>",
-            "b<|end|>",
-            "c<|end|>",
-        ),
-        # a turn that the prompt has begun goes on
-        (
-            plain([user("a"), assistant("b")], [assistant("c")], [assistant("d")]),
-            "<|user|>a<|end|><|assistant|>b",
-            "c<|end|>",
-            "d<|end|>",
-        ),
-        # one is the other's beginning
-        ({"chosen": "ab", "rejected": "abc"}, "ab", "<|end|>", "c<|end|>"),
-        ({"chosen": "ab<|end|>", "rejected": "ac"}, "a", "b<|end|>", "c<|end|>"),
-        (plain("", "ab", "ac"), "", "ab<|end|>", "ac<|end|>"),
-        (plain("a", "", "b"), "a", "<|end|>", "b<|end|>"),
-    ],
-)
-def test_where_prompts_end(row, prompt, chosen, rejected):
-    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
-    assert [tokenizer.decode(ids) for ids in tokenize(row, tokenizer)[:3]] == [prompt, chosen, rejected]
+            "<|user|>c<|end|><|assistant|>d<|end|>",
+            "<|user|>e<|end|><|assistant|>f<|end|>",
+        ],
+    ),
+    "nothing in common": (
+        {"chosen": talk("a", "b"), "rejected": talk("c", "b")},
+        ["", "<|user|>a<|end|><|assistant|>b<|end|>", "<|user|>c<|end|><|assistant|>b<|end|>"],
+    ),
+    "whole conversations beside their prompt": (
+        plain(talk("a"), talk("a", "b"), talk("a", "c")),
+        ["<|user|>a<|end|><|assistant|>", "b<|end|>", "c<|end|>"],
+    ),
+    "a turn that goes on": (
+        plain(talk("a", "b"), [assistant("c")], [assistant("d")]),
+        ["<|user|>a<|end|><|assistant|>b", "c<|end|>", "d<|end|>"],
+    ),
+    "one is the other's beginning": ({"chosen": "ab", "rejected": "abc"}, ["ab", "<|end|>", "c<|end|>"]),
+    "an end that is there": ({"chosen": "ab<|end|>", "rejected": "ac"}, ["a", "b<|end|>", "c<|end|>"]),
+    "no prompt": (plain("", "ab", "ac"), ["", "ab<|end|>", "ac<|end|>"]),
+    "no answer": (plain("a", "", "b"), ["a", "<|end|>", "b<|end|>"]),
+}
 
 
-@pytest.mark.parametrize(
-    "template, ends, chosen",
-    [
-        # a line break after the end of a turn is left out
-        ("<|{{ m.role }}|>{{ m.content }}<|end|>\n", (), "2<|end|>"),
-        # a template without EOS gets one
-        ("[{{ m.content }}]", (), "[2]<|end|>"),
-        ("{{ m.content }}<|assistant|>\n", (), "2<|assistant|>\n<|end|>"),
-        # nothing is added behind an end that the model names
-        ("{{ m.content }}<|assistant|>\n", ("<|assistant|>",), "2<|assistant|>"),
-    ],
-)
-def test_every_completion_ends_once(template, ends, chosen):
+@pytest.mark.parametrize("case", PROMPTS_END)
+def test_where_prompts_end(case):
+    row, expected = PROMPTS_END[case]
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
-    tokenizer.chat_template = "{% for m in messages %}" + template + "{% endfor %}"
-    ids = tokenize(FORMS["conversational"], tokenizer, tokenizer.convert_tokens_to_ids([*ends]))[1]
-    assert tokenizer.decode(ids).removeprefix("<|assistant|>") == chosen
+    assert [tokenizer.decode(ids) for ids in tokenize(row, tokenizer)[:3]] == expected
 
 
 def test_the_prompt_ends_where_joint_and_separate_tokenisation_part(tmp_path):
@@ -747,36 +697,33 @@ def test_the_prompt_ends_where_joint_and_separate_tokenisation_part(tmp_path):
 
 
 P, C, R = [464, 6766, 318], [4171, 2], [4077, 2]
+KEEP_END = {"truncation_mode": "keep_end"}
 
 
 @pytest.mark.parametrize(
-    "limits, expected",
+    "limits, prompt, chosen",
     [
-        ({}, (P, C, P, R)),
-        ({"max_prompt_length": 2, "max_completion_length": 1}, ([6766, 318], [4171], [6766, 318], [4077])),
-        ({"max_prompt_length": 1}, ([318], C, [318], R)),
-        ({"max_length": 4}, (P, [4171], P, [4077])),
-        ({"max_length": 3}, (P, [], P, [])),
-        ({"max_length": 4, "truncation_mode": "keep_end"}, ([6766, 318], C, [6766, 318], R)),
-        ({"max_length": 2, "truncation_mode": "keep_end"}, ([], C, [], R)),
-        ({"max_length": 1, "truncation_mode": "keep_end"}, ([], [2], [], [2])),
-        ({"max_prompt_length": 2, "max_length": 3}, ([6766, 318], [4171], [6766, 318], [4077])),
-        (
-            {"max_completion_length": 1, "max_length": 2, "truncation_mode": "keep_end"},
-            ([318], [4171], [318], [4077]),
-        ),
+        ({}, P, C),
+        ({"max_prompt_length": 2, "max_completion_length": 1}, [6766, 318], [4171]),
+        ({"max_length": 4}, P, [4171]),
+        ({"max_length": 3}, P, []),
+        ({"max_length": 4, **KEEP_END}, [6766, 318], C),
+        ({"max_length": 2, **KEEP_END}, [], C),
+        ({"max_length": 1, **KEEP_END}, [], [2]),
+        ({"max_prompt_length": 2, "max_length": 3}, [6766, 318], [4171]),
+        ({"max_completion_length": 1, "max_length": 2, **KEEP_END}, [318], [4171]),
     ],
 )
-def test_the_truncation_table(limits, expected):
-    limits = {**NO_LIMITS, "max_length": 1000, "truncation_mode": "keep_start", **limits}
-    cut = cut_pair(P, C, R, limits)
-    assert tuple(cut[name] for name in TOKENS) == expected
-    assert cut["chosen_length"] == len(expected[0] + expected[1])
-    assert cut["tokens_cut"] == 10 - sum(map(len, expected))
-    assert cut["completions_without_eos"] == 2 - (expected[1][-1:] == [2]) - (expected[3][-1:] == [2])
-    assert cut["unscored"] == (len(expected[0] + expected[1]) < 2 or not expected[1])
-    assert cut["prompts_truncated"] == (expected[0] != P)
-    assert cut["completions_truncated"] == (expected[1] != C) + (expected[3] != R)
+def test_the_truncation_table(limits, prompt, chosen):
+    cut = cut_pair(P, C, R, {**NO_LIMITS, "max_length": 1000, "truncation_mode": "keep_start", **limits})
+    rejected = [4077 if token == 4171 else token for token in chosen]
+    assert [cut[name] for name in TOKENS] == [prompt, chosen, prompt, rejected]
+    assert cut["chosen_length"] == len(prompt + chosen)
+    assert cut["tokens_cut"] == 10 - 2 * len(prompt + chosen)
+    assert cut["completions_without_eos"] == 2 * (chosen[-1:] != [2])
+    assert cut["unscored"] == (len(prompt + chosen) < 2 or not chosen)
+    assert cut["prompts_truncated"] == (prompt != P)
+    assert cut["completions_truncated"] == 2 * (chosen != C)
     assert (P, C, R) == ([464, 6766, 318], [4171, 2], [4077, 2])  # not mutated
 
 
@@ -810,34 +757,6 @@ def test_cuts_and_drops_are_counted(flags, counts, tmp_path):
     assert len(examples) == data["examples_used"] and data["tokens_kept"] == kept
 
 
-def test_edited_tokenisation_is_not_taken_from_the_cache(tmp_path):
-    """Whoever edits what turns text into tokens, in either file, trains on the new tokens."""
-    shutil.copy(SCRIPT, tmp_path)
-    shutil.copytree(ROOT / "common", tmp_path / "common")
-    name = write_jsonl(tmp_path / "rows.jsonl", [FORMS["plain"]])
-    code = f"""
-import importlib, sys
-sys.path.insert(0, {str(tmp_path)!r})
-import common.data, dpo_padding_free
-pretrained = dpo_padding_free.read_pretrained({DEMO_MODEL!r})
-
-def load(file, edit):
-    with open({str(tmp_path)!r} + file, "a") as source:
-        source.write(edit)
-    importlib.reload(common.data)
-    importlib.reload(dpo_padding_free)
-    args = dpo_padding_free.Arguments()
-    examples, _ = dpo_padding_free.load_examples({name!r}, "train", pretrained, args)
-    print(examples[0]["chosen_ids"][1:])
-
-load("/common/data.py", "")
-load("/common/data.py", "\\ndef end_with_eos(input_ids, *_): return [*input_ids, 7]")
-load("/dpo_padding_free.py", "\\ndef tokenize(*args): return [1], [2, 3], [2, 4], False")
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout.splitlines() == [f"[{END}]", "[7]", "[3]"], done.stderr
-
-
 def test_tokens_are_cached_until_something_they_depend_on_changes(cache, tmp_path):
     name = write_jsonl(tmp_path / "rows.jsonl", [FORMS["plain"]])
 
@@ -860,7 +779,7 @@ def test_a_thousand_empty_prompts_first(tmp_path):
 # --- 6. Batches by tokens, and those of the reference ---
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(
     sizes=st.lists(st.tuples(lengths, lengths, lengths, st.just(0)), min_size=1, max_size=20),
     slack=st.integers(0, 60),
@@ -909,8 +828,6 @@ BAD_DATA = {
     "missing columns": ([{"prompt": "a", "completion": "b"}], "has the columns prompt, completion; wanted"),
     "no rejected": ([{"prompt": "a", "chosen": "b"}], "prompt, chosen; wanted: chosen and rejected"),
     "a null": ([PLAIN, {**PLAIN, "rejected": None}], "bad.jsonl, example 1: rejected is None"),
-    "a number": ([plain(1, 2, 3)], "bad.jsonl, example 0: prompt is 1"),
-    "a string and messages": ([{**FORMS["conversational"], "prompt": "a"}], "bad.jsonl, example 0: "),
     "no answer": (
         [{"chosen": [user("a"), assistant("b")], "rejected": [user("a")]}],
         "example 0: rejected ends with a message of role user",
@@ -930,8 +847,6 @@ BAD_MODELS = {
         {"full_attn_idxs": [1]},
         "computes something else in a row of shared prompts.* --no_share_prompt",
     ),
-    "boundaries are not passed on": ("stablelm", {}, "keep documents apart"),
-    "attention sinks": ("gpt_oss", {}, "s_aux"),
     "softcap": ("gemma2", {"final_logit_softcapping": 1.0}, "softcap"),
     "scaled logits": ("granite", {"logits_scaling": 8.0}, "logits_scaling 8.0"),
     "id outside the vocabulary": (
@@ -1019,13 +934,6 @@ def test_contradictory_flags_are_refused(message, base, earlier_run):
     assert_refused(earlier_run, {**base, "overwrite_output_dir": True, **BAD_FLAGS[message]}, message)
 
 
-def test_liger_on_a_model_that_it_does_not_know_is_refused(base, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    gpt2 = write_model(tmp_path / "gpt2", "gpt2")
-    with pytest.raises(ValueError, match="no kernels for model type 'gpt2'"):
-        run(tmp_path / "out", base, model_name_or_path=gpt2, use_liger_kernel=True)
-
-
 @pytest.mark.parametrize("way", ["shared", "padded"])
 def test_kernels_that_compute_something_else_are_refused(way, base, tmp_path, monkeypatch):
     """As if Liger's had been put into a model of another configuration."""
@@ -1051,14 +959,18 @@ def test_kernels_that_compute_something_else_are_refused(way, base, tmp_path, mo
         ({"loss_type": "hinge"}, "its objective"),
         ({"label_smoothing": 0.1}, "its objective"),
         ({"bf16": True}, "its precision is not this one's"),
-        ({"eval_dataset_name": str(ROOT / "demo/preferences.jsonl")}, "its evaluation data is not this one"),
         ({}, "has finished its 3 steps"),
     ],
     ids=str,
 )
 def test_a_folder_that_holds_another_run_is_refused(flags, message, base, earlier_run):
-    flags = {"max_steps": 4 if "precision" in message or "eval" in message else 3, **flags}
-    assert_refused(earlier_run, {**base, "resume_from_checkpoint": "latest", **flags}, message)
+    resume = {"resume_from_checkpoint": "latest", "max_steps": 4 if "precision" in message else 3}
+    assert_refused(earlier_run, {**base, **resume, **flags}, message)
+
+
+def test_resuming_with_an_evaluation_that_was_not_there_is_refused(evaluated, earlier_run):
+    flags = {**evaluated, "resume_from_checkpoint": "latest", "max_steps": 4}
+    assert_refused(earlier_run, flags, "its evaluation data is not this one's")
 
 
 @pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
@@ -1162,7 +1074,7 @@ BATCHES = {
 
 @pytest.mark.parametrize("form", BATCHES)
 def test_a_policy_that_has_not_moved_is_its_reference(form, evaluated, rows_matter, tmp_path):
-    """To the last bit, in all of the first epoch and in every evaluation: one number, not two nearly equal."""
+    """To the last bit, in all of the first epoch and in every evaluation."""
     done = run(tmp_path, evaluated, learning_rate=0.0, **BATCHES[form])
     assert done.metrics[-1]["epoch"] == 1.0
     for line in done.metrics:
@@ -1332,7 +1244,7 @@ def test_dropout_saving_and_evaluating_change_no_step(
     assert curve_difference(saved, run(tmp_path / "2", dropout, gradient_checkpointing=False)) <= 1e-5
 
 
-@pytest.mark.parametrize("changes", [{}, {"bf16": True}, {"precompute_ref_log_probs": False}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"bf16": True, "precompute_ref_log_probs": False}], ids=str)
 def test_frozen_layers_cost_their_weights_alone(changes, dropout, tmp_path, monkeypatch):
     flags = {**dropout, **changes, "save_steps": 4, "measure_memory": True}
     in_graph = freeze_first(dpo_padding_free, monkeypatch)
@@ -1471,34 +1383,31 @@ def bytes_of(summary):
 
 
 COUNTED = {
-    **WAYS,
+    "shared": {},
+    "padded": {"padding_free": False},
     "reference beside": {"precompute_ref_log_probs": False},
     "bf16": {"bf16": True},
-    "no checkpointing, accumulated": {"gradient_checkpointing": False, "gradient_accumulation_steps": 2},
+    "accumulated": {"gradient_checkpointing": False, "gradient_accumulation_steps": 2},
     "offloaded": {"activation_offloading": True, "gradient_checkpointing": False},
 }
 
 
 @pytest.mark.parametrize("way", COUNTED)
-def test_a_dry_run_counts_what_a_step_holds(way, tmp_path, monkeypatch):
-    """Over the same batches, those of the step that was measured."""
-    rows = (ROOT / "demo/preferences.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "rows.jsonl").write_text(
-        "".join(rows[:4]) * COUNTED[way].get("gradient_accumulation_steps", 1)
-    )
+def test_a_dry_run_counts_what_a_step_holds(way, base, tmp_path, monkeypatch):
+    """Over the same batches, which in this dataset are all alike."""
     batches, batch = [], Pairs.batch
     monkeypatch.setattr(Pairs, "batch", lambda *args: batches.append(batch(*args)) or batches[-1])
-    flags = {"dataset_name": str(tmp_path / "rows.jsonl"), "max_steps": 2, "measure_memory": True}
+    rows = write_jsonl(tmp_path / "rows.jsonl", [plain("p" * 40, "a" * 30, "b" * 50)] * 8)
+    flags = {**base, "dataset_name": rows, "max_length": 256, "max_steps": 2, "measure_memory": True}
     args = Arguments(output_dir=str(tmp_path / "out"), **flags, **COUNTED[way])
     measured = bytes_of(main(args))
-    largest = max(batches, key=lambda each: each["input_ids"].numel())
-    largest = {"ref_logps": torch.zeros(8)} | largest
-    monkeypatch.setattr(dpo_padding_free, "pretend_batch", lambda args: largest)
-    found, moment = dpo_padding_free.pretend_step(args, read_pretrained(DEMO_MODEL, dropout=False))
+    monkeypatch.setattr(dpo_padding_free, "pretend_batch", lambda args: batches[-1])
+    pretrained = read_pretrained(base["model_name_or_path"], dropout=False)
+    found, moment = dpo_padding_free.pretend_step(args, pretrained)
     assert found.keys() == measured.keys() and moment
-    assert ("reference" in found) == (way == "reference beside")
+    assert found.get("reference", 0) == (measured["parameters"] if way == "reference beside" else 0)
     for name, count in found.items():
-        assert count == pytest.approx(measured[name], rel=0.05, abs=2**14), name
+        assert count == pytest.approx(measured[name], rel=0.03, abs=2**11), name
 
 
 @given(
@@ -1550,20 +1459,11 @@ def test_bytes_fall_from_padded_to_padding_free_to_shared(base, tmp_path):
     assert found["shared"]["peak"] < 0.5 * found["padded"]["peak"]
 
 
-def test_a_computed_reference_costs_no_second_model(tmp_path):
-    rows = (ROOT / "demo/preferences.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "rows.jsonl").write_text("".join(rows[:8]))
-    flags = {"dataset_name": str(tmp_path / "rows.jsonl"), "measure_memory": True}
-    once = bytes_of(run(tmp_path / "once", flags).returned)
-    twice = bytes_of(run(tmp_path / "twice", flags, precompute_ref_log_probs=False).returned)
-    assert "reference" not in once and twice["reference"] == once["parameters"]
-    assert twice["peak"] - once["peak"] == pytest.approx(once["parameters"], rel=0.1)
-
-
 @pytest.mark.parametrize(
     "changes",
     [
-        *WAYS.values(),
+        {},
+        {"padding_free": False},
         {"gradient_checkpointing": False, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
         {"gradient_checkpointing": False, "precompute_ref_log_probs": False, "bf16": True},
     ],
@@ -1578,6 +1478,3 @@ def test_offloading_changes_only_where_activations_wait(changes, evaluated, tmp_
     assert kept.returned["activation_offloading"] is None
     report = offloaded.returned["activation_offloading"]
     assert report["offloaded_bytes"] > 0 and report["peak_host_bytes"] >= report["offloaded_bytes"]
-    if changes.get("gradient_checkpointing", True):  # of two layers' inputs the first one's; 32 fp32 numbers
-        tokens = {line["num_tokens"] for line in offloaded.metrics[1:]}
-        assert report["offloaded_bytes"] in {count * 32 * 4 for count in tokens}

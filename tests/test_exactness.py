@@ -17,10 +17,21 @@ PAIR = [([3, 0, 9, 9, 1, 7, 22], [[5, 6, 0, 8, 2, 11], [2, 40]]), ([8], [[1, 2, 
 
 def row_of(sequences, join=flatten):
     """The batch in which a run would compute these (input_ids, num_scored)."""
-    return add_scored(join([{"input_ids": x, "labels": [IGNORE] * (len(x) - n) + x[-n:]} for x, n in sequences]))
+    return add_scored(
+        join([{"input_ids": x, "labels": [IGNORE] * (len(x) - n) + x[-n:]} for x, n in sequences])
+    )
 
 
-def prove(model, change=lambda model, batch: None, *, ids=IDS, max_length=200, join=flatten, attend="varlen", **options):
+def prove(
+    model,
+    change=lambda model, batch: None,
+    *,
+    ids=IDS,
+    max_length=200,
+    join=flatten,
+    attend="varlen",
+    **options,
+):
     """As the scripts do it: the untouched model, what the run changes, the run's own row.
 
     Args: change: function of the model and of the run's row, which it may change in place.
@@ -123,7 +134,9 @@ def another_activation(model, batch):
     """As Liger's MLP does, which computes silu whatever the configuration says."""
     for layer in model.model.layers:
         mlp = layer.mlp
-        mlp.forward = lambda x, mlp=mlp: mlp.down_proj(torch.nn.functional.relu(mlp.gate_proj(x)) * mlp.up_proj(x))
+        mlp.forward = lambda x, mlp=mlp: mlp.down_proj(
+            torch.nn.functional.relu(mlp.gate_proj(x)) * mlp.up_proj(x)
+        )
 
 
 def a_norm_less(model, batch):
@@ -218,7 +231,10 @@ def test_states_that_run_through_the_row_are_seen():
 REFUSING = {
     "stablelm": ({}, "does not hand keyword arguments on"),  # its layers would not learn of boundaries
     "gemma2": ({"query_pre_attn_scalar": 8}, "varlen attention does not support softcap"),
-    "gpt_oss": ({"num_local_experts": 2, "num_experts_per_tok": 1}, "varlen attention does not support s_aux"),
+    "gpt_oss": (
+        {"num_local_experts": 2, "num_experts_per_tok": 1},
+        "varlen attention does not support s_aux",
+    ),
     "qwen3_5_text": (
         {"linear_num_value_heads": 4, "linear_num_key_heads": 2}
         | {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_hidden_layers": 4},
@@ -236,7 +252,7 @@ def test_what_a_model_refuses_is_the_users_to_change(family):
 
 def test_a_mistake_elsewhere_stays_what_it_is():
     def edited(hidden, weight, target_ids, bias):
-        first, second = 1, 2, 3
+        raise ValueError("too many values to unpack")
 
     model = tiny_model("llama")
     with pytest.raises(ValueError, match="too many values") as raised:

@@ -67,7 +67,13 @@ def test_checkpoints_are_listed_by_number_and_never_replaced(tmp_path):
     assert list_checkpoints(tmp_path / "missing") == []
     for step in (10, 9, 100):
         save(tmp_path, step)
-    for name in ("checkpoint-8.tmp", "checkpoint-7.deleted", "checkpoint-", "checkpoint-x", "my-checkpoint-5"):
+    for name in (
+        "checkpoint-8.tmp",
+        "checkpoint-7.deleted",
+        "checkpoint-",
+        "checkpoint-x",
+        "my-checkpoint-5",
+    ):
         write(fresh_folder(tmp_path / name), **{"progress.json": "{}"})
     assert list_checkpoints(tmp_path) == [(n, tmp_path / f"checkpoint-{n}") for n in (9, 10, 100)]
     assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-100"
@@ -184,7 +190,13 @@ def test_a_finished_runs_folder_is_taken_and_may_be_replaced_or_continued(tmp_pa
         check(tmp_path, resume="elsewhere/checkpoint-1")
 
 
-FOREIGN = ["ds_config.json", "my_adapter.safetensors", "tokenizer_notes.txt", "vocab_sft.jsonl", "config.json"]
+FOREIGN = [
+    "ds_config.json",
+    "my_adapter.safetensors",
+    "tokenizer_notes.txt",
+    "vocab_sft.jsonl",
+    "config.json",
+]
 FOREIGN += ["metrics.jsonl", "summary.json", "checkpoint-4/trainer_state.json"]
 FOREIGN += ["model.tmp/x", "reference.tmp/x", "checkpoint-3.tmp/x", "checkpoint-3.deleted/x"]
 
@@ -198,7 +210,7 @@ def test_a_folder_with_a_users_files_is_taken_even_if_overwritten(name, tmp_path
     for overwrite in (False, True):
         with pytest.raises(Refusal, match=f"no run says it wrote \\({first}\\): a user's, or of an earlier"):
             check(tmp_path, overwrite)
-    # beside a run, it outlives that run; but for a folder of a name that runs leave behind when they are killed
+    # Beside a run it outlives that run, but for folders of names that a killed run may leave.
     prepare_output_dir(a_finished_run(tmp_path, "model-00001-of-00002.safetensors", "merges.txt"), step=0)
     leftover = first.endswith((".tmp", ".deleted"))
     later = {name} - ({name} if leftover else {"metrics.jsonl", "summary.json"})
@@ -279,7 +291,9 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     with pytest.raises(Refusal, match="is a file"):
         check(tmp_path / "file", overwrite=True)
     for folder in (tmp_path / "file" / "below", Path("/proc/nowhere/run")):
-        with pytest.raises(Refusal, match=f"--output_dir {folder} cannot be written: .*Choose another folder"):
+        with pytest.raises(
+            Refusal, match=f"--output_dir {folder} cannot be written: .*Choose another folder"
+        ):
             check(folder)
 
 

@@ -57,7 +57,7 @@ from grpo_zero3 import (
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "grpo_zero3.py"
-MODES = ("all", "none", "third", "half", "exact", "byte")
+MODES = ("all", "none", "half", "exact", "byte")
 TIMEOUT = 500  # DeepSpeed builds an extension at its first use on a CPU
 
 
@@ -134,7 +134,7 @@ Worker = namedtuple("Worker", ["answers", "folder", "base", "output"])
 
 
 @pytest.fixture(scope="module")
-def worker(base, tmp_path_factory):
+def worker(base, ways, tmp_path_factory):
     """The answers of tests/grpo_worker.py, one for each rank; its folder; the model's log-probabilities."""
     folder = tmp_path_factory.mktemp("worker")
     shutil.copytree(DEMO_MODEL, folder / "model")
@@ -156,7 +156,7 @@ def worker(base, tmp_path_factory):
     jobs["continued"] = {"flags": jobs["stopped"]["flags"] | RESUME}
     for name in FREEZES:
         jobs[name]["freeze"] = True
-    for name, content in (("base", logps), ("jobs", jobs), ("ways", ways(2))):
+    for name, content in (("base", logps), ("jobs", jobs), ("ways", ways)):
         (folder / f"{name}.json").write_text(json.dumps(content))
     returncode, output = launched(folder)
     files = [folder / f"rank{rank}.json" for rank in range(2)]
@@ -201,9 +201,14 @@ def test_every_mode_gives_the_unsharded_models_tokens_and_puts_all_back(mode, wo
         assert answer["finished"] == [ids[-1] == 257 for ids in unsharded(rank)]
         assert answer["forwards"] == answer["steps"] == longest[1]
         assert answer["restored"]
+
+
+@pytest.mark.parametrize("mode", ["none", "half"])
+def test_padded_shards_on_the_host_give_the_same_tokens(mode, worker):
+    for rank, answers in enumerate(worker.answers):
         odd = answers["odd"]
+        assert odd["padded"] > 0 and odd["on host"] and odd[f"mode {mode}"]["restored"]
         assert odd[f"mode {mode}"]["completions"] == unsharded(rank, worker.folder / "odd")
-        assert odd[f"mode {mode}"]["restored"] and odd["padded"] > 0 and odd["on host"]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -224,7 +229,7 @@ def test_what_is_planned_is_whole_and_gathered(mode, worker):
             assert answer["gathers"] == 0
     resident = {mode: first[f"mode {mode}"]["resident"] for mode in MODES}
     assert resident["all"] == resident["exact"] > 4_000_000
-    assert 0 == resident["byte"] < resident["third"] < resident["half"]
+    assert 0 == resident["byte"] < resident["half"] < resident["all"]
 
 
 @pytest.mark.parametrize("case", ["Crash all", "Crash half", "KeyboardInterrupt none", "RuntimeError half"])
@@ -387,7 +392,7 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(worker):
     """SIGTERM reaches one rank in the second rollout, with step 3 of 3 and 4."""
     through, continued = read_run(worker.folder / "through"), read_run(worker.folder / "stopped")
     assert [a["job stopped"]["returned"] for a in worker.answers] == [{"stopped_at_step": 4}] * 2
-    assert len(through.metrics) == 6 and len({step["loss"] for step in through.metrics}) == 6
+    assert len(through.metrics) == 6 and len({step["entropy"] for step in through.metrics}) == 3
     assert_same_bits(continued, through)
     assert [step for step, _ in list_checkpoints(worker.folder / "stopped")] == [4]
     assert [step for step, _ in list_checkpoints(worker.folder / "through")] == [4, 6]  # the newest are kept
@@ -862,7 +867,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(base, tmp_pat
 
 
 def test_the_reward_rises(base, tmp_path):
-    flags = {"learning_rate": 3e-3, "lr_scheduler_type": "constant", "max_steps": 16}
+    flags = {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "max_steps": 24}
     rewards = [step["reward"] for step in run(tmp_path, base, **flags).metrics]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.1
 
@@ -1036,40 +1041,47 @@ def test_a_broken_reward_stops_the_run_and_is_named(base, tmp_path):
 
 # --- 6. Bytes ---
 
-SIZES = {"max_prompt_length": 64, "max_completion_length": 16, "per_device_train_batch_size": 8}
+SIZES = {"max_prompt_length": 64, "max_completion_length": 6, "per_device_train_batch_size": 8}
 WAYS = {
     "none, bf16": {"ds3_gather_for_generation": False, "bf16": True},
-    "half": {"gather_budget_gib": 2 / 1024},
-    "no checkpointing": {"gradient_checkpointing": False},
+    "half": {"gather_budget_gib": 2e-4},
     "three micro-batches": {"per_device_train_batch_size": 24, "ds3_gather_for_generation": False},
+    "no checkpointing": {"gradient_checkpointing": False},
 }
 
 
-def ways(world):
-    """Flags of what is counted on so many ranks."""
-    names = WAYS if world > 1 else ("none, bf16", "no checkpointing")
-    return {name: SIZES | WAYS[name] for name in names}
+@pytest.fixture(scope="module")
+def ways(tmp_path_factory):
+    """{name: flags} of what is counted, with a model of a hundred thousand parameters."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    name = write_model(tmp_path_factory.mktemp("bytes"), **sizes)
+    return {way: {**SIZES, "model_name_or_path": name, **flags} for way, flags in WAYS.items()}
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_a_dry_run_counts_what_a_step_holds(world, worker, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "world, names", [(1, ["none, bf16", "no checkpointing"]), (2, ["half", "three micro-batches"])]
+)
+def test_a_dry_run_counts_what_a_step_holds(world, names, ways, worker, tmp_path, monkeypatch):
     grpo_worker.small_buckets(monkeypatch)
-    base = {"model_name_or_path": str(DEMO_MODEL)}
-    counted = worker.answers[0]["bytes"]
-    if world == 1:
-        with engine_of(base, tmp_path) as (_, run):
-            counted = {name: grpo_worker.count_bytes(run, flags) for name, flags in ways(1).items()}
-    for name, flags in ways(world).items():
-        args, measured = Arguments(**base, **flags, dry_run=True, dry_run_world_size=world), counted[name]
-        found, moment = grpo_zero3.pretend_step(args, read_pretrained(str(DEMO_MODEL), dropout=False))
+    for name in names:
+        counted = worker.answers[0]["bytes"][name] if world == 2 else None
+        if world == 1:
+            with engine_of(ways[name], tmp_path) as (_, run):
+                counted = grpo_worker.count_bytes(run, ways[name])
+        args = Arguments(**ways[name], dry_run=True, dry_run_world_size=world)
+        pretrained = read_pretrained(args.model_name_or_path, dropout=False)
+        found, moment = grpo_zero3.pretend_step(args, pretrained)
         held = sum(found[row] for row in ("parameters", "gradients", "bucket", "optimizer"))
-        assert held == pytest.approx(measured["held"], rel=0.02), name
-        assert found["peak"] == pytest.approx(max(measured["rollout"], measured["update"]), rel=0.1), name
-        assert ("rollout" in moment) == (measured["rollout"] > measured["update"])
+        assert held == pytest.approx(counted["held"], rel=0.02), name
+        assert found["peak"] == pytest.approx(max(counted["rollout"], counted["update"]), rel=0.1), name
+        if name != "three micro-batches":  # of which both are about the same
+            assert ("rollout" in moment) == (counted["rollout"] > counted["update"])
 
 
-def test_a_dry_run_counts_its_flags(tmp_path, monkeypatch):
-    pretrained, sizes = read_pretrained(str(DEMO_MODEL), dropout=False), SIZES | {"max_prompt_length": 16}
+def test_a_dry_run_counts_its_flags(ways, tmp_path, monkeypatch):
+    name = ways["half"]["model_name_or_path"]
+    weights = 4 * sum(weight.numel() for weight in load_file(Path(name) / "model.safetensors").values())
+    pretrained, sizes = read_pretrained(name, dropout=False), {**SIZES, "model_name_or_path": name}
     grpo_worker.small_buckets(monkeypatch)
 
     def count(**flags):
@@ -1078,9 +1090,10 @@ def test_a_dry_run_counts_its_flags(tmp_path, monkeypatch):
         return grpo_zero3.pretend_step(args, pretrained)[0]
 
     one = count()
-    assert one["rollout_weights"] == 0 and count(dry_run_world_size=2)["rollout_weights"] > 4_000_000
-    assert count(max_tokens_per_batch=250)["activations"] > one["activations"]  # 144 tokens, and 100 more
-    assert count(beta=0.1)["reference_on_host"] == one["parameters"]
+    assert one["parameters"] == weights and one["rollout_weights"] == 0
+    assert count(dry_run_world_size=2)["rollout_weights"] == weights
+    assert count(max_tokens_per_batch=200)["activations"] > one["activations"]  # 112 tokens, and 88 more
+    assert count(beta=0.1)["reference_on_host"] == weights
     offloaded = count(offload_optimizer=True, offload_param=True)
     assert offloaded["parameters"] == offloaded["gradients"] == offloaded["optimizer"] == 0
     with pytest.MonkeyPatch.context() as patch:
@@ -1089,9 +1102,9 @@ def test_a_dry_run_counts_its_flags(tmp_path, monkeypatch):
     assert all(frozen[name] < 0.9 * one[name] for name in ("gradients", "optimizer"))
     # one step for real; the others would only take time
     monkeypatch.setattr(grpo_zero3, "pretend_step", lambda *_: ({"peak": 1}, "never"))
-    flags = {"max_tokens_per_batch": 150, "dry_run": True, "gpu_memory_gib": 1.0}
+    flags = {"max_tokens_per_batch": 120, "dry_run": True, "gpu_memory_gib": 1.0}
     found = main(Arguments(**sizes | flags, output_dir=str(tmp_path / "out")))
-    assert found["longest"] == (150 - 16) // 8 and not (tmp_path / "out").exists()
+    assert found["longest"] == (120 - 64) // 8 and not (tmp_path / "out").exists()
 
 
 # --- 7. Contract ---

@@ -302,7 +302,17 @@ def test_head_computes_restores_the_head():
 
 def test_in_the_interpreter():
     """Its tests run in a process in which Triton interprets: it looks when it is imported."""
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:logging"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:logging",
+    ]
     done = subprocess.run(
         [*command, str(ROOT / "tests/liger_interpreted.py")],
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},

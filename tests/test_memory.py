@@ -1,32 +1,20 @@
-"""The ledger: what is predicted from the configuration, beside bytes counted one by one."""
+"""Bytes: what a meter counts of a step, and what a dry run foretells of one."""
 
 import pytest
 import torch
-import torch.distributed as dist
-from helpers import documents, enable_checkpointing, inputs, tiny_model
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from transformers import AutoConfig
+from helpers import OneRank, alone_on_the_cpu, documents, freeze_first, inputs, tiny_model, write_jsonl
+from transformers import AutoTokenizer
 
-from common.collators import IGNORE, flatten, pad
-from common.logps import head_computes, nll_sum
-from common.memory import (
-    GIB,
-    ByteCounter,
-    MemoryMeter,
-    format_gib,
-    format_ledger,
-    format_traffic,
-    measure_bandwidth,
-    memory_ledger,
-    predict_ledger,
-    traffic,
-)
+import sft_packing
+from common import Refusal, memory
+from common.collators import add_scored, flatten, pad
+from common.memory import GIB, ByteCounter, MemoryMeter, format_ledger, ledger, pretend
+from common.sharding import Pretrained, checkpoint_layers, read_pretrained
+from sft_packing import Arguments, train_step
 
-ROWS = ["parameters", "gradients", "optimizer", "activations", "loss_head", "peak"]
 CPU = torch.device("cpu")
+DEMO = Arguments.model_name_or_path
 LENGTHS = [300, 200, 129, 395]
-CHUNK_SIZE = 256
 SIZES = {  # 1.0 M parameters
     "hidden_size": 128,
     "intermediate_size": 384,
@@ -38,174 +26,93 @@ SIZES = {  # 1.0 M parameters
 }
 
 
-def scored(batch):
-    targets = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE).flatten()
-    positions = (targets != IGNORE).nonzero()[:, 0]
-    return positions, targets[positions]
-
-
-def train_step(model, optimizer, meter, batches):
-    with meter.step(batches):
-        for batch in batches:
-            positions, targets = scored(batch)
-
-            def head(hidden, weight, bias, positions=positions, targets=targets):
-                hidden = hidden.flatten(0, 1).index_select(0, positions)
-                return nll_sum(hidden, weight, targets, bias=bias, chunk_size=CHUNK_SIZE)
-
-            with head_computes(model, head):
-                loss = model(**inputs(batch), use_cache=False).logits / len(targets)
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def measure(*, lengths=LENGTHS, padded=False, tied=True, checkpointing=False, micro_batches=1, mesh=None):
-    """Two steps, the second of them counted. Returns the predicted and the measured bytes of each row."""
-    model = tiny_model("llama", "sdpa" if padded else "varlen", tie_word_embeddings=tied, **SIZES).train()
-    if checkpointing:
-        enable_checkpointing(model)
-    if mesh is not None:
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-        for module in [*model.model.layers, model]:
-            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    meter = MemoryMeter(model, optimizer, CPU, track=True)
-    sequences = documents(0, lengths, SIZES["vocab_size"])
-    batch = pad(sequences, 0) if padded else flatten(sequences)
-    for _ in range(2):
-        assert meter.measured == {}
-        train_step(model, optimizer, meter, [batch] * micro_batches)
-    predicted = predict_ledger(
-        model.config,
-        num_tokens=batch["input_ids"].numel(),
-        num_scored=len(scored(batch)[1]),
-        num_parameters=sum(p.numel() for p in model.parameters()),
-        gradient_checkpointing=checkpointing,
-        bf16=mesh is not None,
-        chunk_size=CHUNK_SIZE,
-        rows=len(batch["input_ids"]),
-        masked=padded and bool((batch["attention_mask"] == 0).any()),
-        accumulates=micro_batches > 1,
-    )
-    assert list(predicted) == ROWS and meter.measured.keys() == predicted.keys()
-    return {name: count for name, (_, count) in predicted.items()}, meter.measured
-
-
-def check(predicted, measured):
-    ratios = {name: predicted[name] / measured[name] for name in ROWS}
-    assert all(0.9 <= ratio <= 1.1 for ratio in ratios.values()), ratios
-    for name in ("parameters", "gradients", "optimizer"):  # AdamW's step counters are all that is left out
-        assert 0.999 <= ratios[name] <= 1.001
-
-
-# --- Predicted against measured ---
-
-
-@pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("micro_batches", [1, 2])
-@pytest.mark.parametrize("tied", [True, False])
-def test_flat_rows_in_fp32(checkpointing, micro_batches, tied):
-    check(*measure(checkpointing=checkpointing, micro_batches=micro_batches, tied=tied))
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    """A process group of one."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("micro_batches", [1, 2])
-def test_flat_rows_in_bf16_through_fsdp(checkpointing, micro_batches, mesh):
-    check(*measure(checkpointing=checkpointing, micro_batches=micro_batches, mesh=mesh))
-
-
-@pytest.mark.parametrize(
-    "lengths, checkpointing, bf16",
-    [
-        (LENGTHS, True, False),
-        (LENGTHS, False, False),
-        (LENGTHS, False, True),
-        (LENGTHS, True, True),
-        ([1000, 500], True, False),
-        ([1000, 500], False, False),
-    ],
-)
-def test_padded_batches(lengths, checkpointing, bf16, mesh):
-    # the mesh is there for all: a group that is not used changes nothing
-    check(*measure(lengths=lengths, padded=True, checkpointing=checkpointing, mesh=mesh if bf16 else None))
-
-
-def test_what_the_techniques_save_shows_in_the_measured_bytes():
-    flat, padded = measure(checkpointing=True)[1], measure(checkpointing=True, padded=True)[1]
-    plain = measure()[1]
-    assert flat["activations"] < plain["activations"] / 8  # 5 layers' inputs instead of all they save
-    assert flat["activations"] < 0.7 * padded["activations"]  # 1,024 tokens instead of 4 * 395
-    assert flat["peak"] < 0.8 * padded["peak"] and flat["peak"] < plain["peak"] / 2
-    assert flat["parameters"] == padded["parameters"] == plain["parameters"]
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with alone_on_the_cpu(tmp_path_factory.mktemp("cache")) as folder:
+        yield folder
 
 
 # --- The meter ---
 
 
-def small_training():
-    model = tiny_model("llama")
-    return model, torch.optim.AdamW(model.parameters())
+def training(padded=False, checkpointing=False, track=True, track_step=1, **sizes):
+    """A model with what trains it; a function of micro-batches that takes a measured step; the meter."""
+    model = tiny_model("llama", "sdpa" if padded else "varlen", **sizes).train()
+    if checkpointing:
+        checkpoint_layers(model)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    meter = MemoryMeter(model, optimizer, CPU, track, track_step)
+
+    def step(*batches):
+        with meter.step(batches):
+            train_step(model, optimizer, batches, Arguments(), OneRank())
+
+    return model, step, meter
 
 
-def test_the_meter_measures_one_step_and_leaves_the_model_as_it_was():
-    model, optimizer = small_training()
-    meter = MemoryMeter(model, optimizer, CPU, track=True, track_step=1)
-    small, large = flatten(documents(0, [5, 3])), flatten(documents(1, [9, 6]))
-    train_step(model, optimizer, meter, [small, large])
-    measured = meter.measured
+def row(seed, lengths, padded=False, vocab=64):
+    sequences = documents(seed, lengths, vocab)
+    return add_scored(pad(sequences, 0) if padded else flatten(sequences))
+
+
+def test_what_the_techniques_save_shows_in_the_measured_bytes():
+    found = {}
+    for name, ways in {"plain": {}, "flat": {"checkpointing": True}, "padded": {"padded": True}}.items():
+        ways = ways | {"checkpointing": name != "plain"}
+        model, step, meter = training(track_step=2, **ways, **SIZES)
+        for _ in range(2):
+            assert "peak" not in meter.measured
+            step(row(0, LENGTHS, name == "padded", SIZES["vocab_size"]))
+        found[name] = meter.measured
+        assert meter.counting and meter.peak_moment.startswith("in ")
+    flat, padded, plain = found["flat"], found["padded"], found["plain"]
     num_parameters = sum(p.numel() for p in model.parameters())
-    assert measured["parameters"] == measured["gradients"] == 4 * num_parameters
-    assert meter.largest_batch is large
-    train_step(model, optimizer, meter, [flatten(documents(2, [40]))])
-    assert meter.measured is measured and meter.largest_batch is large  # of the measured step
+    assert {name: flat[name] for name in ("parameters", "gradients")} == dict.fromkeys(
+        ("parameters", "gradients"), 4 * num_parameters
+    )
+    assert flat["optimizer"] == pytest.approx(8 * num_parameters, rel=1e-3)
+    assert flat["activations"] < plain["activations"] / 8  # 5 layers' inputs instead of all they save
+    assert flat["activations"] < 0.7 * padded["activations"]  # 1,024 tokens instead of 4 * 395
+    assert flat["peak"] < 0.8 * padded["peak"] and flat["peak"] < plain["peak"] / 2
+    held = sum(flat[name] for name in ("parameters", "optimizer", "activations", "loss_head"))
+    assert held < plain["peak"]
+
+
+def test_one_step_is_measured_and_the_model_is_left_as_it_was():
+    model, step, meter = training()
+    step(row(0, [5, 3]), row(1, [9, 6]))
+    measured = dict(meter.measured)
+    assert meter.counting and measured["activations"] > 0 and measured["loss_head"] > 0
+    step(row(2, [40]))
+    assert not meter.counting and {n: x for n, x in meter.measured.items() if n in measured} == measured
     head = model.get_output_embeddings()
     assert not head._forward_hooks and not head._forward_pre_hooks
-    assert not optimizer._optimizer_step_pre_hooks
+    assert not meter.optimizer._optimizer_step_pre_hooks
+    with pytest.raises(KeyError), meter.step([row(0, [5])]):
+        raise KeyError("within the step")
+    assert not head._forward_pre_hooks and meter.tracker is None
+    model(**inputs(row(0, [5])), use_cache=False)
 
 
-@pytest.mark.parametrize("options", [{}, {"track": True, "track_step": 3}])
-def test_steps_that_are_not_tracked_leave_nothing_measured(options):
-    model, optimizer = small_training()
-    meter = MemoryMeter(model, optimizer, CPU, **options)
-    small, large = flatten(documents(0, [5, 3])), flatten(documents(1, [9, 6]))
-    train_step(model, optimizer, meter, [large])
-    train_step(model, optimizer, meter, [small])
-    assert meter.measured == {} and meter.largest_batch is large
-    assert meter.peak_bytes() > 2**20  # of the process
+@pytest.mark.parametrize("options", [{"track": False}, {"track_step": 3}])
+def test_steps_that_are_not_tracked_measure_what_is_held_alone(options):
+    _, step, meter = training(**options)
+    for seed in (0, 1):
+        step(row(seed, [9, 6]))
+    assert meter.measured.keys() == {"parameters", "gradients", "optimizer"}
+    assert memory.peak_memory_bytes(CPU) > 2**20  # of the process
 
 
 def test_steps_that_compute_nothing_are_not_measured():
-    model, optimizer = small_training()
-    meter = MemoryMeter(model, optimizer, CPU, track=True)
-    batch = flatten(documents(0, [5, 3]))
-    train_step(model, optimizer, meter, [batch])
-    with meter.step([]):
-        optimizer.step()
-    assert meter.measured == {} and not meter.counting
-    train_step(model, optimizer, meter, [batch])  # the second that computes
-    assert meter.counting and meter.measured["optimizer"] > 0
-    with meter.step([]):
-        optimizer.step()
-    assert not meter.counting and meter.largest_batch is batch
-
-
-def test_before_any_step_was_measured_the_peak_is_the_devices(monkeypatch):
-    model, optimizer = small_training()
-    meter = MemoryMeter(model, optimizer, torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 77)
-    with meter.step([]):
-        optimizer.step()
-    assert meter.peak_bytes() == 77
+    _, step, meter = training(track_step=2)
+    nothing = row(0, [1, 1])  # no token is scored
+    step(row(0, [5, 3]))
+    step(nothing)
+    assert not meter.counting and "peak" not in meter.measured
+    step(row(0, [5, 3]))  # the second that computes
+    assert meter.counting and meter.measured["peak"] > 0
+    step(nothing)
+    assert not meter.counting
 
 
 class KeepsBothSummands(torch.autograd.Function):
@@ -234,117 +141,150 @@ def test_a_sum_of_gradients_is_made_in_place(function, grown):
     assert counter.peak_bytes(CPU) - before == pytest.approx(grown * x.nbytes, rel=1e-3)
 
 
-def test_an_error_within_the_step_comes_through_and_removes_the_hooks():
-    model, optimizer = small_training()
-    meter = MemoryMeter(model, optimizer, CPU, track=True, track_step=1)
-    with pytest.raises(KeyError), meter.step([flatten(documents(0, [5]))]):
-        raise KeyError("within the step")
-    assert meter.measured == {} and not model.get_output_embeddings()._forward_pre_hooks
-    model(**inputs(flatten(documents(0, [5]))), use_cache=False)
-
-
-# --- Predictions without a run ---
-
-
-def predict(config, **changes):
-    options = {"num_tokens": 1000, "num_scored": 1000, "num_parameters": 10**6, "chunk_size": CHUNK_SIZE}
-    options |= {"gradient_checkpointing": False, "bf16": False}
-    return predict_ledger(config, **{**options, **changes})
-
-
-@pytest.mark.parametrize("family", ["gpt2", "mixtral", "qwen3_moe", "falcon_mamba"])
-def test_an_unknown_architecture_is_not_predicted(family):
-    assert predict(AutoConfig.for_model(family)) == {}
-
-
-def test_what_the_prediction_says():
-    config = tiny_model("llama", **SIZES).config
-    one, two = predict(config), predict(config, world=2)
-    assert one["parameters"] == ("fp32   4 P", 4 * 10**6)
-    assert one["optimizer"] == ("AdamW  8 P", 8 * 10**6)
-    assert two["gradients"] == ("fp32   4 P / W", 2 * 10**6)
-    assert one["peak"][0] == "in the last layer's backward"
-    checkpointed = predict(config, gradient_checkpointing=True, bf16=True)
-    assert checkpointed["activations"][0] == "layer inputs 2 N h L"
-    assert checkpointed["activations"][1] < one["activations"][1] / 8
-
-
 # --- The table ---
 
 
-def test_ledger_as_printed():
-    predicted = {"parameters": ("fp32   4 P", GIB // 2), "loss_head": ("chunk x V", 3 * GIB // 100)}
-    rows = memory_ledger(predicted, {"parameters": GIB // 2})
+def test_the_ledger_as_printed():
+    rows = ledger({"peak": 2 * GIB, "parameters": GIB // 2, "loss_head": 3 * GIB // 100}, "in a forward")
     assert rows[1] == {
         "name": "loss_head",
-        "formula": "chunk x V",
-        "predicted": 3 * GIB // 100,
-        "measured": None,
+        "bytes": 3 * GIB // 100,
+        "decided_by": "a chunk's logits, the head's gradient",
+        "made_smaller_by": "--loss_chunk_size",
     }
     assert format_ledger("demo  cpu  world 1", rows).splitlines() == [
-        "memory ledger  demo  cpu  world 1                                    predicted   measured   (GiB)",
-        "parameters      fp32   4 P                                               0.50       0.50",
-        "loss head       chunk x V                                              0.0300          -",
-        "P parameters, N tokens of a forward, h hidden size, L layers, V vocabulary, W ranks",
+        "memory ledger  demo  cpu  world 1",
+        "                         GiB   decided by                              made smaller by",
+        "parameters              0.50   this rank's share of the weights        more ranks",
+        "loss head             0.0300   a chunk's logits, the head's gradient   --loss_chunk_size",
+        f"peak                    2.00   {'in a forward':<40}what makes that moment's rows smaller",
     ]
+    assert "not measured; on a CPU --measure_memory" in format_ledger("x", ledger({"parameters": 1}, ""))
 
 
-def test_ledger_with_a_side_missing():
-    assert memory_ledger({}, {}) == []
-    assert format_ledger("x", []).count("\n") == 0
-    (row,) = memory_ledger({}, {"peak": 7})
-    assert row == {"name": "peak", "formula": "", "predicted": None, "measured": 7}
-    (row,) = memory_ledger({"peak": ("at the loss head", 8)}, {})
-    assert row == {"name": "peak", "formula": "at the loss head", "predicted": 8, "measured": None}
+# --- A dry run ---
 
-
-def test_gib_keep_enough_digits():
-    assert [format_gib(x).strip() for x in (None, GIB, GIB // 4, GIB // 100, 0)] == [
-        "-",
-        "1.00",
-        "0.25",
-        "0.0100",
-        "0.0000",
-    ]
-    assert {len(format_gib(x)) for x in (None, GIB, GIB // 100, 12345 * GIB)} == {10}
-
-
-# --- offloading ---
-
-REPORT = {
-    "pretend": False,
-    "offloaded_bytes": 3 * 2**20,
-    "bytes_per_layer": 2**20,
-    "stayed_bytes": {"last layers": 2**20, "small": 2**19},
-    "peak_host_bytes": 3 * 2**20,
-    "layer_seconds": 0.002,
+WAYS = {
+    "packed": {},
+    "no checkpointing": {"gradient_checkpointing": False},
+    "padding-free": {"packing": False, "per_device_train_batch_size": 4},
+    "padded": {"packing": False, "padding_free": False, "per_device_train_batch_size": 4},
+    "bf16": {"bf16": True},
+    "accumulated": {"gradient_accumulation_steps": 3},
+    "sdpa": {"attn_implementation": "sdpa", "gradient_checkpointing": False},
+    "offloaded": {"activation_offloading": True, "gradient_checkpointing": False},
+    "chunks": {"loss_chunk_size": 32},
 }
 
 
-@pytest.mark.parametrize("to_host, hides", [(2**29 + 1, True), (2**29, True), (2**29 - 2**20, False)])
-def test_copies_hide_if_they_take_no_longer_than_a_layer(to_host, hides):
-    """1 MiB in 2 ms: 2^29 bytes a second."""
-    report = {**REPORT, "layer_seconds": 2**-9}
-    found = traffic(report, {"to_host": to_host, "to_device": 1})
-    assert found["hides"] is hides
-    assert found["copy_seconds_per_layer"] == 2**20 / to_host
-    assert {**found, **report} == found
-    assert f"the copies {'hide' if hides else 'do not hide'}" in format_traffic(found)
+def counted(args, tmp_path):
+    """{name: bytes} of a run's second step, over documents as long as --max_length; every other one is a
+    token shorter, or a padded batch would have no mask.
+    """
+    texts = [{"text": "abcdefgh" * 64}, {"text": "a" * (args.max_length - 2)}] * 8
+    args.dataset_name = write_jsonl(tmp_path / "texts.jsonl", texts)
+    args.output_dir, args.max_steps, args.measure_memory = str(tmp_path / "run"), 2, True
+    return {each["name"]: each["bytes"] for each in sft_packing.main(args)["ledger"]}
 
 
-def test_the_lines_about_offloading():
-    bandwidth = {"to_host": 2.0e9, "to_device": 3.0e9}
-    assert format_traffic(traffic(REPORT, bandwidth)).splitlines() == [
-        "offloading   3.00 MiB of a forward moved; last layers 1.00, small 0.50 stayed",
-        f"{'':13}a layer's 1.00 MiB at 2.0 GB/s take 0.52 ms, its forward takes 2.00 ms: the copies hide",
-    ]
-    pretend = traffic({**REPORT, "pretend": True}, None)
-    assert pretend["hides"] is None and "pretend device" in format_traffic(pretend)
-    nothing = {**REPORT, "offloaded_bytes": 0, "bytes_per_layer": 0}
-    assert "nothing moved" in format_traffic(traffic(nothing, bandwidth))
+def assert_close(found, measured):
+    assert found.keys() == measured.keys() and "peak" in found
+    for name, count in found.items():
+        assert count == pytest.approx(measured[name], rel=0.02, abs=2**14), name
 
 
-def test_bandwidth_is_bytes_per_second():
-    found = measure_bandwidth(torch.device("cpu"), num_bytes=2**22)
-    assert found.keys() == {"to_host", "to_device"}
-    assert all(1e8 < speed < 1e12 for speed in found.values())
+@pytest.fixture(scope="module")
+def model(cache):
+    """The demo's sizes in three layers, of which offloading moves one."""
+    tiny_model("llama", "sdpa", **SIZES | {"num_hidden_layers": 3}).save_pretrained(cache / "model")
+    AutoTokenizer.from_pretrained(DEMO).save_pretrained(cache / "model")
+    return str(cache / "model")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_dry_run_foretells_the_bytes_of_a_step(way, model, tmp_path):
+    args = Arguments(model_name_or_path=model, max_length=256, check_exact=False, **WAYS[way])
+    measured = counted(args, tmp_path)
+    found, moment = sft_packing.pretend_step(args, read_pretrained(model, tokenizer=False))
+    assert_close(found, measured)
+    assert moment.startswith("in ") and not torch.distributed.is_initialized()
+
+
+def test_what_is_frozen_has_neither_gradients_nor_moments(model, tmp_path, monkeypatch):
+    args = Arguments(model_name_or_path=model, max_length=256, bf16=True, check_exact=False)
+    pretrained = read_pretrained(model, tokenizer=False)
+    all_trained, _ = sft_packing.pretend_step(args, pretrained)
+    freeze_first(sft_packing, monkeypatch)
+    found, _ = sft_packing.pretend_step(args, pretrained)
+    for name in ("gradients", "optimizer"):
+        assert found[name] < 0.9 * all_trained[name]
+    assert_close(found, counted(args, tmp_path))
+
+
+def test_a_configuration_is_enough_and_nothing_is_left_behind(tmp_path, capsys, monkeypatch):
+    """Of the script, one step is counted; the other counts are made up, or they would take their time."""
+    folder, tried, pretend_step = tmp_path / "model", [], sft_packing.pretend_step
+    folder.mkdir()
+    (folder / "config.json").write_bytes((sft_packing.ROOT / "demo/model/config.json").read_bytes())
+
+    def count(args, pretrained):
+        tried.append(args)
+        if len(tried) == 1:
+            return pretend_step(args, pretrained)
+        return {"peak": (2**14 * args.max_length + 2**24) // args.dry_run_world_size}, "never"
+
+    monkeypatch.setattr(sft_packing, "pretend_step", count)
+    flags = {"model_name_or_path": str(folder), "output_dir": str(tmp_path / "out"), "dataset_name": "none"}
+    flags |= {"gradient_checkpointing": False, "dry_run_world_size": 2, "gpu_memory_gib": 12 / 1024}
+    found = sft_packing.main(Arguments(**flags, dry_run=True))
+    assert not (tmp_path / "out").exists() and not torch.distributed.is_initialized()
+    shown, peak = capsys.readouterr().out, {x["name"]: x["bytes"] for x in found["ledger"]}["peak"]
+    assert "dry run  world 2" in shown and "--gradient_checkpointing" in shown
+    assert found["fits"] == (peak <= 12 * 2**20)
+    assert ("fits into" if found["fits"] else "does not fit into") + " 0.0117188 GiB" in shown
+    assert list(found["savings"].values()) == sorted(found["savings"].values(), reverse=True)
+    assert found["savings"]["4 ranks"] == peak - (2**23 + 2**24) // 4
+    assert (found["length_flag"], found["longest"]) == ("max_length", 512)  # 2 * 12 MiB are 2^24 + 2^14 * 512
+
+
+@pytest.mark.parametrize(
+    "fitting, longest", [(0, 0), (63, 0), (64, 64), (700, 640), (1023, 960), (1024, 1024)]
+)
+def test_the_longest_that_fits(fitting, longest, capsys):
+    count = lambda args: ({"peak": args.max_length * GIB}, "")  # noqa: E731
+    args = Arguments(gpu_memory_gib=float(fitting), max_length=32)
+    found = memory.dry_run(args, lambda _: None, count, {}, "max_length", 1024)
+    assert (found["longest"], found["fits"]) == (longest, fitting >= 32)
+    assert f"longest --max_length that fits: {longest or 'none'}" in capsys.readouterr().out
+
+
+def test_a_model_that_is_not_there_is_refused():
+    with pytest.raises(Refusal, match="/nowhere cannot be loaded"):
+        sft_packing.main(Arguments(dry_run=True, model_name_or_path="/nowhere"))
+
+
+def test_a_line_that_reads_a_value_is_named(monkeypatch):
+    plain = sft_packing.batch_loss
+
+    def edited(*args):
+        nll, metrics = plain(*args)
+        print(nll.item())
+        return nll, metrics
+
+    monkeypatch.setattr(sft_packing, "batch_loss", edited)
+    with pytest.raises(Refusal, match=r"this line reads one .*\n.*test_memory.py:\d+: print\(nll.item\(\)\)"):
+        sft_packing.main(Arguments(dry_run=True, max_length=64))
+    with pytest.raises(Refusal, match="this line reads one .*\n.*: torch.ones\\(3\\).nonzero"):
+        with pretend(Arguments()):
+            torch.ones(3).nonzero()
+
+
+def test_what_a_model_refuses_of_a_flat_row_is_refused_by_a_dry_run():
+    linear = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "num_hidden_layers": 4}
+    config = tiny_model(
+        "qwen3_5_text", "eager", linear_key_head_dim=8, linear_value_head_dim=8, **linear
+    ).config
+    with pytest.raises(
+        Refusal, match="Qwen3_5ForCausalLM refuses this run's rows: .*The dry run cannot go on"
+    ):
+        sft_packing.pretend_step(Arguments(max_length=64), Pretrained("x", config, config))

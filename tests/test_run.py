@@ -58,7 +58,9 @@ def test_every_number_that_is_bounded_is_finite(value):
 
 # beside a limit, what it lets through and what it does not
 EDGES = {"at_least": (0, -1), "above": (1e-6, 0), "below": (-1e-6, 0), "at_most": (0, 1)}
-BOUNDED = [(each.name, b, each.metadata[b]) for each in fields(Arguments) for b in BOUNDS if b in each.metadata]
+BOUNDED = [
+    (each.name, b, each.metadata[b]) for each in fields(Arguments) for b in BOUNDS if b in each.metadata
+]
 
 
 @pytest.mark.parametrize("name, bound, limit", BOUNDED)
@@ -87,7 +89,10 @@ def test_choices_are_those_of_the_type():
     "flags, message",
     [
         ({"max_steps": 0}, "--max_steps 0: give a number >= 1, or -1"),
-        ({"lr_scheduler_type": "constant", "warmup_steps": 3}, "--warmup_steps 3 needs .*constant_with_warmup"),
+        (
+            {"lr_scheduler_type": "constant", "warmup_steps": 3},
+            "--warmup_steps 3 needs .*constant_with_warmup",
+        ),
         ({"overwrite_output_dir": True, "resume_from_checkpoint": "latest"}, "drop one of the two"),
         ({"dry_run_world_size": 2}, "add --dry_run"),
         ({"gpu_memory_gib": 80.0}, "add --dry_run"),
@@ -108,7 +113,9 @@ def test_the_command_line(script, capsys):
     for words in (["--local_rank=1"], ["--local-rank=1"]):
         assert parse_arguments(arguments, [*words, "--seed", "3"]) == arguments(seed=3)
     words = ["--max-steps", "7", "--no_gradient_checkpointing", "--bf16"]
-    assert parse_arguments(arguments, words) == arguments(max_steps=7, gradient_checkpointing=False, bf16=True)
+    assert parse_arguments(arguments, words) == arguments(
+        max_steps=7, gradient_checkpointing=False, bf16=True
+    )
     with pytest.raises(Refusal, match="unknown arguments: --no_such_flag 3; --help"):
         parse_arguments(arguments, ["--no_such_flag", "3", "--seed", "3"])
     with pytest.raises(SystemExit, match="0"):
@@ -161,9 +168,6 @@ def test_a_mistake_in_an_edited_script_keeps_its_traceback(flags, tmp_path):
     assert raised.type is ValueError and raised.traceback[-1].name == "batch_loss"
 
 
-# --- The order of the data ---
-
-
 class Items(Epochs):
     """Micro-batches of two items."""
 
@@ -177,53 +181,12 @@ class Items(Epochs):
     def cut(self, numbers):
         return (numbers[i : i + 2] for i in range(0, len(numbers), 2))
 
-    def batch(self, numbers):
-        return numbers.tolist()
-
-
-@dataclass
-class Place:
-    """What `Epochs` asks of a Run."""
-
-    rank: int
-    world: int
-    progress: dict
-    last: int
-
-    @property
-    def unfinished(self):
-        return self.progress["step"] < self.last
-
-
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("epochs", [1.0, 1.5, 2.0, 0.2])
-def test_each_epoch_takes_each_item_once_and_a_resumed_run_takes_what_is_left(epochs, world):
-    items = Items(11, world, num_train_epochs=epochs, gradient_accumulation_steps=2, seed=5)
-    progress = {"step": 0, "epoch": 0, "done": 0}
-    total, per_step = items.count_steps(progress), 4 * world
-    per_epoch = -(-11 // per_step)
-    assert total == {1.0: 1, 1.5: 1, 2.0: 2}.get(epochs, 0) * per_epoch + -(-int(11 * (epochs % 1) + 1) // per_step) * (
-        epochs % 1 > 0
-    )
-    seen, ranks = [], []
-    place = Place(0, world, progress, total)
-    for numbers, chunks in items.remaining_steps(place):
-        assert items.count_steps(progress) == total  # from wherever it is resumed
-        dealt = [items.micro_batches(chunks, Place(rank, world, {}, 0)) for rank in range(world)]
-        assert len({len(batches) for batches in dealt}) == 1  # or collectives stall
-        assert sorted(n for batches in dealt for batch in batches for n in batch) == sorted(numbers)
-        epoch = items.advance(progress, numbers)
-        progress["step"] += 1
-        seen += numbers.tolist()
-        ranks.append(dealt)
-    assert progress["step"] == total and 0 <= epoch - epochs < per_step / 11
-    assert sorted(seen[:11]) == list(range(11))[: len(seen)] if len(seen) >= 11 else len({*seen}) == len(seen)
-    assert Items(11, world, seed=5).order(0).tolist() == items.order(0).tolist() != items.order(1).tolist()
-    assert Items(11, world, max_steps=9).count_steps(progress) == 9
-
 
 def test_learning_rates_follow_the_schedule():
-    rates = {name: learning_rates(Arguments(learning_rate=2.0, lr_scheduler_type=name), 4) for name in ("linear", "constant")}
+    rates = {
+        name: learning_rates(Arguments(learning_rate=2.0, lr_scheduler_type=name), 4)
+        for name in ("linear", "constant")
+    }
     assert [rates["linear"](step) for step in range(5)] == [2.0, 1.5, 1.0, 0.5, 0.0]
     assert rates["constant"](3) == 2.0
     warm = learning_rates(Arguments(learning_rate=2.0, warmup_steps=2, lr_scheduler_type="cosine"), 4)
@@ -251,7 +214,7 @@ def train(folder, seen=(), terminated_at=None, broken_at=None, data="d", **flags
         run.start({"examples_read": 8, "columns_unused": []})
         optimizer = torch.optim.SGD([torch.zeros(1)])
         for numbers, _ in items.remaining_steps(run):
-            with run.step(optimizer, lambda: f"Items {numbers.tolist()}."):
+            with run.step(optimizer, lambda numbers=numbers: f"Items {numbers.tolist()}."):
                 if run.progress["step"] + 1 == terminated_at:
                     os.kill(os.getpid(), signal.SIGTERM)
                 check_finite(1.0, float("nan") if run.progress["step"] + 1 == broken_at else 0.0)
@@ -306,7 +269,9 @@ def test_what_a_run_leaves_behind_and_how_it_goes_on(tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_finite_names_step_and_data_and_keeps_the_checkpoints(tmp_path, capsys):
-    with pytest.raises(FloatingPointError, match="step 3: loss 1.0, gradient norm nan; .* Items .[0-7], [0-7]."):
+    with pytest.raises(
+        FloatingPointError, match="step 3: loss 1.0, gradient norm nan; .* Items .[0-7], [0-7]."
+    ):
         train(tmp_path, broken_at=3, save_steps=1)
     assert [line["step"] for line in lines_of(tmp_path)] == [1, 2]
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
@@ -345,7 +310,9 @@ def test_a_phase_that_lasts_too_long_ends_the_process_and_is_named(moves, code, 
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
     said = (tmp_path / "stderr").read_text()
     assert said == "" if moves else "rank 7: rollout 0: nothing has moved for" in said
-    assert moves or "--collective_timeout_s 1.6 for example" in said and "in test_a_phase" in said  # where it hung
+    assert (
+        moves or "--collective_timeout_s 1.6 for example" in said and "in test_a_phase" in said
+    )  # where it hung
 
 
 # --- The screen ---

@@ -614,19 +614,6 @@ def test_several_processes_tokenise_alike(tmp_path):
 # --- 5. Refusals ---
 
 
-class Make:
-    """Files for a bad input."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def data(self, *rows):
-        return {"dataset_name": write_jsonl(self.path / "bad.jsonl", rows)}
-
-    def model(self, *args, **overrides):
-        return {"model_name_or_path": write_model(self.path / "model", *args, **overrides)}
-
-
 SYSTEM = {"role": "system", "content": "s"}
 MOVES = (  # into the user's turn, but only into a last one
     "{% for m in messages if m.role != 'system' %}<|user|>"
@@ -634,83 +621,47 @@ MOVES = (  # into the user's turn, but only into a last one
 )
 NO_MARKERS = "{% for message in messages %}{{ message.content }}{% endfor %}"
 CHAT = {"messages": TALK}
-BAD = {
-    "missing file": (lambda make: {"dataset_name": "none.jsonl"}, "none.jsonl does not exist"),
-    "missing columns": (
-        lambda make: make.data({"question": "a", "answer": "b"}),
-        "has the columns question, answer; wanted: messages, or text, or prompt and completion",
+NULL = [{"text": "a"}, {"text": None}]
+MOVED = [{"prompt": [SYSTEM, user("a")], "completion": [assistant("b")]}]
+TWICE = [{"prompt": "ab", "completion": "abc"}]
+LONG, TOOLS = [{"text": "a" * 99}], [{"text": "a", "tools": "x"}]
+PADDED_VARLEN = {"packing": False, "padding_free": False, "attn_implementation": "varlen"}
+BAD = [  # rows of the dataset, or None; flags; what the message says
+    (None, {"dataset_name": "none.jsonl"}, "none.jsonl does not exist"),
+    (
+        [{"question": "a"}],
+        {},
+        "has the columns question; wanted: messages, or text, or prompt and completion",
     ),
-    "a null": (lambda make: make.data({"text": "a"}, {"text": None}), "bad.jsonl, example 1: "),
-    "a system message that moves": (
-        lambda make: {
-            **make.data({"prompt": [SYSTEM, user("a")], "completion": [assistant("b")]}),
-            **make.model(chat_template=MOVES),
-        },
-        "example 0: the chat template renders .*, '<.user.>sa' alone, '<.user.>a<.user.>b",
-    ),
-    "the prompt once more": (
-        lambda make: make.data({"prompt": "ab", "completion": "abc"}),
-        "in 1 of 1 rows the completion begins with the whole prompt",
-    ),
-    "tools": (lambda make: make.data({"text": "a", "tools": "x"}), "example 0: tools is 'x'"),
-    "nothing scored": (lambda make: make.data({"text": ""}), "no example with a scored token within"),
-    "all too long": (
-        lambda make: {**make.data({"text": "a" * 99}), "overflow": "drop"},
-        "no example with a scored token within --max_length 64",
-    ),
-    "too long": (
-        lambda make: {**make.data({"text": "a" * 99}), "overflow": "error"},
-        "example 0: .*100 tokens.* 64",
-    ),
-    "bad evaluation data": (
-        lambda make: {"eval_dataset_name": make.data({"a": "b"})["dataset_name"]},
-        "has the columns a; wanted",
-    ),
-    "no assistant marks": (
-        lambda make: {**make.data(CHAT), **make.model(chat_template=NO_MARKERS), "assistant_only_loss": True},
-        "marks no assistant turns",
-    ),
-    "no assistant": (
-        lambda make: {**make.data({"text": "a"}), "assistant_only_loss": True},
-        "holds plain text",
-    ),
-    "id outside the vocabulary": (
-        lambda make: make.model(vocab_size=200, pad_token_id=0, eos_token_id=1),
-        "token id 257 is outside the vocabulary of 200",
-    ),
-    "id outside the vocabulary in the evaluation": (
-        lambda make: {"eval_dataset_name": make.data(CHAT)["dataset_name"], **make.model(vocab_size=258)},
-        "token id 2.. is outside the vocabulary of 258",
-    ),
-    "missing model": (lambda make: {"model_name_or_path": str(make.path / "none")}, "none cannot be loaded"),
-    "over positions": (lambda make: {"max_length": 257}, "--max_length 257 is over the model's 256"),
-    "documents mix": (
-        lambda make: make.model("mamba"),
-        "sequences of a row.* --no_packing --no_padding_free",
-    ),
-    "boundaries are not passed on": (lambda make: make.model("stablelm"), "keep documents apart"),
-    "attention sinks": (lambda make: make.model("gpt_oss"), "s_aux"),
-    "scaled logits": (lambda make: make.model("granite", logits_scaling=8.0), "logits_scaling 8.0"),
-    "learning rate": (lambda make: {"learning_rate": math.nan}, "--learning_rate is nan"),
-    "overflow": (lambda make: {"overflow": "cut"}, "--overflow is 'cut'; choose one of truncate"),
-    "one token": (lambda make: {"max_length": 1}, "--max_length is 1"),
-    "nothing to wrap": (
-        lambda make: {"packing": False, "packing_strategy": "wrapped"},
-        "wrapped needs packing",
-    ),
-    "wrapped and dropped": (
-        lambda make: {"packing_strategy": "wrapped", "overflow": "drop"},
-        "--overflow drop",
-    ),
-    "packed and padded": (lambda make: {"padding_free": False}, "--no_padding_free"),
-    "padded varlen": (
-        lambda make: {**FORMS["padded"], "attn_implementation": "varlen"},
-        "varlen is for flat rows",
-    ),
-    "flash in fp32": (lambda make: {"attn_implementation": "flash_attention_2"}, "--bf16"),
-    "unknown attention": (lambda make: {"attn_implementation": "nonsense"}, "nonsense"),
-    "no evaluation": (lambda make: {"eval_steps": 2}, "--eval_steps needs --eval_dataset_name"),
-}
+    (NULL, {}, "bad.jsonl, example 1: "),
+    (MOVED, {"chat_template": MOVES}, "example 0: the chat template renders .*, '<.user.>sa' alone"),
+    (TWICE, {}, "in 1 of 1 rows the completion begins with the whole prompt"),
+    (TOOLS, {}, "example 0: tools is 'x'"),
+    ([{"text": ""}], {}, "no example with a scored token within --max_length 64"),
+    (LONG, {"overflow": "drop"}, "no example with a scored token within --max_length 64"),
+    (LONG, {"overflow": "error"}, "example 0: .*100 tokens.* 64"),
+    ([CHAT], {"chat_template": NO_MARKERS, "assistant_only_loss": True}, "marks no assistant turns"),
+    ([{"text": "a"}], {"assistant_only_loss": True}, "holds plain text"),
+    (None, {"model": {"vocab_size": 200, "pad_token_id": 0, "eos_token_id": 1}}, "token id 257 is outside"),
+    (None, {"model": {"vocab_size": 258}, "eval_dataset_name": [CHAT]}, "token id 2.. is outside the voc"),
+    (None, {"eval_dataset_name": [{"a": "b"}]}, "has the columns a; wanted"),
+    (None, {"model_name_or_path": "none"}, "none cannot be loaded"),
+    (None, {"max_length": 257}, "--max_length 257 is over the model's 256"),
+    (None, {"model": {"family": "mamba"}}, "sequences of a row.* --no_packing --no_padding_free"),
+    (None, {"model": {"family": "stablelm"}}, "keep documents apart"),
+    (None, {"model": {"family": "gpt_oss"}}, "s_aux"),
+    (None, {"model": {"family": "granite", "logits_scaling": 8.0}}, "logits_scaling 8.0"),
+    (None, {"learning_rate": math.nan}, "--learning_rate is nan"),
+    (None, {"overflow": "cut"}, "--overflow is 'cut'; choose one of truncate"),
+    (None, {"max_length": 1}, "--max_length is 1"),
+    (None, {"packing": False, "packing_strategy": "wrapped"}, "wrapped needs packing"),
+    (None, {"packing_strategy": "wrapped", "overflow": "drop"}, "--overflow drop"),
+    (None, {"padding_free": False}, "--no_padding_free"),
+    (None, PADDED_VARLEN, "varlen is for flat rows"),
+    (None, {"attn_implementation": "flash_attention_2"}, "--bf16"),
+    (None, {"attn_implementation": "nonsense"}, "nonsense"),
+    (None, {"eval_steps": 2}, "--eval_steps needs --eval_dataset_name"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -719,11 +670,6 @@ def earlier_run(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("earlier") / "run"
     run(folder, base, save_steps=2)
     return folder
-
-
-@pytest.fixture
-def copied_run(earlier_run, tmp_path):
-    return shutil.copytree(earlier_run, tmp_path / "run")
 
 
 def contents(folder):
@@ -739,10 +685,17 @@ def assert_refused(folder, flags, message):
     assert contents(folder) == before
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_what_is_bad_is_refused(name, base, earlier_run, tmp_path):
-    flags, message = BAD[name]
-    assert_refused(earlier_run, {**base, "overwrite_output_dir": True, **flags(Make(tmp_path))}, message)
+@pytest.mark.parametrize("rows, flags, message", BAD, ids=lambda value: str(value)[-60:])
+def test_what_is_bad_is_refused(rows, flags, message, base, earlier_run, tmp_path):
+    flags = {**base, "overwrite_output_dir": True, **flags}
+    if rows is not None:
+        flags["dataset_name"] = write_jsonl(tmp_path / "bad.jsonl", rows)
+    if isinstance(flags.get("eval_dataset_name"), list):
+        flags["eval_dataset_name"] = write_jsonl(tmp_path / "eval.jsonl", flags["eval_dataset_name"])
+    of_model = {"chat_template": flags.pop("chat_template", None), **flags.pop("model", {})}
+    if any(of_model.values()):
+        flags["model_name_or_path"] = write_model(tmp_path / "model", **of_model)
+    assert_refused(earlier_run, flags, message)
 
 
 @pytest.mark.parametrize(

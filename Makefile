@@ -27,7 +27,7 @@ lint: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-# one after another, or they would slow each other down; then README's tables and the figures from the JSON
+# one after another, or they would slow each other down; then the pages' tables and the figures from the JSON
 COMPARED := packing loss_head growth sft dpo grpo_update
 BENCH := benchmarks/.venv/bin
 bench: benchmarks/.venv/.installed
@@ -37,14 +37,16 @@ bench: benchmarks/.venv/.installed
 	$(BENCH)/python benchmarks/tables.py
 	$(BENCH)/python benchmarks/figures.py
 
-# leaves README, results and figures alone
+# leaves pages, results and figures alone
 bench-quick: benchmarks/.venv/.installed
 	for name in $(COMPARED); do \
 		$(BENCH)/python benchmarks/$$name.py --quick || exit 1; done
 	PATH="$(CURDIR)/$(BENCH):$$PATH" OMP_NUM_THREADS=1 $(BENCH)/torchrun --standalone --nproc_per_node 2 \
 		benchmarks/zero3_generation.py --quick
 	cp README.md outputs/bench-quick/README.md
-	$(BENCH)/python benchmarks/tables.py --results outputs/bench-quick --readme outputs/bench-quick/README.md
+	cp benchmarks/README.md outputs/bench-quick/benchmarks.md
+	$(BENCH)/python benchmarks/tables.py --results outputs/bench-quick \
+		--pages outputs/bench-quick/README.md outputs/bench-quick/benchmarks.md
 	$(BENCH)/python benchmarks/figures.py --results outputs/bench-quick --figures outputs/bench-quick
 
 benchmarks/.venv/.installed: benchmarks/requirements.txt requirements.txt

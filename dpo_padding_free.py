@@ -56,7 +56,7 @@ from common.data import (
 from common.exactness import NUM_TOKENS, check_exact, logps_alone, proof_tokens
 from common.folders import commit_files, fresh_folder
 from common.logps import at_scored, token_logps
-from common.memory import MemoryMeter, count_step, dry_run, ledger, pretend
+from common.memory import MemoryMeter, count_step, dry_run, pretend, single_changes
 from common.offload import OffloadActivations
 from common.run import DATA, FILES, ROOT, TRAINING, Epochs, Run, Tally, check_finite, flag, run_script
 from common.sharding import (
@@ -387,10 +387,6 @@ class Pairs(Epochs):
                 start, total, longest = i, cost, cost
         if len(numbers):
             yield numbers[start:]
-
-    def in_order(self):
-        """All pairs, as evaluation cuts them."""
-        return list(self.cut(np.arange(len(self))))
 
     def reference_chunks(self, progress, total_steps):
         """The micro-batches in which the reference is computed for the steps from `progress` to total_steps.
@@ -771,7 +767,9 @@ def main(args):
         reference_model = load_reference_model(args, run, pretrained)
         reference = None if reference_model else prepare_reference(model, pairs, eval_pairs, args, run)
         optimizer, offload = prepare_training(model, args, run)
-        run.match("frozen", frozen_names(model), "Freeze what was frozen then, or begin a new run.")
+        run.match(
+            "frozen_parameters", frozen_names(model), "Freeze what was frozen then, or begin a new run."
+        )
         if run.checkpoint:
             load_training_state(run, model, optimizer)
         try_to_write(run, model, pretrained)  # what cannot be written shows now, not after the last step
@@ -782,9 +780,10 @@ def main(args):
         meter = MemoryMeter(model, optimizer, run.device, *options)
 
         for numbers, chunks in pairs.remaining_steps(run):
-            batches = pairs.micro_batches(chunks, run)
-            with run.step(optimizer, partial(pairs.name, numbers)), meter.step(batches):
-                counts, means = train_step(model, optimizer, batches, args, run, offload, reference_model)
+            with run.step(optimizer, partial(pairs.name, numbers)):
+                batches = list(pairs.micro_batches(chunks, run))
+                with meter.step(batches):
+                    counts, means = train_step(model, optimizer, batches, args, run, offload, reference_model)
             run.progress["updates"] += 1
             metrics = {
                 "epoch": pairs.advance(run.progress, numbers),
@@ -803,8 +802,7 @@ def main(args):
         totals = run.totals
         data["padding_fraction"] = totals["padding"] / max(totals["num_tokens"], 1)
         data["computed_fraction"] = totals["num_tokens"] / max(totals["real_tokens"], 1)
-        rows, moved = ledger(meter.measured, meter.peak_moment), offload and offload.report()
-        return run.finish(data, rows, moved)
+        return run.finish(data, meter.ledger(), offload and offload.report())
 
 
 # --- 7. Memory before the GPU ---
@@ -849,20 +847,16 @@ def pretend_step(args, pretrained):
 def explore(args):
     """Count the bytes of one step, those that single flags would save, and the longest pairs that fit."""
     pretrained = read_pretrained(args.model_name_or_path, dropout=False, tokenizer=False)
-    size, budget = args.per_device_train_batch_size or 4, args.max_tokens_per_batch or 0
     switches = ("bf16", "gradient_checkpointing", "activation_offloading", "padding_free", "share_prompt")
-    changes = {f"--{name}": {name: True} for name in (*switches, "precompute_ref_log_probs")}
-    numbers = {"loss_chunk_size": args.loss_chunk_size // 4, "per_device_train_batch_size": size // 2}
-    numbers |= {"max_length": args.max_length // 2, "max_tokens_per_batch": budget // 2}
-    changes |= {f"--{name} {value}": {name: value} for name, value in numbers.items()}
-    changes[f"{2 * args.dry_run_world_size} ranks"] = {"dry_run_world_size": 2 * args.dry_run_world_size}
+    halved = ("loss_chunk_size", "per_device_train_batch_size", "max_length", "max_tokens_per_batch")
+    changes = single_changes(args, (*switches, "precompute_ref_log_probs"), halved)
     most = max_positions(pretrained.config)[0] or args.max_length
-    if budget:  # which has to hold a pair
+    if args.max_tokens_per_batch:  # which has to hold a pair
 
         def cost(length):
             return largest_pair(replace(args, max_length=length))[2]
 
-        most = bisect_right(range(most + 1), budget, lo=2, key=cost) - 1
+        most = bisect_right(range(most + 1), args.max_tokens_per_batch, lo=2, key=cost) - 1
     count = partial(pretend_step, pretrained=pretrained)
     return dry_run(args, check_arguments, count, changes, "max_length", most)
 

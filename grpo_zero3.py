@@ -847,6 +847,18 @@ def prove(engine, prompts, args, run):
         )
 
 
+def load_engines(args, run, pretrained, prompts):
+    """The engine to train, proved, as it was when the checkpoint was written; the reference, or None."""
+    engine = load_engine(args, run, pretrained)
+    prove(engine, prompts, args, run)
+    reference = load_engine(args, run, pretrained, trainable=False) if args.beta else None
+    run.match("frozen", frozen_names(engine.module), "Freeze what was frozen then, or begin a new run.")
+    if run.checkpoint:
+        load_training_state(run.checkpoint, engine)
+    try_to_write(run, engine.module, pretrained)  # what cannot be written shows now, not after the last step
+    return engine, reference
+
+
 def budget_bytes(args):
     """Of gathered weights during a rollout, as `generation_weights` takes it."""
     if args.gather_budget_gib is not None:
@@ -1074,13 +1086,7 @@ def main(args):
         run.match("num_iterations", args.num_iterations, "Use the number that it was trained with.")
         run.plan(prompts.count_steps(run.progress))
 
-        engine = load_engine(args, run, pretrained)
-        prove(engine, prompts, args, run)
-        reference = load_engine(args, run, pretrained, trainable=False) if args.beta else None
-        run.match("frozen", frozen_names(engine.module), "Freeze what was frozen then, or begin a new run.")
-        if run.checkpoint:
-            load_training_state(run.checkpoint, engine)
-        try_to_write(run, engine.module, pretrained)  # what cannot be written shows now, not at the end
+        engine, reference = load_engines(args, run, pretrained, prompts)
         rollouts = Rollouts(args, run, engine, prompts, pretrained, functions)
         run.start(prompts.data)
 
@@ -1096,17 +1102,17 @@ def main(args):
                 update_started = time.perf_counter()
                 sums, grad_norm = train_step(engine, batches, args, run)
                 update_seconds = time.perf_counter() - update_started
-            num_scored = sums["num_scored_tokens"]
-            run.progress["updates"] += num_scored > 0
+            scored = max(sums["num_scored_tokens"], 1)
+            run.progress["updates"] += sums["num_scored_tokens"] > 0
             metrics = {
                 "epoch": epoch,
                 "loss": sums["loss"],
                 **sampled,
-                "kl": sums["kl"] / max(num_scored, 1),
-                "clip_ratio": sums["clipped"] / max(num_scored, 1),
+                "kl": sums["kl"] / scored,
+                "clip_ratio": sums["clipped"] / scored,
                 "grad_norm": grad_norm,
                 "num_tokens": sums["num_tokens"],
-                "num_scored_tokens": num_scored,
+                "num_scored_tokens": sums["num_scored_tokens"],
                 "update_seconds": update_seconds,
             }
             run.log(metrics, real_tokens=sums["real_tokens"])
@@ -1117,10 +1123,9 @@ def main(args):
                 return {"stopped_at_step": run.progress["step"]}
 
         save_model(run, engine, pretrained)
-        counts = held_bytes(engine) | {"rollout_weights": rollouts.most_whole_bytes}
-        counts |= {"peak": peak_memory_bytes(run.device)}
+        moments = {"rollout_weights": rollouts.most_whole_bytes, "peak": peak_memory_bytes(run.device)}
+        rows = ledger(held_bytes(engine) | moments, "allocated on CUDA, resident on a CPU")
         lines = [describe_rewards(args.output_dir)] if run.first else []
-        rows = ledger(counts, "allocated on CUDA, resident on a CPU")
         return run.finish(prompts.data, rows, lines=lines)
 
 

@@ -51,7 +51,7 @@ from common.data import (
 )
 from common.exactness import NUM_SCORED, check_exact, logps_alone, proof_tokens
 from common.logps import at_scored, liger_nll_sum, nll_sum
-from common.memory import MemoryMeter, count_step, dry_run, ledger, pretend
+from common.memory import MemoryMeter, count_step, dry_run, pretend, single_changes
 from common.offload import OffloadActivations
 from common.run import DATA, FILES, ROOT, Epochs, Run, Tally, check_finite, flag, run_script
 from common.sharding import (
@@ -540,7 +540,7 @@ def evaluate(model, rows, args, run):
     """Mean negative log-likelihood per scored token over all rows and ranks."""
     model.eval()
     tally = Tally()
-    for batch in rows.micro_batches(rows.cut(np.arange(len(rows))), run):
+    for batch in rows.micro_batches(rows.in_order(), run):
         run.watch("evaluation")
         _, metrics = batch_loss(model, run.to_device(batch), args)
         tally.add({**metrics, "scored": len(batch["score_ids"])})
@@ -583,7 +583,9 @@ def main(args):
         model = load_model(args, run, pretrained)
         prove(model, rows, args, run)
         optimizer, offload = prepare_training(model, args, run)
-        run.match("frozen", frozen_names(model), "Freeze what was frozen then, or begin a new run.")
+        run.match(
+            "frozen_parameters", frozen_names(model), "Freeze what was frozen then, or begin a new run."
+        )
         if run.checkpoint:
             load_training_state(run, model, optimizer)
         try_to_write(run, model, pretrained)  # what cannot be written shows now, not after the last step
@@ -592,7 +594,7 @@ def main(args):
 
         for numbers, chunks in rows.remaining_steps(run):
             with run.step(optimizer, lambda: rows.name(numbers)):
-                batches = rows.micro_batches(chunks, run)
+                batches = list(rows.micro_batches(chunks, run))
                 with meter.step(batches):
                     sums, grad_norm = train_step(model, optimizer, batches, args, run, offload)
             run.progress["updates"] += sums["num_scored_tokens"] > 0
@@ -611,13 +613,13 @@ def main(args):
 
         save_model(run, model, pretrained)
         data["padding_fraction"] = run.totals["padding"] / max(run.totals["num_tokens"], 1)
-        return run.finish(data, ledger(meter.measured, meter.peak_moment), offload and offload.report())
+        return run.finish(data, meter.ledger(), offload and offload.report())
 
 
 # --- 6. Memory before the GPU ---
 
 
-def pretend_step(args, config):
+def pretend_step(args, pretrained):
     """The bytes that one optimizer step holds on a rank, with as many tokens as the flags allow, all scored:
     {name: bytes}, and when the peak is.
     """
@@ -627,7 +629,7 @@ def pretend_step(args, config):
     if not is_flat(args):
         batch["attention_mask"][0, -1] = 0  # one token of padding, so that there is a mask
     with pretend(args) as run:
-        model = load_model(args, run, config)
+        model = load_model(args, run, pretrained)
         set_kernels(model, args, is_flat(args), pretends=True)
         optimizer, offload = prepare_training(model, args, run)
         batches = [batch] * min(args.gradient_accumulation_steps, 2)  # later ones hold what the second does
@@ -638,26 +640,12 @@ def pretend_step(args, config):
 def explore(args):
     """Count the bytes of one step, those that single flags would save, and the longest rows that fit."""
     pretrained = read_pretrained(args.model_name_or_path, tokenizer=False)
-    chunk, size = args.loss_chunk_size // 4, args.per_device_train_batch_size // 2
-    changes = {
-        "--bf16": {"bf16": True},
-        "--gradient_checkpointing": {"gradient_checkpointing": True},
-        "--activation_offloading": {"activation_offloading": True},
-        "--padding_free": {"padding_free": True},
-        f"--loss_chunk_size {chunk}": {"loss_chunk_size": chunk},
-        f"--per_device_train_batch_size {size}": {"per_device_train_batch_size": size},
-        f"--max_length {args.max_length // 2}": {"max_length": args.max_length // 2},
-        f"{2 * args.dry_run_world_size} ranks": {"dry_run_world_size": 2 * args.dry_run_world_size},
-    }
+    switches = ("bf16", "gradient_checkpointing", "activation_offloading", "padding_free")
+    halved = ("loss_chunk_size", "per_device_train_batch_size", "max_length")
+    changes = single_changes(args, switches, halved)
     longest = max_positions(pretrained.config)[0] or args.max_length
-    return dry_run(
-        args,
-        check_arguments,
-        lambda changed: pretend_step(changed, pretrained),
-        changes,
-        "max_length",
-        longest,
-    )
+    count = partial(pretend_step, pretrained=pretrained)
+    return dry_run(args, check_arguments, count, changes, "max_length", longest)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ from transformers.utils import is_flash_attn_2_available
 
 from common.sharding import read_pretrained
 
-# Examples of a step: --examples, or these. A step that is timed often has to be so small on a CPU that weights
-# and optimizer hide all else; "bytes": there, of the step whose bytes are counted. "cpu_max_length": there,
-# the longest examples that are taken, unless --max_length says more.
+# Examples of a step: --examples, or these. On a CPU, a step that is timed often has to be so small that
+# weights and optimizer hide all else: "bytes" are those of the step whose bytes are counted there.
+# "cpu_max_length": the longest examples that are taken there, unless --max_length says more.
 CASES = {
     "sft": {
         "chat_messages": {"cpu": 2, "cuda": 16, "bytes": 4},
@@ -87,35 +87,27 @@ def step_sizes(case, options):
     return [case.get("bytes", timed) if larger else timed] + [timed] * (options.warm_up + options.repeats)
 
 
-def chosen_cases(what, options):
-    """Those of --only, or all; with --quick, or without $BENCH_DATA, the demo's data in their place."""
-    cases = CASES[what]
-    if options.quick or not os.environ.get("BENCH_DATA"):
-        return {"demo": next(iter(cases.values()))}
-    if options.only and options.only not in cases:
-        sys.exit(f"--only {options.only}: choose one of {', '.join(cases)}.")
-    return {name: case for name, case in cases.items() if options.only in ("", name)}
-
-
-def compare_cases(what, description, script, compare, pairs):
-    """A whole benchmark: every case of it compared, printed and written.
+def compare_cases(what, description, script, compare):
+    """A whole benchmark: every case of it compared; with --quick, or without $BENCH_DATA, the demo's data.
 
     Args: compare: function of a Bench: what `measure` calls setup, sides and real_tokens.
     """
-    options = parse(description, dtype="bf16", max_length=0, examples=0, only="")
+    options = parse(description, dtype="bf16", max_length=0, examples=0)
     quiet()
-    found = []
+    cases, found = CASES[what], []
+    if options.quick or not os.environ.get("BENCH_DATA"):
+        cases = {"demo": next(iter(cases.values()))}
     with script_run(script, options, bf16=options.dtype == "bf16") as (scratch, args, run):
-        for name, case in chosen_cases(what, options).items():
+        pretrained = read_pretrained(args.model_name_or_path)
+        for name, case in cases.items():
             if hasattr(args, "max_length"):
                 limit = case.get(f"{options.device}_max_length", MAX_LENGTH)
                 args = replace(args, max_length=options.max_length or limit)
-            pretrained = read_pretrained(args.model_name_or_path)
-            sizes = step_sizes(case, options)
-            setup, sides, tokens = compare(Bench(options, scratch, args, run, pretrained, name, sizes))
-            found.append(measure(name, setup, sides, options, tokens, pairs))
+            bench = Bench(options, scratch, args, run, pretrained, name, step_sizes(case, options))
+            setup, sides, real_tokens = compare(bench)
+            found.append(measure(name, setup, sides, options, real_tokens))
             release()
-            write(what, options, args.model_name_or_path, found, complete=False)
+            print(f"{what}: {name} is measured", file=sys.stderr)
     write(what, options, args.model_name_or_path, found)
 
 
@@ -179,7 +171,6 @@ def trl_way(trainer, steps, gradient_checkpointing=True, metrics=()):
 def quiet():
     """Leave out the libraries' progress bars and notes."""
     datasets.disable_progress_bars()
-    os.environ["TQDM_DISABLE"] = "1"
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -43,13 +43,6 @@ TRL_WAYS = {  # settings of DPOConfig
     "TRL padded": {},  # its defaults: the reference model runs in each step
     "TRL padded, precomputed": {"precompute_ref_log_probs": True},
 }
-PAIRS = [
-    ("shared", "TRL padded, precomputed"),
-    ("shared, reference each step", "TRL padded"),
-    ("shared, reference each step", "padded, reference each step"),
-    ("shared", "TRL padded"),
-    ("padding-free", "TRL padded, precomputed"),
-]
 LOGPS = ("logps/chosen", "logps/rejected")
 
 
@@ -119,4 +112,4 @@ def compare(bench):
 
 
 if __name__ == "__main__":
-    compare_cases("dpo", __doc__, dpo_padding_free, compare, PAIRS)
+    compare_cases("dpo", __doc__, dpo_padding_free, compare)

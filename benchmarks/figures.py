@@ -7,9 +7,9 @@ A figure is a list of panels, plain data made by the functions below: {"title", 
 """
 
 import argparse
-import sys
 import textwrap
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 from cases import RESULTS, caption, load, number, series
@@ -25,105 +25,97 @@ def curves(document, x, measure, scale=1.0, **where):
     return {way: values for way, values in points.items() if values}
 
 
-def packing(document):
-    shared = {"x": "documents", "log": "xy"}
-    lognormal = curves(document, "documents", "seconds", lengths="lognormal")
-    ours = {}
-    for name in dict.fromkeys(found["setup"]["lengths"] for found in document["cases"]):
-        points = series(document, "documents", "ours", "seconds", lengths=name)
-        if len(points) > 1:
-            ours[name] = points
+def growth(document, x, label, shown):
+    """Panels along x; shown: [(title, y, measure, scale), ..]."""
+    axis = f"{x} per row"
     return [
-        {"title": "Planning lognormal lengths", "y": "seconds", "curves": lognormal, **shared},
-        {"title": "Ours, by distribution", "y": "seconds", "curves": ours, **shared},
-    ]
-
-
-def growth_tokens(document):
-    of = partial(curves, document, "tokens", axis="tokens per row")
-    shared = {"x": "tokens in a row of whole documents", "log": "x"}
-    return [
-        {"title": "Time", "y": "milliseconds per token", "curves": of("seconds_per_token", 1e3), **shared},
-        {"title": "Memory", "y": "peak KiB per token", "curves": of("bytes_per_token", 1 / 1024), **shared},
         {
-            "title": "Activations held for backward",
-            "y": "KiB per token",
-            "curves": of("activation_bytes_per_token", 1 / 1024),
-            **shared,
-        },
+            "title": title,
+            "y": y,
+            "x": label,
+            "log": "x",
+            "curves": curves(document, x, measure, scale, axis=axis),
+        }
+        for title, y, measure, scale in shown
     ]
 
 
-def growth_documents(document):
-    of = partial(curves, document, "documents", axis="documents per row")
-    shared = {"x": "documents in a row of one length", "log": "x"}
+TOKENS = [
+    ("Time", "milliseconds per token", "seconds_per_token", 1e3),
+    ("Memory", "peak KiB per token", "bytes_per_token", 1 / 1024),
+    ("Activations held for backward", "KiB per token", "activation_bytes_per_token", 1 / 1024),
+]
+DOCUMENTS = [("Time", "seconds per step", "seconds", 1), ("Memory", "peak GiB", "peak_bytes", 2**-30)]
+
+
+def packing(document):
+    shared = {"x": "documents", "y": "seconds", "log": "xy"}
+    lognormal = curves(document, "documents", "seconds", lengths="lognormal")
+    names = dict.fromkeys(found["setup"]["lengths"] for found in document["cases"])
+    ours = {name: series(document, "documents", "ours", "seconds", lengths=name) for name in names}
+    ours = {name: points for name, points in ours.items() if len(points) > 1}
     return [
-        {"title": "Time", "y": "seconds per step", "curves": of("seconds"), **shared},
-        {"title": "Memory", "y": "peak GiB", "curves": of("peak_bytes", 2**-30), **shared},
+        {"title": "Planning lognormal lengths", "curves": lognormal, **shared},
+        {"title": "Ours, by distribution", "curves": ours, **shared},
     ]
-
-
-def ranks(document):
-    speeds = {}
-    for found in document["cases"]:
-        if found["setup"].get("axis") == "ranks":
-            for values in found["ways"].values():
-                speeds[f"{found['setup']['ranks']} rank(s)"] = values["median"]["tokens_per_second"]
-    return [{"title": "Ranks of one thread each", "y": "tokens/s", "bars": speeds}]
-
-
-def ways(document):
-    """Peak bytes and speed of each way, for each case."""
-    panels = []
-    for found in document["cases"]:
-        peaks = {way: values.get("peak_bytes") for way, values in found["ways"].items()}
-        peaks = {way: peak / 2**30 for way, peak in peaks.items() if peak is not None}
-        speeds = {way: v["median"]["real_tokens_per_second"] for way, v in found["ways"].items()}
-        panels += [
-            {"title": f"{found['case']}: memory", "y": "peak GiB", "bars": peaks},
-            {"title": f"{found['case']}: speed", "y": "tokens of data per second", "bars": speeds},
-        ]
-    return panels
 
 
 def generation(document):
     """Seconds of each token: with the share of the weights that stays whole, and with the batch."""
-    share = {}
+    share, y = {}, {"y": "seconds per token"}
     for found in document["cases"]:
-        points = [
-            (values["resident_share"], values["median"]["seconds_per_token"])
-            for values in found["ways"].values()
-            if "resident_share" in values
-        ]
-        if points:
-            share[found["case"]] = sorted(points)
+        held = [values for values in found["ways"].values() if "resident_share" in values]
+        points = sorted((v["resident_share"], v["median"]["seconds_per_token"]) for v in held)
+        share |= {found["case"]: points} if points else {}
     batch = curves(document, "sequences", "seconds_per_token")
     batch = {way: points for way, points in batch.items() if len(points) > 1}
     return [
-        {"title": "Weights held", "x": "resident share", "y": "seconds per token", "curves": share},
-        {"title": "Batch", "x": "sequences per rank", "y": "seconds per token", "curves": batch},
+        {"title": "Weights held", "x": "resident share", "curves": share, **y},
+        {"title": "Batch", "x": "sequences per rank", "curves": batch, **y},
     ]
 
 
-def ladder(document):
-    """The longest document of each rung, for each model."""
-    panels = []
-    for found in document["cases"]:
-        reached = {way: values["longest"] for way, values in found["ways"].items()}
-        title = f"{found['case']}, {number(found['setup']['memory_gib'])} GiB"
-        panels.append({"title": title, "y": "tokens of the longest document", "bars": reached})
-    return panels
+def ranks(document):
+    of_ranks = [found for found in document["cases"] if found["setup"].get("axis") == "ranks"]
+    speeds = {found["case"]: found["ways"]["varlen"]["median"]["tokens_per_second"] for found in of_ranks}
+    return [{"title": "Ranks of one thread each", "y": "tokens/s", "bars": speeds}]
+
+
+def bars(shown, document):
+    """For each case a panel of bars; shown: [(what follows the case in its title, y, function of a way), ..]."""
+    return [
+        {
+            "title": f"{found['case']}{title}",
+            "y": y,
+            "bars": {way: value(values) for way, values in found["ways"].items()},
+        }
+        for found in document["cases"]
+        for title, y, value in shown
+    ]
+
+
+STEPS = [
+    (": memory", "peak GiB", lambda way: way["peak_bytes"] / 2**30),
+    (": speed", "tokens of data per second", lambda way: way["median"]["real_tokens_per_second"]),
+]
+steps, ladder = (
+    partial(bars, STEPS),
+    partial(bars, [("", "tokens of the longest document", itemgetter("longest"))]),
+)
 
 
 # name of the figure -> (measurement, its panels)
 PANELS = {
     "packing": ("packing", packing),
-    "growth_tokens": ("growth", growth_tokens),
-    "growth_documents": ("growth", growth_documents),
+    "growth_tokens": ("growth", lambda d: growth(d, "tokens", "tokens in a row of whole documents", TOKENS)),
+    "growth_documents": (
+        "growth",
+        lambda d: growth(d, "documents", "documents in a row of one length", DOCUMENTS),
+    ),
     "ranks": ("growth", ranks),
-    "sft": ("sft", ways),
-    "dpo": ("dpo", ways),
-    "grpo": ("grpo_update", ways),
+    "sft": ("sft", steps),
+    "dpo": ("dpo", steps),
+    "grpo": ("grpo_update", steps),
     "generation": ("generation", generation),
     "ladder": ("ladder", ladder),
 }
@@ -131,8 +123,35 @@ PANELS = {
 
 def panels(name, document):
     """A figure's panels, without those that nothing was measured for."""
-    found = PANELS[name][1](document)
-    return [panel for panel in found if panel.get("curves") or panel.get("bars")]
+    return [found for found in PANELS[name][1](document) if found.get("curves") or found.get("bars")]
+
+
+def draw_bars(ax, shown):
+    labels, values = list(shown["bars"]), list(shown["bars"].values())
+    colors = ["tab:orange" if label.startswith("TRL") else "tab:blue" for label in labels]
+    ax.bar_label(ax.barh(labels, values, color=colors), fmt=number, fontsize=7, padding=2)
+    ax.invert_yaxis()
+    ax.margins(x=0.15)
+    ax.set_xlabel(shown["y"], fontsize=8)
+
+
+def draw_curves(ax, shown):
+    for label, points in shown["curves"].items():
+        ax.plot(*zip(*points), marker="o", markersize=3, label=label)
+    if "log" in shown:
+        ax.set_xscale("log")
+    if shown.get("log") == "xy":
+        ax.set_yscale("log")
+    else:
+        ticks = sorted({x for points in shown["curves"].values() for x, _ in points})
+        ax.set_xticks(ticks, map(number, ticks))
+        ax.minorticks_off()
+        top = max(y for points in shown["curves"].values() for _, y in points)
+        ax.set_ylim(min(0, ax.get_ylim()[0]), 1.1 * top)
+    ax.set_xlabel(shown["x"], fontsize=8)
+    ax.set_ylabel(shown["y"], fontsize=8)
+    ax.legend(fontsize=7)
+    ax.grid(alpha=0.3)
 
 
 def draw(shown, text, path):
@@ -147,36 +166,12 @@ def draw(shown, text, path):
     figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.2 * rows), squeeze=False)
     for ax in axes.flat[len(shown) :]:
         ax.remove()
-    for ax, panel in zip(axes.flat, shown):
-        ax.set_title(panel["title"], fontsize=10)
-        if "bars" in panel:
-            labels, values = list(panel["bars"]), list(panel["bars"].values())
-            colors = ["tab:orange" if label.startswith("TRL") else "tab:blue" for label in labels]
-            ax.bar_label(ax.barh(labels, values, color=colors), fmt=number, fontsize=7, padding=2)
-            ax.invert_yaxis()
-            ax.margins(x=0.15)
-            ax.set_xlabel(panel["y"], fontsize=8)
-        else:
-            for label, points in panel["curves"].items():
-                ax.plot(*zip(*points), marker="o", markersize=3, label=label)
-            if "log" in panel:
-                ax.set_xscale("log")
-            if panel.get("log") == "xy":
-                ax.set_yscale("log")
-            else:
-                ticks = sorted({x for points in panel["curves"].values() for x, _ in points})
-                ax.set_xticks(ticks, map(number, ticks))
-                ax.minorticks_off()
-                top = max(y for points in panel["curves"].values() for _, y in points)
-                ax.set_ylim(min(0, ax.get_ylim()[0]), 1.1 * top)
-            ax.set_xlabel(panel["x"], fontsize=8)
-            ax.set_ylabel(panel["y"], fontsize=8)
-            ax.legend(fontsize=7)
-            ax.grid(alpha=0.3)
+    for ax, each in zip(axes.flat, shown):
+        ax.set_title(each["title"], fontsize=10)
+        (draw_bars if "bars" in each else draw_curves)(ax, each)
         ax.tick_params(labelsize=7)
         ax.spines[["top", "right"]].set_visible(False)
-    lines = textwrap.fill(text, 60 * columns)
-    figure.supxlabel(lines, fontsize=6, color="gray")
+    figure.supxlabel(textwrap.fill(text, 60 * columns), fontsize=6, color="gray")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -188,17 +183,12 @@ def main():
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON")
     parser.add_argument("--figures", type=Path, default=FIGURES, help="folder for the PNG files")
     options = parser.parse_args()
-    documents = load(options.results)
-    for name, (what, _) in PANELS.items():
-        found = {device: document for (w, device), document in documents.items() if w == what}
-        if not found:
-            print(f"{name}: no measurement of {what} in {options.results}, skipped")
-        for device, document in found.items():
-            shown, path = panels(name, document), options.figures / f"{name}-{device}.png"
-            if shown:
-                draw(shown, caption(document), path)
-            print(f"{name}: {path.name if shown else f'{what} on {device} holds none of it, skipped'}")
+    for (what, device), document in load(options.results).items():
+        for name in [name for name, (measured, _) in PANELS.items() if measured == what]:
+            if shown := panels(name, document):
+                draw(shown, caption(document), options.figures / f"{name}-{device}.png")
+                print(f"{name}-{device}.png")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,9 +1,9 @@
 """What all benchmarks share: a command line, a model and data by name, a script's run, turns, bytes and JSON.
 
-What is compared runs in one process. Bytes are counted first, of a step of their own, for counting slows it
-down. Then all ways take turns, A B A B .., and quotients are taken pair by pair: they hold where the machine's
-speed drifts. The learning rate is 0: each step does all of its work and leaves the weights as they were, so
-that losses and gradients of all ways can be compared.
+What is compared runs in one process. Bytes are counted first, in a step of their own, for counting slows it
+down. Then all ways take turns, A B A B .., so that quotients pair by pair hold where the machine's speed
+drifts. The learning rate is 0: each step does all of its work and leaves the weights as they were, so that
+losses and gradients of all ways can be compared.
 """
 
 import argparse
@@ -26,7 +26,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from cases import RESULTS, case, ratio
+from cases import RESULTS, case
+from tables import TABLES
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +39,7 @@ from common.memory import count_step  # noqa: E402
 from common.run import Run  # noqa: E402
 from common.sharding import checkpoint_layers, set_kernels  # noqa: E402
 
-MIB, GIB = 2**20, 2**30
+GIB = 2**30
 PACKAGES = ("torch", "transformers", "trl", "deepspeed", "liger-kernel", "flash-attn", "accelerate", "numpy")
 
 # --- The command line ---
@@ -108,8 +109,6 @@ def model_folder(options, scratch):
     if options.quick:
         return ROOT / "demo/model"
     if named := os.environ.get("BENCH_MODEL"):
-        if not Path(named).is_dir():
-            sys.exit(f"BENCH_MODEL {named} is no folder: wanted is one with a model, or a config.json.")
         if list(Path(named).glob("*.safetensors")):
             return Path(named)
         config = AutoConfig.from_pretrained(named)
@@ -189,7 +188,8 @@ def switch_checkpointing(model, wanted):
     if wanted:
         checkpoint_layers(model)
     else:
-        model.gradient_checkpointing_disable()
+        newer = getattr(model, "activation_checkpointing_disable", None)  # its name in newer releases
+        (newer or model.gradient_checkpointing_disable)()
 
 
 def use(model, args, flat):
@@ -236,11 +236,11 @@ def alternate(ways, repeats, device="cpu", warm_up=1):
     return repetitions
 
 
-def measure(name, setup, sides, options, real_tokens=None, pairs=()):
+def measure(name, setup, sides, options, real_tokens=None):
     """Count the bytes of a step of each way, then time all ways in turn, on the same data in each turn.
 
     Args:    sides: functions that make {name: Way}, of ways that share a model and an optimizer; real_tokens:
-             of the data, in each of a Way's steps; pairs: [(way, baseline), ..] whose quotients are wanted.
+             of the data, in each of a Way's steps.
     Returns: a case for `write`.
     """
     once, ways = {}, {}
@@ -261,42 +261,14 @@ def measure(name, setup, sides, options, real_tokens=None, pairs=()):
         for repetition, tokens in zip(repetitions, (real_tokens or [])[-options.repeats :]):
             repetition["real_tokens_per_second"] = tokens / repetition["seconds"]
     found = case(name, setup, runs, once)
-    found["ratios"] = {}
-    for way, baseline in pairs:
-        if not {way, baseline} <= ways.keys():
-            continue
-        peaks = [once[each]["peak_bytes"] for each in (way, baseline)]
-        quotients = {"seconds": ratio(found, way, baseline), "peak_bytes": peaks[0] / peaks[1]}
-        found["ratios"][f"{way} against {baseline}"] = quotients
-    results = {each for runs in runs.values() for each in runs[0]} - {"seconds", "real_tokens_per_second"}
-    found["disagreement"] = {each: disagreement(found, each) for each in sorted(results)}
-    show(found)
-    return found
+    results = sorted(next(iter(runs.values()))[0].keys() - {"seconds", "real_tokens_per_second"})
+    return found | {"disagreement": {each: disagreement(runs, each) for each in results}}
 
 
-def disagreement(found, measure):
+def disagreement(runs, measure):
     """Over all steps, the largest difference between any two ways, relative to the step's largest value."""
-    steps = zip(*([run[measure] for run in way["repetitions"]] for way in found["ways"].values()))
+    steps = zip(*([run[measure] for run in repetitions] for repetitions in runs.values()))
     return max((max(values) - min(values)) / max(*map(abs, values), 1e-30) for values in steps)
-
-
-def show(found):
-    """The table of one comparison of steps."""
-    setup = "  ".join(f"{key} {value}" for key, value in found["setup"].items())
-    print(f"\n{found['case']}: {setup}")
-    print(f"{'way':<36}{'seconds':>9}{'real tok/s':>12}{'peak MiB':>10}{'loss':>12}{'grad norm':>11}")
-    for way, values in found["ways"].items():
-        median = values["median"]
-        print(
-            f"{way:<36}{median['seconds']:9.3f}{median.get('real_tokens_per_second', 0):12.1f}"
-            f"{values['peak_bytes'] / MIB:10.1f}{median['loss']:12.6f}{median['grad_norm']:11.4f}"
-        )
-    for pair, values in found["ratios"].items():
-        r = values["seconds"]
-        spread = f"{r['median']:5.2f} x faster ({r['min']:.2f} to {r['max']:.2f}, {r['pairs']} pairs)"
-        print(f"  {pair:<60}{spread}; {values['peak_bytes']:.2f} of its peak bytes")
-    worst = "  ".join(f"{measure} {value:.1e}" for measure, value in found["disagreement"].items())
-    print(f"  largest relative difference between two ways in one step: {worst}", flush=True)
 
 
 def release():
@@ -349,13 +321,12 @@ def commit():
         return "unknown"
 
 
-def write(what, options, model, cases, reads=("BENCH_MODEL", "BENCH_DATA"), complete=True):
-    """Write results/<what>-<device>.json (with --quick, <what>-quick.json; with --only, -<only> added):
-    everything a reader would need to repeat or doubt it.
+def write(what, options, model, cases, reads=("BENCH_MODEL", "BENCH_DATA")):
+    """Write results/<what>-<device>.json (with --quick, <what>-quick.json): everything a reader would need to
+    repeat or doubt it. Prints it as its table.
 
-    Args: model: its name or folder; cases: list of `case`s, each of which may hold further keys, like
-          "ratios"; reads: variables of the environment that choose model and data; complete: whether these
-          are all cases; fewer go to a file that ends in .partial, until the whole is there.
+    Args: model: its name or folder; cases: list of `case`s; reads: variables of the environment that choose
+          model and data.
     """
     ranks = os.environ.get("WORLD_SIZE")
     launcher = f"OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node {ranks}" if ranks else "python"
@@ -374,11 +345,8 @@ def write(what, options, model, cases, reads=("BENCH_MODEL", "BENCH_DATA"), comp
         "model": model and ("demo model" if Path(model) == ROOT / "demo/model" else Path(model).name),
         "cases": cases,
     }
-    options.results.mkdir(parents=True, exist_ok=True)
-    only = f"-{options.only}" if getattr(options, "only", "") else ""  # beside the whole, not over it
-    path = options.results / f"{what}-{'quick' if options.quick else options.device}{only}.json"
-    partial_path = path.with_suffix(".partial")
-    (path if complete else partial_path).write_text(json.dumps(document, indent=1) + "\n")
-    if complete:
-        partial_path.unlink(missing_ok=True)
-        print(f"wrote {path}", file=sys.stderr)
+    path = options.results / f"{what}-{'quick' if options.quick else options.device}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    print(TABLES[what]({(what, options.device): document}))
+    print(f"wrote {path}", file=sys.stderr)

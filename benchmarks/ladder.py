@@ -1,12 +1,12 @@
 """The ladder: how long a document may be before the GPU's memory ends, with one switch more on each rung.
 
 A step holds two documents, one of N tokens and one of N / 2; padded they are 2 N tokens, joined 1.5 N. Models
-are random, in the shapes of Qwen3-0.6B and Qwen3-1.7B. N is found from the bytes of shorter steps, and by
-trying: the longest was run, and something at most 3 % longer ran out of memory. Needs a CUDA device.
+are random, in the shapes of Qwen3-0.6B and Qwen3-1.7B. N is found by trying: the longest was run, and
+something at most 3 % longer ran out of memory. Needs a CUDA device.
 
 python benchmarks/ladder.py --device cuda [--models 0.6B] [--memory_gib 16] [--limit 65536]
 
---memory_gib: what PyTorch may take, one number for all models or one for each, to stand for a smaller GPU.
+--memory_gib: what PyTorch may take, to stand for a smaller GPU.
 """
 
 import itertools
@@ -23,51 +23,36 @@ from loss_head import full_logits
 import sft_packing
 from common.sharding import read_pretrained
 
-MODEL = "random weights, Qwen3's shapes"
 START = 256  # tokens, the shortest document that is tried
 # rung r has the first r on: on the first one, nothing
 SWITCHES = ("bf16", "no padding", "chunked loss", "checkpointing", "offloading", "Liger's kernels")
 
 
-def longest(peak_bytes, start, limit, available, precision=0.03):
+def longest(fits, start, limit, precision=0.03):
     """The largest length that fits, as long as any shorter one fits too.
 
-    Args:    peak_bytes: function of a length: the bytes it takes, or None if it does not fit; start: the
-             first to try; limit: nothing beyond it is tried; available: the bytes there are.
+    Args:    fits: function of a length; start: the first to try; limit: nothing beyond it is tried.
     Returns: a length that was tried and fits, at most `precision` of it below one that does not (or that is
              beyond the limit); 0 if start does not fit.
     """
-    fitting, high = [], limit + 1  # [(length, bytes), ..] and the shortest that does not fit
-    length = start
-    while length < high:
-        count = peak_bytes(length)
-        if count is None:
-            high = length
+    low, high = 0, start
+    while high <= limit and fits(high):
+        low, high = high, 2 * high
+    high = min(high, limit + 1)
+    while low and high - low > max(1, int(precision * low)):
+        middle = (low + high) // 2
+        if fits(middle):
+            low = middle
         else:
-            fitting.append((length, count))
-        if not fitting:
-            return 0
-        low, bytes_low = fitting[-1]
-        gap = max(1, int(precision * low))
-        if high - low <= gap:
-            return low
-        guess = 2 * low
-        if len(fitting) > 1:
-            before, bytes_before = fitting[-2]
-            growth = (bytes_low - bytes_before) / (low - before)
-            if growth > 0:  # where a straight line through the two meets the end, and a little less
-                guess = min(guess, int((1 - precision / 3) * (low + (available - bytes_low) / growth)))
-        if high <= limit and guess > high - gap:
-            guess = (low + high) // 2
-        length = min(max(guess, low + gap), high - 1)
-    return 0
+            high = middle
+    return low
 
 
 class Rung:
     """Training with the first so many switches on: what a step on documents of a length takes."""
 
     def __init__(self, args, run, number):
-        self.on, self.run, self.way, self.seconds = SWITCHES[:number], run, None, None
+        self.on, self.run, self.way, self.reached = SWITCHES[:number], run, None, None
         self.flat = "no padding" in self.on
         self.args = replace(
             args,
@@ -92,8 +77,9 @@ class Rung:
             self.way.step([batch])
         torch.cuda.synchronize()
 
-    def peak_bytes(self, length):
-        """Highest allocation of a step on documents of this length, or None if it does not fit."""
+    def fits(self, length):
+        """Whether a step on documents of this length fits; `reached` notes what it took."""
+        fitted = False
         try:
             batch = self.run.to_device(random_batch([length, length // 2], flat=self.flat))
             self.way = self.way or self.build()
@@ -101,32 +87,20 @@ class Rung:
             torch.cuda.reset_peak_memory_stats()
             started = time.perf_counter()
             self.step(batch)
-            self.seconds, peak = time.perf_counter() - started, torch.cuda.max_memory_allocated()
+            seconds, peak = time.perf_counter() - started, torch.cuda.max_memory_allocated()
+            self.reached = {"longest": length, "peak_bytes": peak, "seconds": seconds}
+            fitted = True
         except torch.cuda.OutOfMemoryError:
-            peak = None
+            pass
         # outside of `except`: there the exception would hold the frames, and with them the tensors
-        if peak is None:
+        if not fitted:
             self.leave()  # what an interrupted step leaves of hooks and gathered weights serves nobody
-        print(f"    {length:9,} tokens {'fit' if peak else 'do not fit'}", file=sys.stderr, flush=True)
-        return peak
+        print(f"    {length:9,} tokens {'fit' if fitted else 'do not fit'}", file=sys.stderr, flush=True)
+        return fitted
 
     def leave(self):
         self.way = None
         release()
-
-
-def climb(rung, limit, available):
-    """One rung's longest document, with seconds and peak bytes of a step; None if START tokens do not fit."""
-    tries = {}
-
-    def peak_bytes(length):
-        peak = rung.peak_bytes(length)
-        tries[length] = {"longest": length, "peak_bytes": peak, "seconds": rung.seconds}
-        return peak
-
-    length = longest(peak_bytes, START, limit, available)
-    rung.leave()
-    return tries.get(length)
 
 
 def allow(gib):
@@ -138,39 +112,29 @@ def allow(gib):
 
 
 def main():
-    options = parse(__doc__, models="0.6B,1.7B", memory_gib="0", limit=131072)
+    options = parse(__doc__, models="0.6B,1.7B", memory_gib=0.0, limit=131072)
     if options.device != "cuda":
         sys.exit("ladder.py looks for the end of a GPU's memory: it needs --device cuda, and such a device.")
-    limit = 2048 if options.quick else options.limit
-    names, gib = options.models.split(","), [float(x) for x in options.memory_gib.split(",")]
-    gib = dict(zip(names, gib * len(names) if len(gib) == 1 else gib, strict=True))
-    runs, once, setups, cases = {name: {} for name in names}, {name: {} for name in names}, {}, []
+    limit, available = 2048 if options.quick else options.limit, allow(options.memory_gib)
+    setup = {"documents": "N and N / 2 tokens", "memory_gib": round(available / GIB, 1)}
+    setup |= {"start": START, "limit": limit, "precision": 0.03}
+    found = {name: {} for name in options.models.split(",")}
     with script_run(sft_packing, options, lambda *_: "") as (scratch, args, run):
-        for name in names:
+        for name in found:
             random_model(f"Qwen3-{name}", scratch / name, "cuda")
         # rung by rung, not model by model: Liger's kernels come last, for they change all models built later
-        for number, name in itertools.product(range(len(SWITCHES) + 1), names):
-            available = allow(gib[name])
-            setups[name] = {
-                "documents": "N and N / 2 tokens",
-                "memory_gib": round(available / GIB, 1),
-                "start": START,
-                "limit": limit,
-                "precision": 0.03,
-            }
+        for number, name in itertools.product(range(len(SWITCHES) + 1), found):
             way = f"+ {SWITCHES[number - 1]}" if number else "plain"
             rung = Rung(replace(args, model_name_or_path=str(scratch / name)), run, number)
-            found = climb(rung, limit, available)
-            if found is None:
-                print(f"{name} {way:<20} {START} tokens do not fit", flush=True)
-                continue
-            seconds, peak = found.pop("seconds"), found["peak_bytes"] / GIB
-            print(f"{name} {way:<20}{found['longest']:9,} tokens {seconds:8.2f} s/step {peak:8.2f} GiB")
-            runs[name][way] = [{"seconds": seconds}]
-            once[name][way] = found
-            cases = [case(f"Qwen3-{n}", setups[n], runs[n], once[n]) for n in setups]
-            write("ladder", options, MODEL, cases, reads=(), complete=False)
-    write("ladder", options, MODEL, cases, reads=())
+            if longest(rung.fits, START, limit):
+                found[name][way] = rung.reached
+            rung.leave()
+            print(f"{name} {way}: {rung.reached or 'the shortest does not fit'}", flush=True)
+    cases = []
+    for name, ways in found.items():
+        runs = {way: [{"seconds": reached["seconds"]}] for way, reached in ways.items()}
+        cases.append(case(f"Qwen3-{name}", setup, runs, ways))
+    write("ladder", options, "random weights, Qwen3's shapes", cases, reads=())
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The loss head alone: forward and backward over N hidden states, V tokens of vocabulary, H hidden size.
 
 Nobody can do without three products of 2 N V H operations: logits, and the gradients of hidden states and
-weight. They are measured as a way of their own, in turn with the others, and are the unit of the table. Bytes are those
-beyond the inputs, both gradients included, by MemTracker on a CPU, by the allocator on CUDA. Gradients are compared with those of full logits in fp32.
+weight. They are measured as a way of their own, in turn with the others, and are the unit of the table. Bytes
+are those beyond the inputs, both gradients included, by MemTracker on a CPU, by the allocator on CUDA.
 
 python benchmarks/loss_head.py [--device cuda] [--quick]
 """
@@ -11,7 +11,7 @@ import itertools
 from functools import partial
 
 import torch
-from harness import MIB, alternate, case, parse, ratio, write
+from harness import alternate, case, parse, write
 
 from common.logps import liger_nll_sum, nll_sum, token_logps
 from common.memory import ByteCounter
@@ -73,21 +73,20 @@ def run(way, inputs):
 
 
 def count_bytes(way, inputs, device):
-    """Peak bytes beyond the inputs, and the weight's gradient (None for the three products)."""
+    """Peak bytes beyond the inputs."""
     for tensor in inputs:
         tensor.grad = None
     if device == "cuda":
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run(way, inputs)
-        return torch.cuda.max_memory_allocated() - before, inputs[1].grad
-    tracker = ByteCounter()
+        return torch.cuda.max_memory_allocated() - before
+    tracker, cpu = ByteCounter(), torch.device("cpu")
     tracker.track_external(*inputs)
     with tracker:
-        before = tracker.peak_bytes(torch.device("cpu"))
+        before = tracker.peak_bytes(cpu)
         run(way, inputs)
-    return tracker.peak_bytes(torch.device("cpu")) - before, inputs[1].grad
+    return tracker.peak_bytes(cpu) - before
 
 
 def compare(shape, dtype, options):
@@ -98,48 +97,23 @@ def compare(shape, dtype, options):
     weight = (torch.randn(vocabulary, size, **draw) / size**0.5).requires_grad_()
     targets = torch.randint(0, vocabulary, (n,), generator=generator, device=options.device)
     inputs = (hidden, weight, targets)
-    exact = weight.detach().float().requires_grad_()
-    run(full_logits, (hidden.detach().float(), exact, targets))
-    once, timed = {}, {}
-    for name, way in WAYS.items():
-        if name == "Liger" and options.device == "cpu":
-            continue  # Triton's interpreter shows nothing about time
-        peak, gradient = count_bytes(way, inputs, options.device)
-        once[name] = {"peak_bytes": peak}
-        if gradient is not None:
-            worst = (gradient.float() - exact.grad).abs().max() / exact.grad.abs().max()
-            once[name]["gradient_difference"] = worst.item()
-        timed[name] = partial(run, way, inputs)
+    # Triton's interpreter, on a CPU, shows nothing about time
+    ways = {name: way for name, way in WAYS.items() if name != "Liger" or options.device == "cuda"}
+    once = {name: {"peak_bytes": count_bytes(way, inputs, options.device)} for name, way in ways.items()}
+    timed = {name: partial(run, way, inputs) for name, way in ways.items()}
+    runs = alternate(timed, options.repeats, options.device, options.warm_up)
     name = str(dtype).removeprefix("torch.")
     setup = {"N": n, "V": vocabulary, "H": size, "dtype": name, "chunk_size": 256}
     # without a GPU, TRL's head folds its tiles in PyTorch
     setup["TRL fused head"] = "Triton kernels" if options.device == "cuda" else "its PyTorch version"
-    runs = alternate(timed, options.repeats, options.device, options.warm_up)
-    found = case(f"{name}, N {n:,}, V {vocabulary:,}, H {size:,}", setup, runs, once)
-    found["ratios"] = {way: ratio(found, "nll_sum", way) for way in timed if way != "nll_sum"}
-    return found
-
-
-def show(found):
-    print(f"{found['case']:<44}x three products    seconds  peak MiB      loss  gradient's difference")
-    for way, values in found["ways"].items():
-        median = values["median"]
-        units = 1 / ratio(found, way, "three products")["median"]
-        losses = ""
-        if "loss" in median:
-            losses = f"{median['loss']:10.6f}{values['gradient_difference']:12.1e}"
-        peak = values["peak_bytes"] / MIB
-        print(f"  {way:<42}{units:16.2f}{median['seconds']:11.4f}{peak:10.1f}{losses}", flush=True)
+    return case(f"{name}, N {n:,}, V {vocabulary:,}, H {size:,}", setup, runs, once)
 
 
 def main():
     options = parse(__doc__)
     shapes = [(256, 512, 64)] if options.quick else SHAPES[options.device]
-    cases = []
-    for shape, dtype in itertools.product(shapes, (torch.float32, torch.bfloat16)):
-        cases.append(compare(shape, dtype, options))
-        show(cases[-1])
-        write("loss_head", options, None, cases, reads=(), complete=False)
+    dtypes = (torch.float32, torch.bfloat16)
+    cases = [compare(shape, dtype, options) for shape, dtype in itertools.product(shapes, dtypes)]
     write("loss_head", options, None, cases, reads=())
 
 

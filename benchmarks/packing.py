@@ -9,19 +9,19 @@ BENCH_MODEL=<folder> BENCH_DATA=<folder> python benchmarks/packing.py
 
 import json
 import os
+import sys
 from functools import partial
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow as pa
-from harness import ROOT, alternate, case, data_file, parse, ratio, write
+from harness import ROOT, alternate, case, data_file, parse, write
 from transformers import AutoTokenizer
 
 from sft_packing import plan_rows, tokenize
 
 MAX_LENGTH = 2048
-CLASSES = 128  # documents are numbered modulo this: what one byte of a token can hold
 
 
 def lower_bound(lengths, max_length):
@@ -45,50 +45,37 @@ def lower_bound(lengths, max_length):
 
 
 def in_memory(lengths):
-    """A data set of these documents; each token is its document's number modulo CLASSES, in one byte."""
+    """A data set of these documents, each token one byte."""
     offsets = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
-    tokens = np.repeat((np.arange(len(lengths)) % CLASSES).astype(np.int8), lengths)
+    tokens = np.zeros(offsets[-1], dtype=np.int8)
     return datasets.Dataset(pa.table({"input_ids": pa.ListArray.from_arrays(offsets, tokens)}))
 
 
-def checked(lengths, kept, longest, rows):
-    """What a way is judged by. kept (CLASSES,): tokens in its rows, by document number modulo CLASSES."""
-    assert longest <= MAX_LENGTH, f"a row of {longest} tokens"
-    given = np.bincount(np.arange(len(lengths)) % CLASSES, weights=lengths, minlength=CLASSES)
-    bound = lower_bound(lengths, MAX_LENGTH)
-    lost = int(np.maximum(given - kept, 0).sum())
-    return {"rows": rows, "lower_bound": bound, "rows_over_bound": rows / bound - 1, "tokens_lost": lost}
+def judge(lengths, row_lengths):
+    """What a way is judged by; row_lengths (R,): the tokens in each of its rows."""
+    assert row_lengths.max() <= MAX_LENGTH, f"a row of {row_lengths.max()} tokens"
+    bound, rows = lower_bound(lengths, MAX_LENGTH), len(row_lengths)
+    over, lost = rows / bound - 1, int(lengths.sum() - row_lengths.sum())
+    return {"rows": rows, "lower_bound": bound, "rows_over_bound": over, "tokens_lost": lost}
 
 
-def check_ours(lengths, plan):
-    row_offsets, spans = plan
-    size = spans[:, 2] - spans[:, 1]
-    kept = np.bincount(spans[:, 0] % CLASSES, weights=size, minlength=CLASSES)
-    return checked(lengths, kept, np.add.reduceat(size, row_offsets[:-1]).max(), len(row_offsets) - 1)
+def row_lengths(packed):
+    """(R,) tokens in each row: of plan_rows' result, or of the data set that TRL has packed."""
+    if isinstance(packed, tuple):
+        row_offsets, spans = packed
+        return np.add.reduceat(spans[:, 2] - spans[:, 1], row_offsets[:-1])
+    parts = packed.data.column("input_ids").chunks
+    return np.concatenate([part.value_lengths().to_numpy() for part in parts])
 
 
-def check_trl(lengths, packed):
-    kept, longest = np.zeros(CLASSES), 0
-    for part in packed.data.column("input_ids").chunks:
-        tokens = part.flatten().to_numpy()
-        for start in range(0, len(tokens), 10**7):  # bincount makes eight bytes of each
-            kept += np.bincount(tokens[start : start + 10**7], minlength=CLASSES)
-        longest = max(longest, part.value_lengths().to_numpy().max())
-    return checked(lengths, kept, longest, len(packed))
-
-
-def measure(name, lengths, ours_only, one_batch, repeats):
-    """One case: ours, TRL as it comes, and TRL with all documents in one batch of `map` (its fewest rows)."""
-    from trl.data_utils import pack_dataset  # here: the bound's tests run without TRL
-
-    dataset = None if ours_only else in_memory(lengths)
+def compare(name, lengths, against, repeats):
+    """One case: ours; if wanted, TRL as it comes, and with all in one batch of `map` (its fewest rows)."""
     packers = {"ours": partial(plan_rows, lengths, MAX_LENGTH)}
-    if not ours_only:
-        packers["TRL"] = partial(pack_dataset, dataset, MAX_LENGTH, "bfd", {})
-    if not ours_only and one_batch:
-        packers["TRL, one batch"] = partial(
-            pack_dataset, dataset, MAX_LENGTH, "bfd", {"batch_size": len(lengths)}
-        )
+    if against:
+        from trl.data_utils import pack_dataset  # here: the bound's tests run without TRL
+
+        trl = partial(pack_dataset, in_memory(lengths), MAX_LENGTH, "bfd")
+        packers |= {"TRL": partial(trl, {}), "TRL, one batch": partial(trl, {"batch_size": len(lengths)})}
     results = {}
 
     def pack(way):
@@ -97,24 +84,10 @@ def measure(name, lengths, ours_only, one_batch, repeats):
 
     ways = {way: partial(pack, way) for way in packers}
     runs = alternate(ways, repeats, warm_up=int(len(lengths) < 10**6))
-    once = {way: (check_ours if way == "ours" else check_trl)(lengths, results[way]) for way in ways}
-    setup = {
-        "lengths": name,
-        "documents": len(lengths),
-        "mean_length": float(lengths.mean()),
-        "max_length": MAX_LENGTH,
-        "timed": "ours: plan and assignment. TRL: pack_dataset in memory, one byte a token, nothing cached",
-    }
-    found = case(f"{name}, {len(lengths):,}", setup, runs, once)
-    found["ratios"] = {way: ratio(found, "ours", way) for way in ways if way != "ours"}
-    for way, values in found["ways"].items():
-        factor = f"{found['ratios'][way]['median']:7.1f}x" if way != "ours" else ""
-        print(
-            f"{found['case']:<34}{way:<16}{values['median']['seconds']:9.4f} s {values['rows']:9,} rows, "
-            f"{values['rows_over_bound']:7.3%} over L2, {values['tokens_lost']} tokens lost {factor}",
-            flush=True,
-        )
-    return found
+    once = {way: judge(lengths, row_lengths(packed)) for way, packed in results.items()}
+    setup = {"lengths": name, "documents": len(lengths), "max_length": MAX_LENGTH}
+    print(f"packing: {name}, {len(lengths):,} is measured", file=sys.stderr)
+    return case(f"{name}, {len(lengths):,}", setup, runs, once)
 
 
 def main():
@@ -138,18 +111,15 @@ def main():
         "chats, resampled": lambda n: rng.choice(chats, n),
         "GSM8K, resampled": lambda n: rng.choice(problems, n),
     }
-    cases, repeats = [], options.repeats
-    for name, lengths in (("chats", chats), ("GSM8K", problems)):
-        cases.append(measure(name, lengths, False, True, repeats))
+    found = {"chats": chats, "GSM8K": problems}
+    cases = [compare(name, lengths, True, options.repeats) for name, lengths in found.items()]
     for n in (10**3, 10**4) if options.quick else (10**4, 10**5, 10**6, 10**7):
         for name, draw in draws.items():
-            if n == 10**7 and name != "lognormal":
-                continue
-            lengths = np.clip(draw(n), 1, MAX_LENGTH).astype(np.int64)
-            one_batch = n < 10**5 or name == "lognormal"  # TRL takes as long again for it
-            # TRL takes some ten seconds for a million: one distribution is enough
-            ours_only = n > 10**6 or n == 10**6 and name != "lognormal"
-            cases.append(measure(name, lengths, ours_only, one_batch, repeats))
+            if n < 10**7 or name == "lognormal":
+                lengths = np.clip(draw(n), 1, MAX_LENGTH).astype(np.int64)
+                # TRL takes some ten seconds for a million: one distribution is enough
+                against = n < 10**6 or n == 10**6 and name == "lognormal"
+                cases.append(compare(name, lengths, against, options.repeats))
     write("packing", options, f"{model.name} (tokenizer only)", cases)
 
 

@@ -37,15 +37,6 @@ TRL_WAYS = {  # settings of SFTConfig; its defaults: padding, and checkpointing
 }
 # by itself, for it leaves hooks on its model
 TRL_OFFLOAD = {"TRL packed + checkpointing + offload": {"packing": True}}
-PAIRS = [
-    ("packed", "TRL packed"),
-    ("packed", "TRL padding-free"),
-    ("packed", "TRL padded"),
-    ("packed", "padded"),
-    ("packed + checkpointing", "TRL packed + checkpointing"),
-    ("packed + checkpointing", "TRL padded"),
-    ("packed + checkpointing + offload", "TRL packed + checkpointing + offload"),
-]
 
 
 def our_ways(bench, file, steps):
@@ -108,4 +99,4 @@ def compare(bench):
 
 
 if __name__ == "__main__":
-    compare_cases("sft", __doc__, sft_packing, compare, PAIRS)
+    compare_cases("sft", __doc__, sft_packing, compare)

@@ -13,10 +13,21 @@ from pathlib import Path
 import torch
 import transformers
 
-from common import Refusal, refuse
+from common import Refusal, attention, refuse
 
 NUM_SCORED = 16  # of a sequence: its last tokens
 NUM_TOKENS = 64  # of a sequence, where no layer looks back through a window
+
+
+def named_windows(config):
+    """{field: tokens} of the windows and chunks within which the configuration says that layers attend."""
+    config = config.get_text_config()
+    types, found = getattr(config, "layer_types", None), {}
+    for name, kind in (("sliding_window", "sliding"), ("attention_chunk_size", "chunked")):
+        used = types is None or any(kind in str(each) for each in types)
+        if getattr(config, f"use_{name}", True) and used and getattr(config, name, None):
+            found[name] = getattr(config, name)
+    return found
 
 
 def proof_tokens(ids, config, max_length):
@@ -26,9 +37,7 @@ def proof_tokens(ids, config, max_length):
           reaches as far changes nothing.
     Returns: a list of at most max_length ids.
     """
-    config = config.get_text_config()
-    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    windows = [window for window in windows if window and window < max_length]
+    windows = [window for window in named_windows(config).values() if window < max_length]
     if not windows:
         return ids[: min(NUM_TOKENS, max_length)]
     length = min(min(windows) + NUM_TOKENS, max_length)
@@ -63,15 +72,23 @@ def check_exact(model, expected, compute, *, bf16, what, remedy):
              the same order, as the run computes them; bf16: whether it computes in bf16; what: names its
              rows, for the message, and remedy: other ones.
     Returns: the largest absolute difference, in nats.
-    Raises:  ValueError if that is above 1e-4 (fp32) or 5e-2 (bf16) of the largest log-probability, or if
-             expected is not finite.
+    Raises:  ValueError if that is above 1e-4 (fp32) or 5e-2 (bf16) of the largest log-probability, if
+             expected is not finite, or if a window of the configuration never reaches the attention.
     """
     name, config, training = type(model).__name__, model.config.get_text_config(), model.training
     refuse(not expected.isfinite().all(), f"{name} gives logits that are not finite: its weights are broken.")
     model.eval()
-    with refusals_of(model, remedy):
-        found = compute()
-    model.train(training)
+    attention.noted = calls = set()
+    try:
+        with refusals_of(model, remedy):
+            found = compute()
+    finally:
+        attention.noted = None
+        model.train(training)
+    for field, window in named_windows(config).items() if calls else ():
+        # in bf16 the difference that a lost window makes may be within the tolerance
+        lost = max(longest for _, longest in calls) > window not in {arrived for arrived, _ in calls}
+        refuse(lost, f"{name} attends within {field} {window} by a mask, which a flat row lacks. {remedy}")
     difference = (found - expected).abs().max().item()
     tolerance = (5e-2 if bf16 else 1e-4) * expected.abs().max().clamp(min=1.0).item()
     if not difference <= tolerance:  # written so that NaN fails too

@@ -101,7 +101,7 @@ def prepare_output_dir(output_dir, step, keep=()):
             _remove_checkpoint(path)
     ours = _read_record(folder)
     for path in folder.glob("*"):  # what a kill left of a folder that was being written or deleted
-        if LEFTOVER.fullmatch(path.name) and _is_ours(folder, path.name):
+        if LEFTOVER.fullmatch(path.name) and path.is_dir() and _is_ours(folder, path.name):
             shutil.rmtree(path)
     metrics = folder / "metrics.jsonl"
     if metrics.exists():

@@ -8,7 +8,7 @@ import bisect
 import resource
 import sys
 import traceback
-from collections import Counter
+from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -103,7 +103,7 @@ class MemoryMeter:
         """
         self.counting = self.track and self.calls + 1 == self.track_step
         measures = self.counting or self.device.type == "cuda"
-        now = Counter()  # bytes by name; what no hook sets is 0
+        now = defaultdict(int)  # bytes by name
         hooks = [self.optimizer.register_step_pre_hook(lambda *_: self._before_update(now))]
         if measures:
             hooks += self._phase_hooks(now)
@@ -135,6 +135,10 @@ class MemoryMeter:
         self.measured = {name: max(n, self.measured.get(name, 0)) for name, n in now.items()} | {
             name: n for name, n in self.measured.items() if name not in now
         }
+
+    def ledger(self):
+        """Rows for summary.json and the screen."""
+        return ledger(self.measured, self.peak_moment)
 
     def _before_update(self, now):
         now["gradients"] = _bytes(p.grad for p in self.model.parameters() if p.grad is not None)
@@ -328,6 +332,15 @@ def count_step(step, batches, model, optimizer, offload=None, others=()):
     with meter.step(batches), refusals_of(model, "The dry run cannot go on."):
         step()
     return meter.measured, meter.peak_moment
+
+
+def single_changes(args, switches, halved):
+    """{what one would type: {flag: value}} for `dry_run`: switches on, numbers halved, ranks doubled."""
+    changes = {f"--{name}": {name: True} for name in switches}
+    halves = {name: getattr(args, name) // 2 for name in halved if getattr(args, name)}
+    changes |= {f"--{name} {half}": {name: half} for name, half in halves.items()}
+    ranks = 2 * args.dry_run_world_size
+    return changes | {f"{ranks} ranks": {"dry_run_world_size": ranks}}
 
 
 def dry_run(args, check, count, changes, length_flag, most):

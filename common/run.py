@@ -316,8 +316,7 @@ class Run:
 
         Every rank has to call it, with the same names; SIGTERM on one rank sets `stop` on all of them.
         """
-        numbers = [*values.values(), len(self.sigterm)]
-        numbers = self._stack(numbers)
+        numbers = self._stack([*values.values(), len(self.sigterm)])
         dist.all_reduce(numbers)
         *sums, stop = numbers.tolist()
         self.stop = stop > 0
@@ -382,7 +381,7 @@ class Run:
     def match(self, name, value, remedy):
         """Note in `progress` a fact that a resumed run has to share with the one that it goes on with."""
         same = self.progress.setdefault(name, value) == value
-        refuse(not same, f"{self.checkpoint}: its {name.replace('_', ' ')} is not this run's. {remedy}")
+        refuse(not same, f"{self.checkpoint}: its {name.replace('_', ' ')} and this run's differ. {remedy}")
 
     def plan(self, total_steps):
         """The run's last step is known: raise Refusal if the checkpoint is past it, or the run has ended."""
@@ -477,8 +476,8 @@ class Run:
             if self.first:
                 fresh_folder(temporary)
             dist.barrier()
-            write(temporary)
-            dist.barrier()
+            with self.together():
+                write(temporary)
             if self.first:
                 (temporary / PROGRESS).write_text(json.dumps(self.progress, indent=1))
                 commit_folder(temporary, path)
@@ -547,7 +546,8 @@ class Tally:
             value = value.detach().double() if torch.is_tensor(value) else value
             self.sums[name] = self.sums.get(name, 0) + value
         for name, value in (maxima or {}).items():
-            self.maxima[name] = max(self.maxima.get(name, -math.inf), value)
+            before = self.maxima.get(name, -math.inf)
+            self.maxima[name] = torch.as_tensor(value).detach().double().clamp(min=before)
 
     def of_all_ranks(self, run):
         return run.sum(self.sums) | (run.max(self.maxima) if self.maxima else {})
@@ -611,6 +611,10 @@ class Epochs:
                 if not run.unfinished:
                     return
 
+    def in_order(self):
+        """All micro-batches of the data in its own order, for an evaluation."""
+        return self.cut(np.arange(len(self)))
+
     def advance(self, progress, numbers):
         """Move `progress` on by these items. Returns the epochs done, as a fraction."""
         progress["done"] += len(numbers)
@@ -620,11 +624,11 @@ class Epochs:
         return epoch
 
     def micro_batches(self, chunks, run):
-        """This rank's: every world-th one."""
+        """This rank's: every world-th one; its tensors are made when it is its turn."""
         # Ranks must run equally many forwards, or collectives stall: some get a batch without an item.
         chunks = list(chunks)
         chunks += [np.array([], dtype=np.int64)] * (-len(chunks) % run.world)
-        return [self.batch(chunk) for chunk in chunks[run.rank :: run.world]]
+        return (self.batch(chunk) for chunk in chunks[run.rank :: run.world])
 
 
 # --- What the screen says of the data ---

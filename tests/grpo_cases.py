@@ -135,10 +135,6 @@ def __getattr__(name):
     raise AttributeError(f"no attribute {name}")
 
 
-def too_few(prompts, completions, **columns):
-    return [1.0] * min(len(completions), 11)
-
-
 def takes_no_column(prompts, completions):
     return [0.0] * len(completions)
 
@@ -153,7 +149,3 @@ async def waits(prompts, completions, **columns):
 
 def returns_nothing(prompts, completions, **columns):
     pass
-
-
-def not_a_number(prompts, completions, **columns):
-    return [float("nan") if prompt == "bcd" else 0.0 for prompt in prompts]

@@ -233,7 +233,7 @@ def computed(model, pairs, attn_implementation=None, pad_token_id=0, **flags):
     model.set_attn_implementation(attn_implementation or ("varlen" if args.padding_free else "sdpa"))
     some = planned(pairs, args, pad_token_id=pad_token_id)
     some.reference = make_reference(len(pairs)).view(-1, 2)
-    batches = some.micro_batches(some.in_order(), OneRank())
+    batches = list(some.micro_batches(some.in_order(), OneRank()))
     optimizer, found = torch.optim.SGD(model.parameters(), lr=0.0), {}
     optimizer.register_step_pre_hook(lambda *_: found.update(gradients(model)))
     _, means = dpo_padding_free.train_step(model, optimizer, batches, args, OneRank())
@@ -953,9 +953,9 @@ def test_kernels_that_compute_something_else_are_refused(way, base, tmp_path, mo
     "flags, message",
     [
         ({"resume_from_checkpoint": None}, "holds another run .*--resume_from_checkpoint latest"),
-        ({"max_length": 16}, "its data is not this run's. Use its dataset, limits"),
-        ({"seed": 1}, "its data is not this run's"),
-        ({"beta": 0.5}, "its objective is not this run's. Use its loss_type, beta"),
+        ({"max_length": 16}, "its data and this run's differ. Use its dataset, limits"),
+        ({"seed": 1}, "its data and this run's differ"),
+        ({"beta": 0.5}, "its objective and this run's differ. Use its loss_type, beta"),
         ({"loss_type": "hinge"}, "its objective"),
         ({"label_smoothing": 0.1}, "its objective"),
         ({"bf16": True}, "its precision is not this one's"),
@@ -979,7 +979,7 @@ def test_resuming_with_other_data_is_refused(column, base, earlier_run, tmp_path
     rows[7][column] = "".join(chr(ord(c) + 1) for c in rows[7][column])  # as long as before
     name = write_jsonl(tmp_path / "rows.jsonl", rows)
     flags = {**base, "dataset_name": name, "resume_from_checkpoint": "latest"}
-    assert_refused(earlier_run, flags, "its data is not this run's")
+    assert_refused(earlier_run, flags, "its data and this run's differ")
 
 
 @pytest.mark.parametrize("how", ["file there", "file gone", "second model"])
@@ -990,7 +990,7 @@ def test_resuming_with_another_model_is_refused(how, base, copied_run, tmp_path)
         (copied_run / REFERENCE).unlink()
     flags = {**base, "model_name_or_path": name, "resume_from_checkpoint": "latest", "max_steps": 4}
     flags["precompute_ref_log_probs"] = how != "second model"
-    assert_refused(copied_run, flags, "its reference model is not this run's")
+    assert_refused(copied_run, flags, "its reference model and this run's differ")
 
 
 @pytest.mark.parametrize("check_exact", [True, False])
@@ -1261,7 +1261,7 @@ def test_frozen_layers_cost_their_weights_alone(changes, dropout, tmp_path, monk
     checkpoint = {"resume_from_checkpoint": str(folder / "checkpoint-4")}
     assert_same_bits(run(folder, flags, **checkpoint), whole)
     monkeypatch.undo()
-    assert_refused(folder, {**flags, **checkpoint}, "its frozen is not this run's")
+    assert_refused(folder, {**flags, **checkpoint}, "its frozen parameters and this run's differ")
 
 
 # --- 10. Ranks ---

@@ -419,7 +419,7 @@ def test_frozen_layers_cost_their_weights_alone(worker):
     assert_frozen(worker.folder / "through", load_file(worker.folder / "dropout/model.safetensors"))
     assert list((worker.folder / "through").rglob("*_model_states.pt"))
     for answers in worker.answers:
-        assert "its frozen is not this run's" in answers["job thawed"]["error"]
+        assert "its frozen parameters and this run's differ" in answers["job thawed"]["error"]
 
 
 @pytest.mark.parametrize("dtype, offload", [(torch.bfloat16, False), (torch.float32, True)])
@@ -462,7 +462,7 @@ def test_another_number_of_ranks_is_refused(worker, tmp_path):
     before = contents(folder)
     jobs = json.loads((worker.folder / "jobs.json").read_text())
     flags = jobs["stopped"]["flags"] | RESUME | {"output_dir": str(folder)}
-    with pytest.raises(ValueError, match="its world size is not this run's.*resume with 2 ranks"):
+    with pytest.raises(ValueError, match="its world size and this run's differ.*resume with 2 ranks"):
         main(Arguments(**flags))
     assert contents(folder) == before
 
@@ -930,26 +930,18 @@ def test_prompts_end_where_the_answer_begins(base, tmp_path):
 
 # --- 5. Refusals ---
 
-BAD_FLAGS = [
-    ({"num_generations": 1}, "--num_generations is 1"),
+BAD_FLAGS = [  # of bounds, an example of each
     ({"per_device_train_batch_size": 10}, "not a multiple of --num_generations 3.*Choose 9"),
     ({"loss_type": "ppo"}, "--loss_type is 'ppo'; choose one of dapo"),
     ({"epsilon": 1.0}, "--epsilon is 1.0"),
-    ({"epsilon_high": 0.0}, "--epsilon_high is 0.0"),
-    ({"beta": -0.1}, "--beta is -0.1"),
     ({"temperature": 0.0}, "--temperature is 0.0"),
-    ({"top_p": 0.0}, "--top_p is 0.0"),
     ({"top_p": 1.1}, "--top_p is 1.1"),
-    ({"top_k": -1}, "--top_k is -1"),
     ({"stop_strings": ["a", ""]}, '--stop_strings "" would end every completion'),
     ({"max_tokens_per_batch": 25}, "--max_tokens_per_batch 25 is too small: a group may take 26"),
-    ({"gather_budget_gib": -1.0}, "--gather_budget_gib is -1.0"),
     ({"gather_budget_gib": 1.0, "ds3_gather_for_generation": False}, "drop one"),
     ({"save_steps": 3, "num_iterations": 2}, "--save_steps 3 .* multiple of --num_iterations 2"),
     ({"max_steps": 5, "num_iterations": 2}, "--max_steps 5 .* multiple of --num_iterations 2"),
     ({"offload_param": True}, "add --offload_optimizer"),
-    ({"collective_timeout_s": math.inf}, "--collective_timeout_s is inf"),
-    ({"max_steps": 0}, "--max_steps 0"),
     ({"reward_funcs": "best"}, "--reward_funcs best: choose last_word, last_number"),
     ({"reward_funcs": "grpo_cases:wants_the_completion"}, "missing a required argument: 'completion'"),
     ({"reward_funcs": "grpo_cases:waits"}, "made-up .*async"),
@@ -963,11 +955,6 @@ BAD_DATA = {
     "no prompt": ([{"text": "a"}], "has the columns text; wanted: prompt"),
     "empty prompt": ([{"prompt": "a"}, {"prompt": ""}], "example 1: the prompt is empty"),
     "a null": ([{"prompt": "a"}, {"prompt": None}], "example 1: "),
-    "tools": ([{"prompt": "a", "tools": [{"type": "function"}]}], "example 0: tools is .* do not support"),
-    "a weight": (
-        [{"prompt": [{"role": "user", "content": "a", "weight": 0}]}],
-        "holds conversations|a message of weight 0",
-    ),
     "a blank answer": (
         [{"prompt": "a", "answer": "7"}, {"prompt": "a", "answer": " "}],
         "example 1: answer is",
@@ -1010,9 +997,9 @@ def test_bad_data_is_refused(name, base, earlier_run, tmp_path):
     "flags, message",
     [
         ({}, "holds another run .*--resume_from_checkpoint latest.*--overwrite_output_dir"),
-        ({**RESUME, "seed": 1}, "its data is not this run's"),
-        ({**RESUME, "max_prompt_length": 3}, "its data is not this run's"),
-        ({**RESUME, "num_iterations": 2}, "its num iterations is not this run's"),
+        ({**RESUME, "seed": 1}, "its data and this run's differ"),
+        ({**RESUME, "max_prompt_length": 3}, "its data and this run's differ"),
+        ({**RESUME, "num_iterations": 2}, "its num iterations and this run's differ"),
         ({**RESUME, "max_steps": 3}, "past --max_steps 3"),
         (RESUME, "has finished its 4 steps: raise --max_steps to go on"),
     ],

@@ -261,7 +261,7 @@ def test_what_a_run_leaves_behind_and_how_it_goes_on(tmp_path, capsys):
     for flags, message in (
         ({"num_train_epochs": 2.0}, "has finished its 8 steps: raise --max_steps to go on"),
         ({"max_steps": 7}, "checkpoint-8 is past --max_steps 7: raise it"),
-        ({"max_steps": 9, "data": "other"}, "its data is not this run's. Use its data."),
+        ({"max_steps": 9, "data": "other"}, "its data and this run's differ. Use its data."),
     ):
         with pytest.raises(Refusal, match=message):
             train(parts, **flags, **resumed)
@@ -269,13 +269,13 @@ def test_what_a_run_leaves_behind_and_how_it_goes_on(tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_finite_names_step_and_data_and_keeps_the_checkpoints(tmp_path, capsys):
-    with pytest.raises(
-        FloatingPointError, match="step 3: loss 1.0, gradient norm nan; .* Items .[0-7], [0-7]."
-    ):
+    message = "step 3: loss 1.0, gradient norm nan; .* Items .[0-7], [0-7]."
+    with pytest.raises(FloatingPointError, match=message) as raised:
         train(tmp_path, broken_at=3, save_steps=1)
+    # the bar is closed (not only when it is collected: `raised` holds it): what follows begins a line
+    assert capsys.readouterr().err.endswith("\n") and raised.value.__cause__
     assert [line["step"] for line in lines_of(tmp_path)] == [1, 2]
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
-    assert capsys.readouterr().err.endswith("\n")  # the bar is closed: what follows begins a line
     (tmp_path / "checkpoint-2/progress.json").write_text('{"steps": 2}')
     with pytest.raises(Refusal, match="checkpoint-2 is of an earlier version of this script"):
         train(tmp_path, resume_from_checkpoint="latest")

@@ -170,7 +170,7 @@ def computed(model, sequences, attn_implementation=None, **flags):
     args = Arguments(**sizes, **flags)
     model.set_attn_implementation(attn_implementation or ("varlen" if sft_packing.is_flat(args) else "sdpa"))
     rows = in_rows(sequences, args)
-    batches = rows.micro_batches(rows.cut(np.arange(len(rows))), OneRank())
+    batches = list(rows.micro_batches(rows.in_order(), OneRank()))
     optimizer, found = torch.optim.SGD(model.parameters(), lr=0.0), {}
     optimizer.register_step_pre_hook(lambda *_: found.update(gradients(model)))
     sums, _ = sft_packing.train_step(model, optimizer, batches, args, OneRank())
@@ -704,9 +704,9 @@ def test_what_is_bad_is_refused(rows, flags, message, base, earlier_run, tmp_pat
         ({}, "holds another run .*--resume_from_checkpoint latest.*--overwrite_output_dir"),
         # a checkpoint of another folder does not make this folder its own
         ({"resume_from_checkpoint": "checkpoint-2"}, "holds another run"),
-        ({"resume_from_checkpoint": "latest", "max_length": 32}, "its data is not this run's"),
-        ({"resume_from_checkpoint": "latest", "seed": 1}, "its data is not this run's"),
-        ({"resume_from_checkpoint": "latest", "packing": False}, "its data is not this run's"),
+        ({"resume_from_checkpoint": "latest", "max_length": 32}, "its data and this run's differ"),
+        ({"resume_from_checkpoint": "latest", "seed": 1}, "its data and this run's differ"),
+        ({"resume_from_checkpoint": "latest", "packing": False}, "its data and this run's differ"),
         ({"resume_from_checkpoint": "latest", "max_steps": 3}, "is past --max_steps 3"),
         ({"resume_from_checkpoint": "latest", "max_steps": 4}, "has finished its 4 steps"),
     ],
@@ -719,11 +719,13 @@ def test_resuming_with_other_data_or_another_order_is_refused(base, earlier_run,
     rows = [json.loads(line) for line in open(base["dataset_name"])]
     rows[7]["text"] = rows[7]["text"][::-1]  # as long as before: the plan is the same
     flags = {**base, "dataset_name": write_jsonl(tmp_path / "rows.jsonl", rows)}
-    assert_refused(earlier_run, {**flags, "resume_from_checkpoint": "latest"}, "its data is not this run's")
+    assert_refused(
+        earlier_run, {**flags, "resume_from_checkpoint": "latest"}, "its data and this run's differ"
+    )
     # unpacked, the plan is the same for every seed, but the order of the rows is not
     run(tmp_path / "out", base, packing=False, save_steps=2)
     flags = {**base, "packing": False, "resume_from_checkpoint": "latest", "seed": 1}
-    assert_refused(tmp_path / "out", flags, "its data is not this run's")
+    assert_refused(tmp_path / "out", flags, "its data and this run's differ")
 
 
 def command(flags, **changes):
@@ -933,7 +935,9 @@ def test_what_was_frozen_stays_frozen(dropout, tmp_path, monkeypatch):
         freeze_first(sft_packing, patch)
         run(tmp_path, dropout, save_steps=2, max_steps=2)
     flags = {**dropout, "resume_from_checkpoint": "latest"}
-    assert_refused(tmp_path, flags, "its frozen is not this run's. Freeze what was frozen then")
+    assert_refused(
+        tmp_path, flags, "its frozen parameters and this run's differ. Freeze what was frozen then"
+    )
 
 
 def test_killed_while_saving_the_earlier_checkpoint_is_there(dropout, uninterrupted, tmp_path):

@@ -852,7 +852,8 @@ def load_engines(args, run, pretrained, prompts):
     engine = load_engine(args, run, pretrained)
     prove(engine, prompts, args, run)
     reference = load_engine(args, run, pretrained, trainable=False) if args.beta else None
-    run.match("frozen", frozen_names(engine.module), "Freeze what was frozen then, or begin a new run.")
+    frozen = frozen_names(engine.module)
+    run.match("frozen_parameters", frozen, "Freeze what was frozen then, or begin a new run.")
     if run.checkpoint:
         load_training_state(run.checkpoint, engine)
     try_to_write(run, engine.module, pretrained)  # what cannot be written shows now, not after the last step

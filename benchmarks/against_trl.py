@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from harness import Way, data_file, measure, parse, release, script_run, switch_checkpointing, write
+from harness import Way, data_file, measure, parse, script_run, switch_checkpointing, write
 from transformers import logging
 from transformers.utils import is_flash_attn_2_available
 
@@ -73,7 +73,7 @@ class Bench:
         chosen = list(itertools.islice(filter(None, drawn), sum(self.sizes)))
         if len(chosen) < sum(self.sizes):
             raise ValueError(f"{path}: {len(chosen)} examples fit, and {sum(self.sizes)} are needed.")
-        file = self.scratch / "examples.jsonl"
+        file = self.scratch / f"{self.case}.jsonl"
         file.write_text("".join(json.dumps(example) + "\n" for example, _ in chosen))
         ends = itertools.accumulate(self.sizes)
         steps = [list(range(end - size, end)) for size, end in zip(self.sizes, ends)]
@@ -106,7 +106,6 @@ def compare_cases(what, description, script, compare):
             bench = Bench(options, scratch, args, run, pretrained, name, step_sizes(case, options))
             setup, sides, real_tokens = compare(bench)
             found.append(measure(name, setup, sides, options, real_tokens))
-            release()
             print(f"{what}: {name} is measured", file=sys.stderr)
     write(what, options, args.model_name_or_path, found)
 

@@ -9,7 +9,6 @@ A figure is a list of panels, plain data made by the functions below: {"title", 
 import argparse
 import textwrap
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 
 from cases import RESULTS, caption, load, number, series
@@ -25,19 +24,13 @@ def curves(document, x, measure, scale=1.0, **where):
     return {way: values for way, values in points.items() if values}
 
 
-def growth(document, x, label, shown):
+def growth(x, label, shown, document):
     """Panels along x; shown: [(title, y, measure, scale), ..]."""
-    axis = f"{x} per row"
-    return [
-        {
-            "title": title,
-            "y": y,
-            "x": label,
-            "log": "x",
-            "curves": curves(document, x, measure, scale, axis=axis),
-        }
-        for title, y, measure, scale in shown
-    ]
+    panels = []
+    for title, y, measure, scale in shown:
+        found = curves(document, x, measure, scale, axis=f"{x} per row")
+        panels.append({"title": title, "y": y, "x": label, "log": "x", "curves": found})
+    return panels
 
 
 TOKENS = [
@@ -81,36 +74,34 @@ def ranks(document):
     return [{"title": "Ranks of one thread each", "y": "tokens/s", "bars": speeds}]
 
 
-def bars(shown, document):
-    """For each case a panel of bars; shown: [(what follows the case in its title, y, function of a way), ..]."""
-    return [
-        {
-            "title": f"{found['case']}{title}",
-            "y": y,
-            "bars": {way: value(values) for way, values in found["ways"].items()},
-        }
-        for found in document["cases"]
-        for title, y, value in shown
-    ]
+def steps(document):
+    """Peak bytes and speed of each way, for each case."""
+    panels = []
+    for found in document["cases"]:
+        peaks = {way: values["peak_bytes"] / 2**30 for way, values in found["ways"].items()}
+        speeds = {way: v["median"]["real_tokens_per_second"] for way, v in found["ways"].items()}
+        panels.append({"title": f"{found['case']}: memory", "y": "peak GiB", "bars": peaks})
+        panels.append({"title": f"{found['case']}: speed", "y": "tokens of data per second", "bars": speeds})
+    return panels
 
 
-STEPS = [
-    (": memory", "peak GiB", lambda way: way["peak_bytes"] / 2**30),
-    (": speed", "tokens of data per second", lambda way: way["median"]["real_tokens_per_second"]),
-]
-steps, ladder = (
-    partial(bars, STEPS),
-    partial(bars, [("", "tokens of the longest document", itemgetter("longest"))]),
-)
+def ladder(document):
+    """The longest document of each rung, for each model."""
+    panels, y = [], "tokens of the longest document"
+    for found in document["cases"]:
+        title = f"{found['case']}, {number(found['setup']['memory_gib'])} GiB"
+        reached = {way: values["longest"] for way, values in found["ways"].items()}
+        panels.append({"title": title, "y": y, "bars": reached})
+    return panels
 
 
 # name of the figure -> (measurement, its panels)
 PANELS = {
     "packing": ("packing", packing),
-    "growth_tokens": ("growth", lambda d: growth(d, "tokens", "tokens in a row of whole documents", TOKENS)),
+    "growth_tokens": ("growth", partial(growth, "tokens", "tokens in a row of whole documents", TOKENS)),
     "growth_documents": (
         "growth",
-        lambda d: growth(d, "documents", "documents in a row of one length", DOCUMENTS),
+        partial(growth, "documents", "documents in a row of one length", DOCUMENTS),
     ),
     "ranks": ("growth", ranks),
     "sft": ("sft", steps),

@@ -260,6 +260,8 @@ def measure(name, setup, sides, options, real_tokens=None):
     for repetitions in runs.values():
         for repetition, tokens in zip(repetitions, (real_tokens or [])[-options.repeats :]):
             repetition["real_tokens_per_second"] = tokens / repetition["seconds"]
+    steps.clear()
+    free(ways)
     found = case(name, setup, runs, once)
     results = sorted(next(iter(runs.values()))[0].keys() - {"seconds", "real_tokens_per_second"})
     return found | {"disagreement": {each: disagreement(runs, each) for each in results}}
@@ -271,8 +273,20 @@ def disagreement(runs, measure):
     return max((max(values) - min(values)) / max(*map(abs, values), 1e-30) for values in steps)
 
 
+def free(ways):
+    """Give back what the ways hold. Hooks of FSDP2 and of the byte counter keep a model, and its weights."""
+    for way in ways.values():
+        for module in filter(None, (way.model, *way.others)):
+            for weight in module.parameters():
+                if hasattr(weight, "to_local"):
+                    weight.detach().to_local().untyped_storage().resize_(0)
+                else:
+                    weight.data = weight.new_empty(0)
+    ways.clear()
+    release()
+
+
 def release():
-    """Give back what a case held: its models and trainers refer to one another."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -846,7 +846,7 @@ def pretend_step(args, pretrained):
 
 def explore(args):
     """Count the bytes of one step, those that single flags would save, and the longest pairs that fit."""
-    pretrained = read_pretrained(args.model_name_or_path, dropout=False, tokenizer=False)
+    pretrained = read_pretrained(args.model_name_or_path, dropout=False, config_only=True)
     switches = ("bf16", "gradient_checkpointing", "activation_offloading", "padding_free", "share_prompt")
     halved = ("loss_chunk_size", "per_device_train_batch_size", "max_length", "max_tokens_per_batch")
     changes = single_changes(args, (*switches, "precompute_ref_log_probs"), halved)

@@ -1042,11 +1042,11 @@ def save_model(run, engine, pretrained):
                 whole = safe_get_full_fp32_param(parameter)  # what came in fp32 leaves with its precision
             if run.first:
                 weights[name] = whole.detach().to("cpu", copy=True)
-    if run.first:
-        kept = set(model.state_dict())  # among the buffers, those that a model file holds
-        weights |= {name: buffer.cpu() for name, buffer in model.named_buffers() if name in kept}
-        write_pretrained(run.args.output_dir, pretrained, weights | pretrained.frozen)
-    dist.barrier()
+    kept = set(model.state_dict())  # among the buffers, those that a model file holds
+    weights |= {name: buffer.cpu() for name, buffer in model.named_buffers() if name in kept}
+    with run.together():
+        if run.first:
+            write_pretrained(run.args.output_dir, pretrained, weights | pretrained.frozen)
 
 
 def held_bytes(engine):
@@ -1063,12 +1063,8 @@ def held_bytes(engine):
 
 
 def main(args):
-    """Train. Returns what summary.json holds; after SIGTERM, {"stopped_at_step": step}; of a dry run, what it
-    counted.
-
-    Raises: ValueError for what the arguments, the data, the rewards or the model make impossible, before
-            output_dir is touched (a reward's mistake with some completions shows when it is given them);
-            FloatingPointError for a non-finite loss or gradient, before the weights and the checkpoints are.
+    """Train. Returns what summary.json holds; {"stopped_at_step": step} after SIGTERM; of a dry run, its
+    counts. Raises what `Run` says; a reward's mistake with some completions shows when it is given them.
     """
     check_arguments(args)
     if args.dry_run:
@@ -1248,7 +1244,7 @@ def pretend_step(args, pretrained):
 
 def explore(args):
     """Count the bytes of a rollout and its update, those that single flags would save, and what fits."""
-    pretrained = read_pretrained(args.model_name_or_path, dropout=False, tokenizer=False)
+    pretrained = read_pretrained(args.model_name_or_path, dropout=False, config_only=True)
     check_cache(pretrained.config)
     world, size, group = args.dry_run_world_size, args.per_device_train_batch_size, args.num_generations
     changes = {

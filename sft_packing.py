@@ -639,7 +639,7 @@ def pretend_step(args, pretrained):
 
 def explore(args):
     """Count the bytes of one step, those that single flags would save, and the longest rows that fit."""
-    pretrained = read_pretrained(args.model_name_or_path, tokenizer=False)
+    pretrained = read_pretrained(args.model_name_or_path, config_only=True)
     switches = ("bf16", "gradient_checkpointing", "activation_offloading", "padding_free")
     halved = ("loss_chunk_size", "per_device_train_batch_size", "max_length")
     changes = single_changes(args, switches, halved)

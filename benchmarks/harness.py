@@ -276,6 +276,8 @@ def disagreement(runs, measure):
 def free(ways):
     """Give back what the ways hold. Hooks of FSDP2 and of the byte counter keep a model, and its weights."""
     for way in ways.values():
+        way.optimizer.zero_grad()
+        way.optimizer.state.clear()
         for module in filter(None, (way.model, *way.others)):
             for weight in module.parameters():
                 if hasattr(weight, "to_local"):
@@ -283,10 +285,6 @@ def free(ways):
                 else:
                     weight.data = weight.new_empty(0)
     ways.clear()
-    release()
-
-
-def release():
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

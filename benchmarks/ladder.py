@@ -17,7 +17,7 @@ from dataclasses import replace
 from unittest.mock import patch
 
 import torch
-from harness import GIB, case, parse, random_batch, random_model, release, script_run, sft_way, use, write
+from harness import GIB, case, free, parse, random_batch, random_model, script_run, sft_way, use, write
 from loss_head import full_logits
 
 import sft_packing
@@ -99,8 +99,8 @@ class Rung:
         return fitted
 
     def leave(self):
+        free({"rung": self.way} if self.way else {})
         self.way = None
-        release()
 
 
 def allow(gib):

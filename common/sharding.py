@@ -111,22 +111,21 @@ class Pretrained:
         return self.config.get_text_config().vocab_size
 
 
-def read_pretrained(name, max_length=0, flags="--max_length", dropout=True, tokenizer=True):
+def read_pretrained(name, max_length=0, flags="--max_length", dropout=True, config_only=False):
     """Read what a Hub name or folder says of its model, but for the weights.
 
     Args:   max_length: the longest sequence that will be computed, which `flags` set; dropout: False for
-            losses that compare a model in training with one at rest; tokenizer: False: the configuration
-            will do, for a dry run.
+            losses that compare a model in training with one at rest; config_only: enough for a dry run.
     Raises: ValueError for a model that is not there, is quantised, or has fewer positions than max_length.
     """
-    generation_config = None
+    tokenizer = generation_config = None
     try:
         config = AutoConfig.from_pretrained(name)
-        if tokenizer:
+        if not config_only:
             tokenizer = AutoTokenizer.from_pretrained(name)
             file = cached_file(name, "generation_config.json", _raise_exceptions_for_missing_entries=False)
             generation_config = file and Path(file).read_text()
-            json.loads(generation_config or "{}")
+            json.loads(generation_config or "{}")  # what is no JSON is refused now, not when it is written
     except (OSError, ValueError) as error:
         wanted = "wanted: a folder with a config.json, or a Hub name"
         raise Refusal(f"--model_name_or_path {name} cannot be loaded; {wanted}: {error}") from error
@@ -141,7 +140,7 @@ def read_pretrained(name, max_length=0, flags="--max_length", dropout=True, toke
     over = limit is not None and max_length > limit
     refuse(over, f"{flags} {max_length} is over the model's {limit} {why}: lower it.")
     model_config = config if dropout else without_dropout(config)
-    return Pretrained(name, config, model_config, tokenizer or None, generation_config)
+    return Pretrained(name, config, model_config, tokenizer, generation_config)
 
 
 def without_dropout(config):
@@ -269,18 +268,20 @@ def load_model(args, run, pretrained):
 
     It attends as transformers has it: `set_kernels` changes that. In a dry run it has no weights.
     """
-    sharded = run.world > 1 or args.bf16
-    whole = None if run.pretends else load_whole(pretrained, run, torch.float32)
-    if not sharded:
-        config = pretrained.model_config
-        model = empty_model(config, dtype=torch.float32) if run.pretends else whole.to(run.device)
+    sharded, config = run.world > 1 or args.bf16, pretrained.model_config
+    if run.pretends:
+        model = empty_model(config, dtype=torch.float32)
+        if sharded:
+            shard(model, run.mesh, args.bf16)
+    elif not sharded:
+        model = load_whole(pretrained, run, torch.float32).to(run.device)
     else:
         # The first rank reads the weights and hands out the shards: no other ever holds the whole model.
-        with torch.device("cpu" if run.pretends else "meta"):
-            model = empty_model(pretrained.model_config, dtype=torch.float32)
+        whole = load_whole(pretrained, run, torch.float32)
+        with torch.device("meta"):
+            model = empty_model(config, dtype=torch.float32)
         shard(model, run.mesh, args.bf16)
-        if not run.pretends:
-            hand_out(whole, model, run.device)
+        hand_out(whole, model, run.device)
     if args.gradient_checkpointing:
         checkpoint_layers(model)
     return model.train()
@@ -524,11 +525,10 @@ def save_model(run, model, pretrained):
     """Write the trained model into the output folder, each tensor in the dtype that it came in."""
     run.watch("saving the model")
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if run.first:
-        write_pretrained(
-            run.args.output_dir, pretrained, {name: weights[name] for name in saved_names(model)}
-        )
-    dist.barrier()
+    with run.together():
+        if run.first:
+            names = saved_names(model)
+            write_pretrained(run.args.output_dir, pretrained, {name: weights[name] for name in names})
 
 
 def write_pretrained(output_dir, pretrained, weights):

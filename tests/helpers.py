@@ -1,21 +1,28 @@
-"""Tiny random models of five families, random documents, and a place of their own for runs."""
+"""Tiny random models of five families, random documents, and runs of the scripts, which are compared."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections import namedtuple
 from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from common.attention import register_varlen_attention
 from common.memory import PretendedRun
 
+ROOT = Path(__file__).parents[1]
+DEMO_MODEL = str(ROOT / "demo/model")
+END = 257  # the demo tokenizer's end of sequence
 VOCAB = 64
 WINDOW = 4  # shorter than the tests' documents
 FAMILIES = {
@@ -57,6 +64,24 @@ def tiny_model(family, attn_implementation="varlen", **overrides):
     return model.eval()
 
 
+def write_model(path, family="llama", dtype=torch.float32, chat_template=None, **overrides):
+    """A tiny random model with the demo's tokenizer, as a Hugging Face folder."""
+    fields = {"vocab_size": 261, "pad_token_id": 256, "bos_token_id": None, "eos_token_id": END, **overrides}
+    tiny_model(family, "eager", **fields).to(dtype).save_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    tokenizer.chat_template = chat_template or tokenizer.chat_template
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def byte_pair_tokenizer():
+    """Which joins an "a" and a "b" that meet: <eos> 0, x 1, a 2, b 3, y 4, ab 5."""
+    byte_pairs = models.BPE(
+        {piece: i for i, piece in enumerate(["<eos>", "x", "a", "b", "y", "ab"])}, [("a", "b")]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(byte_pairs), eos_token="<eos>")
+
+
 @contextmanager
 def alone_on_the_cpu(cache):
     """Inside, datasets are cached in this folder, and no GPU is seen, by subprocesses neither: a run on one
@@ -82,10 +107,22 @@ def documents(seed, lengths, vocab=VOCAB):
     return [{"input_ids": x, "labels": list(x)} for x in ids]
 
 
+def random_text(generator, shortest, longest):
+    return "".join(generator.choices("abcdef ", k=generator.randint(shortest, longest)))
+
+
+def talk(*contents):
+    """A conversation in which user and assistant take turns."""
+    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
 def enable_checkpointing(model):
     # newer releases of transformers call it activation checkpointing
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+FROZEN = ("model.embed_tokens.", "model.layers.0.")  # of a Llama
 
 
 def freeze_first(script, monkeypatch):
@@ -104,9 +141,6 @@ def freeze_first(script, monkeypatch):
 
     monkeypatch.setattr(script, "prepare_training", prepare_frozen)
     return in_graph
-
-
-FROZEN = ("model.embed_tokens.", "model.layers.0.")  # of a Llama
 
 
 def inputs(batch):
@@ -148,10 +182,110 @@ class OneRank(PretendedRun):
         return float(tensor)
 
 
+def step_by(script, model, batches, args):
+    """What a script's train_step returns of these micro-batches, and its gradients, before any update."""
+    optimizer, found = torch.optim.SGD(model.parameters(), lr=0.0), {}
+    optimizer.register_step_pre_hook(lambda *_: found.update(gradients(model)))
+    return script.train_step(model, optimizer, batches, args, OneRank()), found
+
+
+def update_plainly(model, learning_rate, max_grad_norm):
+    """One update by torch's own AdamW from the gradients in `model`. Returns weights, and gradients' norm."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
+    named = list(model.named_parameters())
+    for is_norm, weight_decay in ((False, 10.0), (True, 0.0)):
+        parameters = [p for name, p in named if ("norm" in name) == is_norm]
+        torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay).step()
+    return {name: p.detach() for name, p in named}, norm
+
+
+# --- Runs of the scripts ---
+
+FinishedRun = namedtuple("FinishedRun", ["returned", "metrics", "weights"])
+CLOCK = {"tokens_per_second", "step_seconds", "peak_memory_bytes"}
+
+
+def run(script, output_dir, flags, **changes):
+    returned = script.main(script.Arguments(output_dir=str(output_dir), **{**flags, **changes}))
+    return read_run(output_dir, returned)
+
+
+def read_run(output_dir, returned=None):
+    lines = (Path(output_dir) / "metrics.jsonl").read_text().splitlines()
+    weights = Path(output_dir) / "model.safetensors"
+    weights = load_file(weights) if weights.exists() else None
+    return FinishedRun(returned, [json.loads(line) for line in lines], weights)
+
+
+def values(a_run, name):
+    return [step[name] for step in a_run.metrics]
+
+
+def bytes_of(summary):
+    return {row["name"]: row["bytes"] for row in summary["ledger"]}
+
+
+def assert_same_bits(first, second):
+    """In every metric that both runs have, but what the clock says; and in the weights."""
+    for one, other in zip(first.metrics, second.metrics, strict=True):
+        names = (one.keys() & other.keys()) - CLOCK
+        assert {name: one[name] for name in names} == {name: other[name] for name in names}
+    assert {"loss", "grad_norm", "step", "epoch", "learning_rate", "num_scored_tokens"} < names
+    assert first.weights.keys() == second.weights.keys()
+    assert all(torch.equal(first.weights[name], second.weights[name]) for name in first.weights)
+
+
+def assert_same_curve(first, second, tolerance=1e-5, other_data=("num_tokens",)):
+    """To rounding: sums and norms to `tolerance` of their size, the rest absolutely; counts exactly."""
+    for one, other in zip(first.metrics, second.metrics, strict=True):
+        for name in (one.keys() & other.keys()) - CLOCK - set(other_data):
+            relative = name.startswith(("logps", "eval_logps", "grad_norm"))
+            exact = name in ("step", "epoch", "learning_rate", "num_tokens", "num_scored_tokens")
+            size = max(abs(other[name]), 1e-9) if relative else 1
+            assert abs(one[name] - other[name]) <= (0 if exact else tolerance * size), name
+    assert worst(first.weights, second.weights) <= 1e-4
+
+
+def cut_after(run_folder, step, folder):
+    """A copy of a finished run as it was right after the checkpoint of `step`."""
+    folder.mkdir()
+    shutil.copytree(run_folder / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+    for reference in run_folder.glob("reference_logps.safetensors"):
+        shutil.copy(reference, folder)
+    lines = (run_folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(lines[: step + 1]) + '{"step": ')  # killed while writing
+    return folder
+
+
+def assert_refused(script, folder, flags, message):
+    """main raises ValueError with this message, and leaves what is in `folder` as it was."""
+
+    def contents():
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+    before = contents()
+    with pytest.raises(ValueError, match=message):
+        run(script, folder, flags)
+    assert contents() == before
+
+
+def assert_first_is_frozen(done, came):
+    """Of a run after freeze_first: only the rest has moved, and has gradients and an optimizer's state."""
+    for name, weight in done.weights.items():
+        assert torch.equal(weight, came[name]) == name.startswith(FROZEN), name
+    trained, found = (
+        sum(w.numel() for name, w in came.items() if not name.startswith(FROZEN)),
+        bytes_of(done.returned),
+    )
+    assert found["gradients"] == 4 * trained
+    assert found["optimizer"] == pytest.approx(8 * trained, rel=0.01)
+
+
 def run_on_two_ranks(script, jobs, folder):
     """Run {name: flags} of a script, one after another, on the same two gloo ranks, into folder/name.
 
-    What each rank's runs returned or raised stands in folder/results<rank>.json afterwards.
+    Returns: what each rank's runs returned or raised.
     """
     listed = {name: [script, {**flags, "output_dir": str(folder / name)}] for name, flags in jobs.items()}
     (folder / "jobs.json").write_text(json.dumps(listed))
@@ -170,3 +304,4 @@ def run_on_two_ranks(script, jobs, folder):
         os.killpg(process.pid, signal.SIGKILL)
         raise
     assert process.returncode == 0, stderr[-3000:]
+    return [json.loads((folder / f"results{rank}.json").read_text()) for rank in (0, 1)]

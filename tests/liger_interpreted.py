@@ -6,15 +6,23 @@ remains Liger's own, line for line. Left to a GPU: arithmetic in bf16, compilati
 """
 
 import importlib
-import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import FAMILIES, documents, gradients, tiny_model, worst
-from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from helpers import (
+    FAMILIES,
+    assert_same_bits,
+    assert_same_curve,
+    documents,
+    gradients,
+    run,
+    tiny_model,
+    worst,
+    write_jsonl,
+    write_model,
+)
 
 import common.offload
 import sft_packing
@@ -72,8 +80,7 @@ def families_as_they_were():
 # --- The loss head ---
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("num_tokens", [0, 1, 13])
+@pytest.mark.parametrize("num_tokens, bias", [(0, True), (1, False), (13, True)])
 def test_liger_nll_sum_is_nll_sum(num_tokens, bias):
     """Factor 0.25: the loop divides by the number of items before backward."""
     generator = torch.Generator().manual_seed(1)
@@ -203,35 +210,22 @@ def test_runs_with_liger_are_runs_without(tmp_path, monkeypatch):
     """Of the offloaded one, to the last bit: Liger's MLP writes gradients over what it unpacks."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(common.offload, "MIN_BYTES", 1)
-    tiny_model("llama", vocab_size=261).save_pretrained(tmp_path / "model")
-    AutoTokenizer.from_pretrained(sft_packing.ROOT / "demo/model").save_pretrained(tmp_path / "model")
     rows = [{"text": text} for text in ("ab", "c", "d", "ef")]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = {
+        "model_name_or_path": write_model(tmp_path / "model"),
+        "dataset_name": write_jsonl(tmp_path / "rows.jsonl", rows),
+        "max_length": 5,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 1,
+        "gradient_checkpointing": False,
+        "check_exact": False,
+    }
     ways = {"plain": {}, "liger": {"use_liger_kernel": True}}
     ways["offloaded"] = {"use_liger_kernel": True, "activation_offloading": True}
     ways["with its loss"] = {"use_liger_kernel": True, "liger_cross_entropy": True}
-    lines, weights = {}, {}
-    for way, flags in ways.items():
-        args = sft_packing.Arguments(
-            model_name_or_path=str(tmp_path / "model"),
-            dataset_name=str(tmp_path / "rows.jsonl"),
-            output_dir=str(tmp_path / way),
-            max_length=5,
-            per_device_train_batch_size=1,
-            gradient_accumulation_steps=2,
-            max_steps=1,
-            gradient_checkpointing=False,
-            check_exact=False,
-            **flags,
-        )
-        offloading = sft_packing.main(args)["activation_offloading"]
-        assert way != "offloaded" or offloading["offloaded_bytes"] > 0
-        lines[way] = [json.loads(x) for x in (tmp_path / way / "metrics.jsonl").read_text().splitlines()]
-        weights[way] = load_file(tmp_path / way / "model.safetensors")
-    for way in ("liger", "with its loss"):
-        assert worst(weights[way], weights["plain"]) <= 1e-5
-        for found, expected in zip(lines[way], lines["plain"], strict=True):
-            for metric in ("loss", "grad_norm"):
-                assert found[metric] == pytest.approx(expected[metric], rel=1e-5)
-    assert [line["loss"] for line in lines["offloaded"]] == [line["loss"] for line in lines["liger"]]
-    assert all(torch.equal(weights["offloaded"][name], weights["liger"][name]) for name in weights["liger"])
+    done = {way: run(sft_packing, tmp_path / way, flags, **changes) for way, changes in ways.items()}
+    assert done["offloaded"].returned["activation_offloading"]["offloaded_bytes"] > 0
+    assert_same_curve(done["liger"], done["plain"])
+    assert_same_curve(done["with its loss"], done["plain"])
+    assert_same_bits(done["offloaded"], done["liger"])

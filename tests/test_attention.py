@@ -2,17 +2,7 @@
 
 import pytest
 import torch
-from helpers import (
-    FAMILIES,
-    VOCAB,
-    WINDOW,
-    documents,
-    enable_checkpointing,
-    gradients,
-    inputs,
-    tiny_model,
-    worst,
-)
+from helpers import FAMILIES, VOCAB, WINDOW, documents, gradients, inputs, tiny_model, worst
 from torch.nn.functional import cross_entropy, log_softmax
 
 from common import Refusal, attention
@@ -37,21 +27,6 @@ def alone_logits(model, ids):
     return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
 
 
-def row_loss(model, row):
-    """Mean negative log-probability, labels shifted by one."""
-    return cross_entropy(row_logits(model, row)[:-1], row["labels"][0, 1:])
-
-
-def alone_loss(model, sequences):
-    """The same mean over documents computed one by one."""
-    total, count = 0.0, 0
-    for s in sequences:
-        logits, targets = alone_logits(model, s["input_ids"])[:-1], torch.tensor(s["labels"][1:])
-        total += cross_entropy(logits, targets, reduction="sum") if len(targets) else 0.0
-        count += len(targets)
-    return total / count
-
-
 def shared_logps(model, row):
     """Log-probabilities of all completion tokens of a shared-prompt row."""
     logits = row_logits(model, row)[row["score_index"]]
@@ -72,15 +47,14 @@ def separate_logps(model, groups):
 
 
 @families
-def test_logits_loss_and_gradients_are_those_of_the_documents_alone(family):
-    sequences = documents(1, LENGTHS)
+def test_logits_and_gradients_are_those_of_the_documents_alone(family):
+    sequences, row = documents(1, LENGTHS), flatten(documents(1, LENGTHS))
     sdpa, varlen = tiny_model(family, "sdpa"), tiny_model(family)
-    logits = torch.cat([alone_logits(sdpa, s["input_ids"]) for s in sequences])
-    assert worst(row_logits(varlen, flatten(sequences)), logits) <= TOLERANCE
-    expected, loss = alone_loss(sdpa, sequences), row_loss(varlen, flatten(sequences))
-    expected.backward()
-    loss.backward()
-    assert abs(loss - expected) <= TOLERANCE
+    expected = torch.cat([alone_logits(sdpa, s["input_ids"]) for s in sequences])
+    logits = row_logits(varlen, row)
+    assert worst(logits, expected) <= TOLERANCE
+    for each in (logits, expected):
+        cross_entropy(each[:-1], row["labels"][0, 1:]).backward()
     assert worst(gradients(varlen), gradients(sdpa)) <= TOLERANCE
 
 
@@ -109,8 +83,8 @@ def test_a_wrong_kv_index_is_seen():
 # --- Isolation ---
 
 
-@families
 @pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])  # one with windows
 @torch.no_grad()
 def test_changing_one_sequence_moves_no_other(shared, family):
     """Of a row of shared prompts, the prompt moves its completions: they alone are changed."""
@@ -130,8 +104,9 @@ def test_changing_one_sequence_moves_no_other(shared, family):
 # --- Sliding windows ---
 
 
-@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
-@pytest.mark.parametrize("change", [None, 1, -1])
+@pytest.mark.parametrize(
+    "family, change", [("mistral", None), ("mistral", 1), ("gemma3_text", None), ("gemma3_text", -1)]
+)
 @torch.no_grad()
 def test_a_sliding_window_ignored_or_off_by_one_is_seen(family, change, monkeypatch):
     real = attention._causal_mask
@@ -177,30 +152,11 @@ def test_refuses_what_would_be_ignored(changes, message):
         call(**changes)
 
 
-@pytest.mark.parametrize(
-    "mask", [None, torch.zeros(1, 1, 5, 5), torch.tensor([[1, 0, 1, 1, 1]])], ids=["none", "made", "padding"]
-)
+@pytest.mark.parametrize("mask", [None, torch.zeros(1, 1, 5, 5), torch.tensor([[1, 0, 1, 1, 1]])], ids=str)
 def test_models_run_into_the_refusals(mask):
-    row = flatten(documents(0, [3, 2]))
-    inputs_alone = {"input_ids": row["input_ids"]}
+    row = inputs(flatten(documents(0, [3, 2]))) | {"attention_mask": mask}
     with pytest.raises(Refusal, match="needs cu_seq_lens_q" if mask is None else "leave the mask out"):
-        tiny_model("llama")(**(inputs_alone if mask is None else inputs(row) | {"attention_mask": mask}))
-
-
-# --- In training ---
-
-
-@pytest.mark.parametrize("row", [flatten(documents(3, LENGTHS)), flatten_shared_prompt(GROUPS)])
-def test_gradient_checkpointing_changes_no_gradient(row):
-    found = []
-    for checkpointing in (False, True):
-        model = tiny_model("gemma3_text").train()
-        if checkpointing:
-            enable_checkpointing(model)
-        assert model.model.layers[0].gradient_checkpointing == checkpointing
-        row_loss(model, row).backward()
-        found.append(gradients(model))
-    assert worst(*found) == 0
+        tiny_model("llama")(**({"input_ids": row["input_ids"]} if mask is None else row))
 
 
 # --- CUDA: the kernels in bf16 against the loop in fp32 ---
@@ -258,20 +214,11 @@ def test_fp32_on_cuda_runs_the_loop(family):
 
 
 def flash_attn_stand_in(
-    q,
-    k,
-    v,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    max_seqlen_q,
-    max_seqlen_k,
-    dropout_p=0.0,
-    softmax_scale=None,
-    causal=False,
-    window_size=(-1, -1),
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, **rest
 ):
     """flash_attn_varlen_func written plainly: (N, H, D), grouped heads, masks aligned bottom-right."""
-    assert dropout_p == 0.0 and causal and window_size[1] == 0
+    window_size = rest.pop("window_size", (-1, -1))
+    assert rest == {"causal": True} and dropout_p == 0.0 and window_size[1] == 0
     assert max_seqlen_q == cu_seqlens_q.diff().max() and max_seqlen_k == cu_seqlens_k.diff().max()
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     outputs = []
@@ -281,9 +228,8 @@ def flash_attn_stand_in(
         distance = torch.arange(len(queries))[:, None] + len(keys) - len(queries) - torch.arange(len(keys))
         seen = (distance >= 0) & ((distance <= window_size[0]) if window_size[0] >= 0 else True)
         scores = torch.einsum("qhd,khd->hqk", queries, keys) * softmax_scale
-        outputs.append(
-            torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), values)
-        )
+        scores = scores.masked_fill(~seen, -torch.inf)
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), values))
     return torch.cat(outputs)
 
 
@@ -291,40 +237,35 @@ def torch_2_13_stand_in(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
 ):
     assert enable_gqa == (query.shape[1] != key.shape[1])
-    offsets = cu_seq_q, cu_seq_k, max_q, max_k
-    return flash_attn_stand_in(query, key, value, *offsets, 0.0, scale, True, window_size)
+    options = {"softmax_scale": scale, "causal": True, "window_size": window_size}
+    return flash_attn_stand_in(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options)
 
 
 def torch_2_11_stand_in(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)
 ):
-    assert query.shape[1] == key.shape[1] == value.shape[1]
-    offsets = cu_seq_q, cu_seq_k, max_q, max_k
-    return flash_attn_stand_in(query, key, value, *offsets, 0.0, scale, True, window_size)
+    assert query.shape[1] == key.shape[1]
+    options = {"scale": scale, "window_size": window_size, "enable_gqa": False}
+    return torch_2_13_stand_in(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options)
 
 
-@pytest.mark.parametrize("sliding_window", [None, 1, 3])
+@pytest.mark.parametrize("sliding_window", [None, 3])
 @pytest.mark.parametrize("kernel", ["flash_attn", torch_2_11_stand_in, torch_2_13_stand_in])
 def test_the_kernels_are_called_with_what_the_cpu_computes(kernel, sliding_window, monkeypatch):
     row = flatten_shared_prompt([([1, 2, 3], [[4, 5], [6, 7, 8, 9]]), ([1], [[2]])])
     torch.manual_seed(0)
     query, key, value = torch.randn(1, 4, 11, 8), torch.randn(1, 2, 11, 8), torch.randn(1, 2, 11, 8)
-    bounds = {name: row[name] for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")}
-    expected, _ = attention.varlen_attention_forward(
-        None, query, key, value, None, 0.3, sliding_window=sliding_window, kv_index=row["kv_index"], **bounds
-    )
+    names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+    bounds = {name: row[name] for name in names}
+    options = {"sliding_window": sliding_window, "kv_index": row["kv_index"], **bounds}
+    expected, _ = varlen_attention_forward(None, query, key, value, None, 0.3, **options)
     if kernel == "flash_attn":
         monkeypatch.setattr(attention, "flash_attn_varlen_func", flash_attn_stand_in)
     else:
         monkeypatch.setattr(attention, "flash_attn_varlen_func", None)
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
-    output = attention._varlen_kernel(
-        query[0].transpose(0, 1),
-        *(x[0].index_select(1, row["kv_index"]).transpose(0, 1) for x in (key, value)),
-        (row["cu_seq_lens_q"], row["cu_seq_lens_k"]),
-        (row["max_length_q"], row["max_length_k"]),
-        0.3,
-        sliding_window,
-        0.0,
-    )
+    keys_and_values = (x[0].index_select(1, row["kv_index"]).transpose(0, 1) for x in (key, value))
+    offsets, longest = (bounds[names[0]], bounds[names[1]]), (bounds[names[2]], bounds[names[3]])
+    rest = (offsets, longest, 0.3, sliding_window, 0.0)
+    output = attention._varlen_kernel(query[0].transpose(0, 1), *keys_and_values, *rest)
     assert worst(output, expected[0]) <= 1e-5

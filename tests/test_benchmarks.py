@@ -80,12 +80,13 @@ def test_ways_of_one_model_agree_and_are_counted_apart():
     with harness.script_run(sft_packing, given, lambda *_: ROOT / "demo/model", **flags) as (_, args, run):
         model = load_model(args, run, read_pretrained(args.model_name_or_path))
         optimizer, _ = sft_packing.prepare_training(model, args, run)
-        before = [p.clone() for p in model.parameters()]
+        before, attention = [p.clone() for p in model.parameters()], []
         flat = sft_packing.Arguments(**vars(args) | {"padding_free": True, "attn_implementation": None})
         flat.gradient_checkpointing = False
 
         def watched(step, batches):
             result = step(batches)
+            attention.append(model.config._attn_implementation)
             assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before)), "weights moved"
             return result
 
@@ -100,6 +101,7 @@ def test_ways_of_one_model_agree_and_are_counted_apart():
 
         found = harness.measure("demo", {}, [sides], given, real_tokens=[29] * 3)
     ways = found["ways"]
+    assert attention == ["sdpa", "varlen"] + ["sdpa", "varlen"] * 2  # counted, then timed in turn
     assert max(found["disagreement"].values()) < 1e-5
     assert [way["tokens_in_peak_step"] for way in ways.values()] == [40, 29]
     assert ways["flat"]["bytes"]["activations"] > ways["padded"]["bytes"]["activations"]  # of whole layers
@@ -203,7 +205,9 @@ def test_tables_and_figures_show_the_json_alone(tmp_path):
     for (what, device), held in cases.load().items():
         assert all(part in tables.TABLES[what]({(what, device): held}) for part in ("commit", held["date"]))
         for name in [name for name, (measured, _) in figures.PANELS.items() if measured == what]:
-            assert figures.panels(name, held), f"nothing to draw for {name} on {device}"
+            assert figures.panels(name, held) == figures.PANELS[name][1](held), (
+                "a panel without anything in it"
+            )
             assert (figures.FIGURES / f"{name}-{device}.png").exists()
     assert tables.TABLES["sft"]({}) == "*sft: not measured*"
     code = "import sys; sys.path.insert(0, 'benchmarks'); import cases, figures, tables"

@@ -4,21 +4,18 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import documents, gradients, inputs, tiny_model, worst
+from helpers import ROOT, documents, gradients, inputs, tiny_model, worst
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from common import logps
 from common.collators import add_scored, pad
 from common.logps import at_scored, head_computes, liger_nll_sum, nll_sum, token_logps
 
-ROOT = Path(__file__).parents[1]
 N, H, V = 23, 16, 101
 TOLERANCE = 1e-5
-chunk_sizes = pytest.mark.parametrize("chunk_size", [1, 7, 23, 256])
 
 
 def make(n=N, bias=True, hidden_dtype=torch.float32, weight_dtype=torch.float32, seed=0):
@@ -52,39 +49,33 @@ def compare(found, expected, leaves, weights):
 # --- Equality with full logits ---
 
 
-@chunk_sizes
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
-def test_token_logps_are_those_of_full_logits(chunk_size, bias, temperature):
-    hidden, weight, bias, targets = make(bias=bias)
-    options = {"bias": bias, "temperature": temperature, "chunk_size": chunk_size}
-    found = token_logps(hidden, weight, targets, **options)
+@pytest.mark.parametrize(
+    "chunk_size, bias, temperature", [(1, True, 1.0), (7, False, 0.7), (23, True, 3.0), (256, False, 1.0)]
+)
+def test_values_and_gradients_are_those_of_full_logits(chunk_size, bias, temperature):
+    hidden, weight, bias, targets = leaves = make(bias=bias)
+    before = [leaf.detach().clone() for leaf in leaves if leaf is not None]
+    options = {"bias": bias, "chunk_size": chunk_size}
+    found = token_logps(hidden, weight, targets, temperature=temperature, **options)
     assert found.shape == (N,) and found.dtype == torch.float32
     expected = naive_logps(hidden, weight, bias, targets, temperature)
     # each token weighs differently, and both signs occur, as with advantages
-    assert compare(found, expected, (hidden, weight, bias), torch.linspace(-1, 1, N)) <= TOLERANCE
-
-
-@chunk_sizes
-@pytest.mark.parametrize("bias", [True, False])
-def test_nll_sum_is_that_of_full_logits(chunk_size, bias):
-    hidden, weight, bias, targets = make(bias=bias)
-    found = nll_sum(hidden, weight, targets, bias=bias, chunk_size=chunk_size)
-    assert found.shape == () and found.dtype == torch.float32
+    assert compare(found, expected, leaves[:3], torch.linspace(-1, 1, N)) <= TOLERANCE
     # the mean, as a caller takes it: backward meets a factor other than 1
-    expected = -naive_logps(hidden, weight, bias, targets).sum()
-    assert compare(found[None] / N, expected[None] / N, (hidden, weight, bias), torch.ones(1)) <= TOLERANCE
+    found = nll_sum(hidden, weight, targets, **options)[None] / N
+    assert found.shape == (1,) and found.dtype == torch.float32
+    expected = -naive_logps(hidden, weight, bias, targets).sum()[None] / N
+    assert compare(found, expected, leaves[:3], torch.ones(1)) <= TOLERANCE
+    assert all(map(torch.equal, before, (leaf for leaf in leaves if leaf is not None)))
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_no_tokens(bias):
-    hidden, weight, bias, targets = make(n=0, bias=bias)
-    leaves = [leaf for leaf in (hidden, weight, bias) if leaf is not None]
+def test_no_tokens():
+    hidden, weight, bias, targets = make(n=0)
     found = token_logps(hidden, weight, targets, bias=bias)
     total = nll_sum(hidden, weight, targets, bias=bias)
     assert found.shape == (0,) and total == 0
-    for gradient in (*torch.autograd.grad(found.sum(), leaves), *torch.autograd.grad(total, leaves)):
-        assert not gradient.any()
+    for value in (found.sum(), total):
+        assert not any(gradient.any() for gradient in torch.autograd.grad(value, (hidden, weight, bias)))
 
 
 def test_logits_beyond_the_range_of_exp_stay_exact():
@@ -93,10 +84,8 @@ def test_logits_beyond_the_range_of_exp_stay_exact():
         hidden *= 1000
         bias[5] = -torch.inf  # a token that is ruled out
         targets[targets == 5] = 6
-    found, expected = (
-        token_logps(hidden, weight, targets, bias=bias),
-        naive_logps(hidden, weight, bias, targets),
-    )
+    found = token_logps(hidden, weight, targets, bias=bias)
+    expected = naive_logps(hidden, weight, bias, targets)
     assert torch.isfinite(found).all() and found.min() < -1000
     torch.testing.assert_close(found, expected)
     total = nll_sum(hidden, weight, targets, bias=bias)
@@ -117,17 +106,13 @@ def test_bf16_is_as_close_to_fp32_as_the_naive_path(weight_dtype, function):
     exact_leaves = [leaf.detach().float().requires_grad_() for leaf in leaves]
     exact = naive_logps(*exact_leaves, targets).sum()
     assert abs(found - exact) <= abs(naive - exact) + 1e-6 * abs(exact)
-    for found_grad, naive_grad, exact_grad in zip(
-        torch.autograd.grad(found, leaves),
-        torch.autograd.grad(naive, leaves),
-        torch.autograd.grad(exact, exact_leaves),
-    ):
-        found_error, naive_error = (found_grad - exact_grad).norm(), (naive_grad - exact_grad).norm()
+    gradients_of = [torch.autograd.grad(found, leaves), torch.autograd.grad(naive, leaves)]
+    for ours, naives, exacts in zip(*gradients_of, torch.autograd.grad(exact, exact_leaves)):
         # the weight's gradient: bf16 rounds each chunk's product here, and their sum if the weight is bf16
-        assert found_error <= 1.25 * naive_error
+        assert (ours - exacts).norm() <= 1.25 * (naives - exacts).norm()
 
 
-# --- Mutations: the equality above sees them ---
+# --- A mutation: the equality above sees it ---
 
 
 def test_a_wrong_normaliser_is_seen(monkeypatch):
@@ -143,40 +128,18 @@ def test_a_wrong_normaliser_is_seen(monkeypatch):
     assert abs(nll_sum(hidden, weight, targets, bias=bias) + expected.sum()) > 100 * TOLERANCE
 
 
-def test_targets_off_by_one_are_seen():
-    hidden, weight, bias, targets = make()
-    expected = naive_logps(hidden, weight, bias, targets)
-    assert worst(token_logps(hidden, weight, targets.roll(1), bias=bias), expected) > 100 * TOLERANCE
-    assert (
-        worst(token_logps(hidden, weight, targets, bias=bias, temperature=1.01), expected) > 100 * TOLERANCE
-    )
-
-
 # --- Autograd ---
 
 
-def test_nll_sum_refuses_a_second_backward():
+def test_a_second_backward_is_the_same_or_refused():
     hidden, weight, bias, targets = make()
     total = nll_sum(hidden, weight, targets, bias=bias)
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="backward runs once"):
         total.backward()
-
-
-def test_token_logps_allow_a_second_backward():
-    hidden, weight, bias, targets = make()
     total = token_logps(hidden, weight, targets, bias=bias).sum()
-    first = torch.autograd.grad(total, (hidden, weight, bias), retain_graph=True)
-    second = torch.autograd.grad(total, (hidden, weight, bias))
-    assert all(torch.equal(a, b) for a, b in zip(first, second))
-
-
-@pytest.mark.parametrize("function", [token_logps, nll_sum])
-def test_inputs_are_not_changed(function):
-    leaves = make()
-    before = [x.detach().clone() for x in leaves]
-    function(leaves[0], leaves[1], leaves[3], bias=leaves[2]).sum().backward()
-    assert all(torch.equal(a, b) for a, b in zip(leaves, before))
+    first, second = (torch.autograd.grad(total, (hidden, weight, bias), retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
 
 
 def test_only_what_needs_a_gradient_gets_one(monkeypatch):
@@ -201,7 +164,6 @@ def test_only_what_needs_a_gradient_gets_one(monkeypatch):
     assert made[2:] == [[False, True, False]]
 
 
-@pytest.mark.parametrize("function", [token_logps, nll_sum])
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -211,10 +173,11 @@ def test_only_what_needs_a_gradient_gets_one(monkeypatch):
         ({"chunk_size": 0}, "chunk_size is 0"),
     ],
 )
-def test_refuses_what_does_not_fit(function, change, message):
+def test_refuses_what_does_not_fit(change, message):
     hidden, weight, _, targets = make()
-    with pytest.raises(ValueError, match=message):
-        function(**{"hidden": hidden, "weight": weight, "target_ids": targets, **change})
+    for function in (token_logps, nll_sum):
+        with pytest.raises(ValueError, match=message):
+            function(**{"hidden": hidden, "weight": weight, "target_ids": targets, **change})
 
 
 # --- Memory ---
@@ -255,9 +218,11 @@ def test_peak_is_one_chunk_and_the_gradients(function, dtype):
 # --- In a model ---
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi"])  # phi's head has a bias
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("function", ["token_logps", "nll_sum"])
+@pytest.mark.parametrize(
+    "family, tied, function",
+    [("llama", False, nll_sum), ("gemma3_text", True, token_logps), ("phi", False, token_logps)]
+    + [("phi", True, nll_sum)],  # phi's head has a bias
+)
 def test_a_model_scores_its_tokens_without_logits(family, tied, function):
     """The head alone sees what is scored; the batch's other keys do not reach the model."""
     batch = add_scored(pad(documents(0, [9, 5, 1]), 0))
@@ -265,9 +230,8 @@ def test_a_model_scores_its_tokens_without_logits(family, tied, function):
 
     def compute(hidden, weight, target_ids, bias):
         seen.append(hidden.shape[0])
-        if function == "nll_sum":
-            return nll_sum(hidden, weight, target_ids, bias=bias, chunk_size=5)
-        return -token_logps(hidden, weight, target_ids, bias=bias, chunk_size=5).sum()
+        found = function(hidden, weight, target_ids, bias=bias, chunk_size=5)
+        return found if function is nll_sum else -found.sum()
 
     model = tiny_model(family, "sdpa", tie_word_embeddings=tied)
     logits = model(**inputs(batch), use_cache=False).logits.flatten(0, 1)[index]
@@ -314,12 +278,12 @@ def test_in_the_interpreter():
         "no:logging",
     ]
     done = subprocess.run(
-        [*command, str(ROOT / "tests/liger_interpreted.py")],
+        [*command, "tests/liger_interpreted.py"],
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=500,
     )
     assert re.search(r"^\d+ passed in", done.stdout, re.M), done.stdout + done.stderr
 

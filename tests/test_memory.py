@@ -205,14 +205,14 @@ def model(cache):
 def test_a_dry_run_foretells_the_bytes_of_a_step(way, model, tmp_path):
     args = Arguments(model_name_or_path=model, max_length=256, check_exact=False, **WAYS[way])
     measured = counted(args, tmp_path)
-    found, moment = sft_packing.pretend_step(args, read_pretrained(model, tokenizer=False))
+    found, moment = sft_packing.pretend_step(args, read_pretrained(model, config_only=True))
     assert_close(found, measured)
     assert moment.startswith("in ") and not torch.distributed.is_initialized()
 
 
 def test_what_is_frozen_has_neither_gradients_nor_moments(model, tmp_path, monkeypatch):
     args = Arguments(model_name_or_path=model, max_length=256, bf16=True, check_exact=False)
-    pretrained = read_pretrained(model, tokenizer=False)
+    pretrained = read_pretrained(model, config_only=True)
     all_trained, _ = sft_packing.pretend_step(args, pretrained)
     freeze_first(sft_packing, monkeypatch)
     found, _ = sft_packing.pretend_step(args, pretrained)

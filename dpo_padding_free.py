@@ -553,6 +553,8 @@ def prove(model, pairs, args, run):
         prompt = pair["chosen_prompt_ids"] or pair["rejected_prompt_ids"]
         prompt = prompt and proof_tokens(prompt[-NUM_TOKENS:], model.config, args.max_length)
         completions = [pair[name][:NUM_TOKENS] for name in ("chosen_ids", "rejected_ids")]
+        if not shares_prompts(args) and len(prompt) <= NUM_TOKENS:  # then its tokens are scored as well
+            prompt, completions = [], [prompt + completion for completion in completions]
         room = max(1, args.max_length - max(map(len, completions)))
         first[i] = cut_pair(prompt, *completions, {"max_prompt_length": room, "max_length": args.max_length})
     sequences = [
@@ -573,7 +575,8 @@ def prove(model, pairs, args, run):
     batch = run.to_device(collate(first, args, pairs.pad_token_id))
     compute = partial(per_token_logps, model, batch, args.loss_chunk_size)
     remedy = f"{remedy} or choose another model."
-    check_exact(model, expected, compute, bf16=args.bf16, what=what, remedy=remedy)
+    options = {"bf16": args.bf16, "max_length": args.max_length}
+    check_exact(model, expected, compute, what=what, remedy=remedy, **options)
 
 
 # --- 5. The reference ---
@@ -716,14 +719,14 @@ def train_step(model, optimizer, batches, args, run, offload=None, reference_mod
 @torch.no_grad()
 def evaluate(model, reference_model, pairs, args, run):
     """Means over all pairs and ranks of what `batch_loss` names, each with the prefix eval_."""
-    run.watch("evaluation")
     model.eval()
     tally = Tally()
     for batch in pairs.micro_batches(pairs.in_order(), run):
+        run.watch("evaluation")
         tally.add(batch_loss(model, reference_model, run.to_device(batch), args)[1])
     model.train()
     means = {f"eval_{name}": total / len(pairs) for name, total in tally.of_all_ranks(run).items()}
-    check_finite(means["eval_loss"], 0.0)
+    check_finite(means["eval_loss"])
     return means
 
 
@@ -794,7 +797,13 @@ def main(args):
             if eval_pairs and (run.due(args.eval_steps) or not run.unfinished):
                 metrics |= evaluate(model, reference_model, eval_pairs, args, run)
             real_tokens = int(pairs.num_tokens[numbers].sum())
-            run.log(metrics, padding=counts["padding"], real_tokens=real_tokens, counts=not meter.counting)
+            run.log(
+                metrics,
+                padding=counts["padding"],
+                real_tokens=real_tokens,
+                counts=not meter.counting,
+                peak_bytes=meter.peak_bytes(),
+            )
             if run.save_when_due(lambda folder: save_training_state(folder, run, model, optimizer)):
                 return {"stopped_at_step": run.progress["step"]}
 

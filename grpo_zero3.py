@@ -57,7 +57,7 @@ from common.data import (
     template_kwargs,
     unused_columns,
 )
-from common.exactness import NUM_SCORED, check_exact, logps_alone, proof_tokens
+from common.exactness import NUM_TOKENS, check_exact, logps_alone, proof_tokens
 from common.logps import at_scored, token_logps
 from common.memory import ByteCounter, PretendedRun, count_step, dry_run, ledger, peak_memory_bytes, pretend
 from common.rewards import call_rewards, check_answers, columns_read, load_reward_funcs
@@ -826,7 +826,7 @@ def prove(engine, prompts, args, run):
     There are no completions yet: the beginning and the end of one prompt follow the other.
     """
     model, longest = engine.module, args.max_prompt_length + args.max_completion_length
-    num_scored = min(NUM_SCORED, args.max_completion_length)
+    num_scored = min(NUM_TOKENS, args.max_completion_length)
     first, last = (prompts.examples[i]["input_ids"] for i in (0, len(prompts) - 1))
     groups = []
     for ids, other in ((first, last), (last, first)):
@@ -842,6 +842,7 @@ def prove(engine, prompts, args, run):
             expected,
             lambda: per_token_logps(model, batch, replace(args, temperature=1.0)),
             bf16=args.bf16,
+            max_length=longest,
             what="where completions share a prompt",
             remedy="Choose another model: the update of this script knows no other rows.",
         )

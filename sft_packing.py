@@ -27,6 +27,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from datasets import Features, List, Value
 
 from common import refuse
 from common.collators import IGNORE, add_scored, count_padding, flatten, pad
@@ -49,7 +50,7 @@ from common.data import (
     text_ids,
     unused_columns,
 )
-from common.exactness import NUM_SCORED, check_exact, logps_alone, proof_tokens
+from common.exactness import NUM_TOKENS, check_exact, logps_alone, proof_tokens
 from common.logps import at_scored, liger_nll_sum, nll_sum
 from common.memory import MemoryMeter, count_step, dry_run, pretend, single_changes
 from common.offload import OffloadActivations
@@ -191,10 +192,13 @@ def load_documents(name, split, pretrained, args):
             "repeats": "completion" in example and repeats_prompt(example["prompt"], example["completion"]),
         }
 
+    numbers = List(Value("int64"))  # datasets would guess from the first ones, which may all be dropped
+    columns_made = ("input_ids", "labels", "piece_tokens", "piece_scored")
     encoded = map_rows(
         examples,
         named(encode, name),
         source_hash(__file__),
+        features=Features({**dict.fromkeys(columns_made, numbers), "repeats": Value("bool")}),
         with_indices=True,
         remove_columns=examples.column_names,
         num_proc=args.dataset_num_proc,
@@ -369,6 +373,7 @@ class Rows(Epochs):
     def __init__(self, examples, documents, data, args, pretrained, world):
         super().__init__(args, world)
         self.examples, self.documents = examples, documents
+        self.arrays = examples.with_format("numpy", columns=["input_ids", "labels"])
         self.pad_token_id = pretrained.tokenizer.pad_token_id or 0  # masked: any id will do
         lengths = documents[:, 2] - documents[:, 1]
         if args.packing:
@@ -416,7 +421,7 @@ class Rows(Epochs):
         if len(numbers) == 0:
             return self.collate([{"input_ids": [0, 0], "labels": [IGNORE, IGNORE]}])
         spans = self.spans_of(numbers)
-        found = self.examples[spans[:, 0].tolist()]
+        found = self.arrays[spans[:, 0].tolist()]  # whole examples, of which a span may be a small part
         return self.collate(
             [
                 {"input_ids": input_ids[start:stop], "labels": labels[start:stop]}
@@ -456,7 +461,7 @@ def prove(model, rows, args, run):
     for example, start, stop in rows.documents[[0, -1, 0]].tolist():  # the first one at two places
         whole = rows.examples[example]["input_ids"][start:stop]
         ids.append(proof_tokens(whole, model.config, args.max_length))
-    sequences = [(each, min(len(each) - 1, NUM_SCORED)) for each in ids]
+    sequences = [(each, min(len(each) - 1, NUM_TOKENS)) for each in ids]
     expected = logps_alone(model, sequences) if args.check_exact else None
     set_kernels(model, args, is_flat(args))
     if not args.check_exact:
@@ -479,6 +484,7 @@ def prove(model, rows, args, run):
         expected,
         lambda: at_scored(model, batch, each_alone),
         bf16=args.bf16,
+        max_length=args.max_length,
         what=what,
         remedy=f"{remedy} or choose another model.",
     )
@@ -546,8 +552,8 @@ def evaluate(model, rows, args, run):
         tally.add({**metrics, "scored": len(batch["score_ids"])})
     model.train()
     sums = tally.of_all_ranks(run)
-    loss = sums["nll"] / sums["scored"]
-    check_finite(loss, 0.0)
+    loss = sums["nll"] / max(sums["scored"], 1)
+    check_finite(loss)
     return {"eval_loss": loss}
 
 
@@ -607,7 +613,9 @@ def main(args):
             }
             if eval_rows and (run.due(args.eval_steps) or not run.unfinished):
                 metrics |= evaluate(model, eval_rows, args, run)
-            run.log(metrics, padding=sums["padding"], counts=not meter.counting)
+            run.log(
+                metrics, padding=sums["padding"], counts=not meter.counting, peak_bytes=meter.peak_bytes()
+            )
             if run.save_when_due(lambda folder: save_training_state(folder, run, model, optimizer)):
                 return {"stopped_at_step": run.progress["step"]}
 

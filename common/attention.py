@@ -18,9 +18,6 @@ except ImportError:
     flash_attn_varlen_func = None
 
 
-noted = None  # while it is a set, each call adds its sliding_window and its longest segment
-
-
 def register_varlen_attention():
     """Make attn_implementation="varlen" known to transformers. Calling it twice changes nothing."""
     AttentionInterface.register("varlen", varlen_attention_forward)
@@ -71,8 +68,6 @@ def varlen_attention_forward(
     for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:
             raise Refusal(f"varlen attention does not support {name}, which {type(module).__name__} uses.")
-    if noted is not None:
-        noted.add((sliding_window, max_length_k))
     if kv_index is not None:
         # backward of index_select adds up a shared prompt's gradients from all its completions
         key, value = key.index_select(2, kv_index), value.index_select(2, kv_index)

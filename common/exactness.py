@@ -7,16 +7,17 @@ not finite.
 """
 
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 import transformers
+from transformers import AttentionInterface
 
-from common import Refusal, attention, refuse
+from common import Refusal, refuse
+from common.logps import head_computes
 
-NUM_SCORED = 16  # of a sequence: its last tokens
-NUM_TOKENS = 64  # of a sequence, where no layer looks back through a window
+NUM_TOKENS = 64  # of a sequence, where no layer looks back through a window; and at most so many scored
 
 
 def named_windows(config):
@@ -52,54 +53,82 @@ def logps_alone(model, sequences, device=None):
              where the model computes, if not where its weights, or their shards, are.
     Returns: log-probabilities of all scored tokens, (M,) float32; every rank has to call it, for as many
              sequences.
+    Raises:  ValueError for logits that are not finite, or that change behind the output head.
     """
-    training, logps = model.training, []
+    training, logps, of_head = model.training, [], []
+
+    def keep(hidden, weight, bias):
+        of_head.append(torch.nn.functional.linear(hidden, weight, bias))
+        return of_head[-1]
+
     model.eval()
     for ids, num_scored in sequences:
         input_ids = torch.tensor([ids], device=device or next(model.parameters()).device)
-        logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=num_scored + 1).logits[0, :-1]
+        with head_computes(model, keep):
+            logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=num_scored + 1).logits
+        _check_logits(model, logits.float(), of_head.pop().float())
         scored = input_ids[0, -num_scored:, None]
-        logps.append(torch.log_softmax(logits.float(), dim=-1).gather(1, scored)[:, 0])
+        logps.append(torch.log_softmax(logits[0, :-1].float(), dim=-1).gather(1, scored)[:, 0])
     model.train(training)
     return torch.cat(logps)
 
 
+def _check_logits(model, logits, of_head):
+    name, config = type(model).__name__, model.config.get_text_config()
+    refuse(not of_head.isfinite().all(), f"{name} gives logits that are not finite: its weights are broken.")
+    names = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+    settings = {each: getattr(config, each, None) for each in names}
+    refuse(
+        not torch.equal(logits, of_head),
+        f"{name} changes its logits after the output head ({settings}), which the chunked loss does not "
+        "follow. Choose another model, or write the change into common/logps.py.",
+    )
+
+
+@contextmanager
+def windows_noted(implementation):
+    """Yields a set that gets the sliding_window of each call of this attention implementation."""
+    attend, windows = AttentionInterface()[implementation], set()
+
+    def noting(*args, sliding_window=None, **kwargs):
+        windows.add(sliding_window)
+        return attend(*args, sliding_window=sliding_window, **kwargs)
+
+    AttentionInterface.register(implementation, noting)
+    try:
+        yield windows
+    finally:
+        AttentionInterface.register(implementation, attend)
+
+
 @torch.no_grad()
-def check_exact(model, expected, compute, *, bf16, what, remedy):
+def check_exact(model, expected, compute, *, bf16, max_length, what, remedy):
     """Raise Refusal if the run would compute other log-probabilities than transformers.
 
     Args:    expected: of `logps_alone`; compute: function that returns the same tokens' log-probabilities, in
-             the same order, as the run computes them; bf16: whether it computes in bf16; what: names its
-             rows, for the message, and remedy: other ones.
+             the same order, as the run computes them; bf16: whether it computes in bf16; max_length: tokens
+             of the run's longest sequence; what: names its rows, for the message, and remedy: other ones.
     Returns: the largest absolute difference, in nats.
-    Raises:  ValueError if that is above 1e-4 (fp32) or 5e-2 (bf16) of the largest log-probability, if
-             expected is not finite, or if a window of the configuration never reaches the attention.
+    Raises:  ValueError if that is above 1e-4 (fp32) or 5e-2 (bf16) of the largest log-probability, or if a
+             window of the configuration never reaches the attention.
     """
-    name, config, training = type(model).__name__, model.config.get_text_config(), model.training
-    refuse(not expected.isfinite().all(), f"{name} gives logits that are not finite: its weights are broken.")
+    name, training, implementation = type(model).__name__, model.training, model.config._attn_implementation
+    by_mask = implementation in ("sdpa", "eager")  # which attend within what the model's mask says
     model.eval()
-    attention.noted = calls = set()
-    try:
-        with refusals_of(model, remedy):
-            found = compute()
-    finally:
-        attention.noted = None
-        model.train(training)
-    for field, window in named_windows(config).items() if calls else ():
+    with nullcontext() if by_mask else windows_noted(implementation) as arrived, refusals_of(model, remedy):
+        found = compute()
+    model.train(training)
+    for field, window in () if by_mask else named_windows(model.config).items():
         # in bf16 the difference that a lost window makes may be within the tolerance
-        lost = max(longest for _, longest in calls) > window not in {arrived for arrived, _ in calls}
+        lost = window < max_length and window not in arrived
         refuse(lost, f"{name} attends within {field} {window} by a mask, which a flat row lacks. {remedy}")
     difference = (found - expected).abs().max().item()
     tolerance = (5e-2 if bf16 else 1e-4) * expected.abs().max().clamp(min=1.0).item()
     if not difference <= tolerance:  # written so that NaN fails too
-        names = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-        behind = [f"{each} {getattr(config, each)}" for each in names if getattr(config, each, None)]
-        causes = "it mixes the sequences of a row, or kernels do not fit its configuration"
-        if behind:
-            causes = f"logits change behind the head ({', '.join(behind)}), or {causes}"
         raise Refusal(
             f"{name} computes something else {what} than for each sequence alone: log-probabilities differ "
-            f"by {difference:.3g}, tolerance {tolerance:.3g}. Perhaps {causes}. {remedy}"
+            f"by {difference:.3g}, tolerance {tolerance:.3g}. Perhaps it mixes the sequences of a row, or "
+            f"kernels do not fit its configuration. {remedy}"
         )
     return difference
 
@@ -119,3 +148,12 @@ def refusals_of(model, remedy):
         if Path(transformers.__file__).parent not in raised_in.parents:
             raise
         raise Refusal(f"{type(model).__name__} refuses this run's rows: {error} {remedy}") from error
+    except Exception as error:
+        # no compiler, an old GPU, an operation that Triton's interpreter lacks: any type
+        files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+        if not any("liger_kernel" in file for file in files):
+            raise
+        kind = f"{type(error).__name__}: {error}"
+        raise Refusal(
+            f"--use_liger_kernel: a kernel failed: {kind}. Mend Triton, or drop the flag."
+        ) from error

@@ -136,6 +136,10 @@ class MemoryMeter:
             name: n for name, n in self.measured.items() if name not in now
         }
 
+    def peak_bytes(self):
+        """The highest of all steps so far, for run.log; None on a CPU, where the resident size tells more."""
+        return self.measured.get("peak") if self.device.type == "cuda" else None
+
     def ledger(self):
         """Rows for summary.json and the screen."""
         return ledger(self.measured, self.peak_moment)

@@ -360,8 +360,8 @@ class Run:
 
         It fills the machine's cache of tokenised data, and the others read it.
         """
-        self.watch("reading the data")
         for turn in (True, False):
+            self.watch("reading the data")
             with self.together():
                 if (self.local_rank == 0) == turn:
                     result = function(*args)
@@ -433,19 +433,20 @@ class Run:
         """Whether something that happens every so many steps (None = never) does so after this one."""
         return bool(every) and self.progress["step"] % every == 0
 
-    def log(self, metrics, *, padding=0, real_tokens=None, counts=True):
+    def log(self, metrics, *, padding=0, real_tokens=None, counts=True, peak_bytes=None):
         """One line of metrics.jsonl, and the progress bar.
 
         Args: metrics: {name: number}, num_tokens (computed, of all ranks) among them. padding: of those;
               real_tokens: of the data, None = all but padding; counts: whether the step counts for the
-              throughput (one whose bytes are counted is slower).
+              throughput (one whose bytes are counted is slower); peak_bytes: the highest so far, None = as
+              the device says.
         """
         seconds, tokens = self.step_seconds, metrics["num_tokens"]
         metrics = {"step": self.progress["step"], **metrics, "learning_rate": self.learning_rate}
         metrics |= {"tokens_per_second": tokens / seconds, "step_seconds": seconds}
-        metrics["peak_memory_bytes"] = peak_memory_bytes(self.device)
+        metrics["peak_memory_bytes"] = peak_bytes or peak_memory_bytes(self.device)
         self.metrics = {name: int(x) if name.startswith("num_") else x for name, x in metrics.items()}
-        if counts:
+        if counts or not self.unfinished and not self.totals["seconds"]:  # the only step is better than none
             real_tokens = tokens - padding if real_tokens is None else real_tokens
             done = {"seconds": seconds, "num_tokens": tokens, "padding": padding, "real_tokens": real_tokens}
             self.totals = {name: total + done[name] for name, total in self.totals.items()}
@@ -476,8 +477,8 @@ class Run:
             if self.first:
                 fresh_folder(temporary)
             dist.barrier()
-            with self.together():
-                write(temporary)
+            write(temporary)  # a collective of its own, which one rank's error ends for all
+            dist.barrier()
             if self.first:
                 (temporary / PROGRESS).write_text(json.dumps(self.progress, indent=1))
                 commit_folder(temporary, path)
@@ -553,9 +554,11 @@ class Tally:
         return run.sum(self.sums) | (run.max(self.maxima) if self.maxima else {})
 
 
-def check_finite(loss, grad_norm):
-    """Raise FloatingPointError unless both numbers are finite."""
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+def check_finite(loss, grad_norm=None):
+    """Raise FloatingPointError unless a step's two numbers, or an evaluation's loss, are finite."""
+    if grad_norm is None and not math.isfinite(loss):
+        raise FloatingPointError(f"the evaluation's loss is {loss}.")
+    if grad_norm is not None and not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise FloatingPointError(f"loss {loss}, gradient norm {grad_norm}; stopped before the update.")
 
 

@@ -268,6 +268,7 @@ def load_model(args, run, pretrained):
 
     It attends as transformers has it: `set_kernels` changes that. In a dry run it has no weights.
     """
+    run.watch("loading the model")
     sharded, config = run.world > 1 or args.bf16, pretrained.model_config
     if run.pretends:
         model = empty_model(config, dtype=torch.float32)
@@ -493,7 +494,8 @@ def save_training_state(folder, run, model, optimizer):
     random_state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         random_state["cuda"] = torch.cuda.get_rng_state()
-    save_file(random_state, folder / f"random_state_{run.rank}.rng")
+    with run.together():
+        save_file(random_state, folder / f"random_state_{run.rank}.rng")
 
 
 def load_training_state(run, model, optimizer):
@@ -501,6 +503,7 @@ def load_training_state(run, model, optimizer):
 
     A rank that the earlier run did not have keeps the random state of its seed.
     """
+    run.watch("loading the checkpoint")
     dcp.load(training_state(model, optimizer), storage_reader=HuggingFaceStorageReader(str(run.checkpoint)))
     for moments in optimizer.state.values():
         moments["step"].fill_(run.progress["updates"])

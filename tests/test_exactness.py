@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from common import Refusal, attention
 from common.collators import IGNORE, add_scored, flatten, flatten_shared_prompt, pad
-from common.exactness import NUM_SCORED, NUM_TOKENS, check_exact, logps_alone, proof_tokens
+from common.exactness import NUM_TOKENS, check_exact, logps_alone, proof_tokens
 from common.logps import at_scored, token_logps
 
 LONG = 100  # a window beyond the tokens that a proof without windows looks at
@@ -37,8 +37,10 @@ def prove(
     Args: change: function of the model and of the run's row, which it may change in place.
     """
     cut = [proof_tokens(each, model.config, max_length) for each in ids]
-    sequences = [(each, min(len(each) - 1, NUM_SCORED)) for each in cut]
-    return compare(model, sequences, row_of(sequences, join), change, attend, **options)
+    sequences = [(each, min(len(each) - 1, NUM_TOKENS)) for each in cut]
+    return compare(
+        model, sequences, row_of(sequences, join), change, attend, max_length=max_length, **options
+    )
 
 
 def compare(model, sequences, batch, change=lambda model, batch: None, attend="varlen", **options):
@@ -46,7 +48,7 @@ def compare(model, sequences, batch, change=lambda model, batch: None, attend="v
     expected = logps_alone(model, sequences)
     model.set_attn_implementation(attend)
     change(model, batch)
-    options = {"bf16": False, "what": "in a packed row", "remedy": "Pad.", **options}
+    options = {"bf16": False, "max_length": 200, "what": "in a packed row", "remedy": "Pad.", **options}
     return check_exact(model, expected, lambda: at_scored(model, batch, token_logps_of), **options)
 
 
@@ -199,9 +201,12 @@ def test_shared_prompts_that_are_wrong_are_seen(name):
 
 
 BEHIND = {
-    "gemma2": ({"final_logit_softcapping": 30.0, "attn_logit_softcapping": None}, "softcapping 30.0"),
-    "granite": ({"logits_scaling": 8.0}, "logits_scaling 8.0"),
-    "cohere": ({"logit_scale": 0.0625}, "logit_scale 0.0625"),
+    "gemma2": (
+        {"final_logit_softcapping": 30.0, "attn_logit_softcapping": None},
+        "final_logit_softcapping': 30.0",
+    ),
+    "granite": ({"logits_scaling": 8.0}, "logits_scaling': 8.0"),
+    "cohere": ({"logit_scale": 0.0625}, "logit_scale': 0.0625"),
 }
 
 
@@ -210,8 +215,8 @@ def test_logits_that_change_behind_the_head_are_seen_and_named(family):
     fields, setting = BEHIND[family]
     model = tiny_model(family, "eager", query_pre_attn_scalar=8, **fields)
     for join, attend in ((flatten, "varlen"), (lambda rows: pad(rows, 0), "eager")):
-        with pytest.raises(Refusal, match=f"logits change behind the head .*{setting}"):
-            prove(model, join=join, attend=attend)
+        with pytest.raises(Refusal, match=f"changes its logits after the output head .*{setting}"):
+            prove(model, join=join, attend=attend, bf16=True)  # whatever the tolerance
 
 
 def test_weights_that_are_not_finite_are_named():
@@ -221,19 +226,31 @@ def test_weights_that_are_not_finite_are_named():
         prove(model)
 
 
-def test_states_that_run_through_the_row_are_seen():
+@pytest.mark.parametrize("bf16", [False, True])
+def test_states_that_run_through_the_row_are_seen(bf16):
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4, "time_step_rank": 4}
     torch.manual_seed(0)
     config = AutoConfig.for_model("falcon_mamba", vocab_size=VOCAB, initializer_range=0.2, **sizes)
     with pytest.raises(Refusal, match="FalconMambaForCausalLM computes something else"):
-        prove(AutoModelForCausalLM.from_config(config), attend=None)
+        prove(AutoModelForCausalLM.from_config(config), attend=None, bf16=bf16)
+
+
+def test_a_convolution_over_a_boundary_is_seen_in_bf16():
+    """It shows in a document's first tokens alone, and the tolerance is wide."""
+    layers = {"layer_types": ["conv", "full_attention"], "block_dim": 32, "conv_dim": 32, "conv_dim_out": 32}
+    model = tiny_model("lfm2", full_attn_idxs=None, **layers)
+    with pytest.raises(Refusal, match="Lfm2ForCausalLM computes something else"):
+        prove(model, bf16=True)
 
 
 # --- What a model refuses itself ---
 
 REFUSING = {
     "stablelm": ({}, "does not hand keyword arguments on"),  # its layers would not learn of boundaries
-    "gemma2": ({"query_pre_attn_scalar": 8}, "varlen attention does not support softcap"),
+    "gemma2": (
+        {"query_pre_attn_scalar": 8, "final_logit_softcapping": None},
+        "varlen attention does not support softcap",
+    ),
     "gpt_oss": (
         {"num_local_experts": 2, "num_experts_per_tok": 1},
         "varlen attention does not support s_aux",
@@ -259,7 +276,9 @@ def test_a_mistake_elsewhere_stays_what_it_is():
 
     model = tiny_model("llama")
     with pytest.raises(ValueError, match="too many values") as raised:
-        check_exact(model, torch.zeros(1), lambda: edited(0, 0, 0, 0), bf16=False, what="", remedy="")
+        check_exact(
+            model, torch.zeros(1), lambda: edited(0, 0, 0, 0), bf16=False, max_length=9, what="", remedy=""
+        )
     assert not isinstance(raised.value, Refusal)
 
 
@@ -283,5 +302,5 @@ def test_the_tokens_of_a_proof(window, max_length, length):
 def test_few_logits_are_made():
     model, seen = tiny_model("mistral", "sdpa", sliding_window=LONG), []
     model.get_output_embeddings().register_forward_hook(lambda _, given, logits: seen.append(logits.shape[1]))
-    found = logps_alone(model, [(IDS[2], NUM_SCORED), (IDS[0], 6)])
-    assert seen == [NUM_SCORED + 1, 7] and found.shape == (NUM_SCORED + 6,) and not found.requires_grad
+    found = logps_alone(model, [(IDS[2], NUM_TOKENS), (IDS[0], 6)])
+    assert seen == [NUM_TOKENS + 1, 7] and found.shape == (NUM_TOKENS + 6,) and not found.requires_grad

@@ -21,7 +21,7 @@ demo: .venv/.installed
 		--output_dir outputs/demo/grpo --overwrite_output_dir
 
 test: .venv/.installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: .venv/.installed
 	$(BIN)/ruff format --check .

@@ -770,9 +770,8 @@ def main(args):
         reference_model = load_reference_model(args, run, pretrained)
         reference = None if reference_model else prepare_reference(model, pairs, eval_pairs, args, run)
         optimizer, offload = prepare_training(model, args, run)
-        run.match(
-            "frozen_parameters", frozen_names(model), "Freeze what was frozen then, or begin a new run."
-        )
+        run.match("optimizer", type(optimizer).__name__, "Use the one that it was trained with.")
+        run.match("frozen_parameters", frozen_names(model), "Freeze what was frozen, or begin a new run.")
         if run.checkpoint:
             load_training_state(run, model, optimizer)
         try_to_write(run, model, pretrained)  # what cannot be written shows now, not after the last step
@@ -855,7 +854,7 @@ def pretend_step(args, pretrained):
 
 def explore(args):
     """Count the bytes of one step, those that single flags would save, and the longest pairs that fit."""
-    pretrained = read_pretrained(args.model_name_or_path, dropout=False, config_only=True)
+    pretrained = read_pretrained(args.model_name_or_path, args.max_length, dropout=False, config_only=True)
     switches = ("bf16", "gradient_checkpointing", "activation_offloading", "padding_free", "share_prompt")
     halved = ("loss_chunk_size", "per_device_train_batch_size", "max_length", "max_tokens_per_batch")
     changes = single_changes(args, (*switches, "precompute_ref_log_probs"), halved)

@@ -1245,7 +1245,11 @@ def pretend_step(args, pretrained):
 
 def explore(args):
     """Count the bytes of a rollout and its update, those that single flags would save, and what fits."""
-    pretrained = read_pretrained(args.model_name_or_path, dropout=False, config_only=True)
+    longest, limits = (
+        args.max_prompt_length + args.max_completion_length,
+        "--max_prompt_length + --max_completion_length",
+    )
+    pretrained = read_pretrained(args.model_name_or_path, longest, limits, dropout=False, config_only=True)
     check_cache(pretrained.config)
     world, size, group = args.dry_run_world_size, args.per_device_train_batch_size, args.num_generations
     changes = {

@@ -175,7 +175,7 @@ def load_documents(name, split, pretrained, args):
     """
     examples, tokenizer = load_rows(name, split), pretrained.tokenizer
     columns = find_columns(examples, name, pretrained, args)
-    # the cache's key is a hash of all that a function refers to: not of args, then
+    # the cache's key is a hash of all that a function refers to, so `encode` must not refer to args
     assistant_only_loss, end_ids = args.assistant_only_loss, end_token_ids(tokenizer, pretrained.eos_token_id)
     limit = None if args.packing_strategy == "wrapped" else args.max_length
     overflow = args.overflow or ("truncate" if args.packing_strategy == "bfd" else "split")
@@ -207,7 +207,7 @@ def load_documents(name, split, pretrained, args):
     check_repeats(name, encoded["repeats"][:])
     check_token_ids(encoded, pretrained.vocab_size, name)
     lengths = np.array([len(ids) for ids in encoded["input_ids"]])
-    documents = [
+    documents = [  # fit_to_length cuts every max_length tokens
         (example, i * args.max_length, i * args.max_length + num_tokens)
         for example, pieces in enumerate(zip(encoded["piece_tokens"], encoded["piece_scored"]))
         for i, (num_tokens, num_scored) in enumerate(zip(*pieces))
@@ -523,7 +523,7 @@ def train_step(model, optimizer, batches, args, run, offload=None):
     # 8 batches of 1 and 2 ranks of 4 take the same step.
     num_items_in_batch = sums["num_scored_tokens"]
     if not num_items_in_batch:  # wrapped rows of a long prompt: not even AdamW's momentum may move a weight
-        return dict.fromkeys([*sums, "nll"], 0.0), 0.0
+        return defaultdict(float), 0.0
     tally = Tally()
     for batch in batches:
         with offload or nullcontext():
@@ -589,9 +589,8 @@ def main(args):
         model = load_model(args, run, pretrained)
         prove(model, rows, args, run)
         optimizer, offload = prepare_training(model, args, run)
-        run.match(
-            "frozen_parameters", frozen_names(model), "Freeze what was frozen then, or begin a new run."
-        )
+        run.match("optimizer", type(optimizer).__name__, "Use the one that it was trained with.")
+        run.match("frozen_parameters", frozen_names(model), "Freeze what was frozen, or begin a new run.")
         if run.checkpoint:
             load_training_state(run, model, optimizer)
         try_to_write(run, model, pretrained)  # what cannot be written shows now, not after the last step
@@ -599,7 +598,7 @@ def main(args):
         meter = MemoryMeter(model, optimizer, run.device, args.measure_memory, run.counted_step, offload)
 
         for numbers, chunks in rows.remaining_steps(run):
-            with run.step(optimizer, lambda: rows.name(numbers)):
+            with run.step(optimizer, partial(rows.name, numbers)):
                 batches = list(rows.micro_batches(chunks, run))
                 with meter.step(batches):
                     sums, grad_norm = train_step(model, optimizer, batches, args, run, offload)
@@ -647,7 +646,7 @@ def pretend_step(args, pretrained):
 
 def explore(args):
     """Count the bytes of one step, those that single flags would save, and the longest rows that fit."""
-    pretrained = read_pretrained(args.model_name_or_path, config_only=True)
+    pretrained = read_pretrained(args.model_name_or_path, args.max_length, config_only=True)
     switches = ("bf16", "gradient_checkpointing", "activation_offloading", "padding_free")
     halved = ("loss_chunk_size", "per_device_train_batch_size", "max_length")
     changes = single_changes(args, switches, halved)

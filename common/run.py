@@ -103,7 +103,7 @@ class RunArguments:
     save_total_limit: int | None = flag(
         None, "newest checkpoints that are kept; None = all", FILES, at_least=1
     )
-    resume_from_checkpoint: str | None = flag(None, "a folder checkpoint-<step>, or latest", FILES)
+    resume_from_checkpoint: str | None = flag(None, "path of a folder checkpoint-<step>, or latest", FILES)
     check_exact: bool = flag(
         True, "prove on a few tokens that this run computes what transformers does", FILES
     )
@@ -153,9 +153,16 @@ class Parser(HfArgumentParser):
     def _parse_dataclass_field(self, parser, each):
         title = each.metadata["group"]
         known = {group.title: group for group in self._action_groups}
-        bare = field(default=each.default, metadata={"help": each.metadata["help"]})
+        signs = {"at_least": ">=", "above": ">", "below": "<", "at_most": "<="}
+        bounds = [f"{signs[name]} {each.metadata[name]}" for name in BOUNDS if name in each.metadata]
+        text = each.metadata["help"] + (f" ({', '.join(bounds)})" if bounds else "")
+        bare = field(default=each.default, metadata={"help": text})
         bare.name, bare.type = each.name, each.type
-        super()._parse_dataclass_field(known.get(title) or self.add_argument_group(title), bare)
+        section = known.get(title) or self.add_argument_group(title)
+        super()._parse_dataclass_field(section, bare)
+        switch = section._group_actions[-1]
+        if switch.option_strings[0] == f"--no_{each.name}":
+            switch.help = f"turn --{each.name} off"
 
 
 def parse_arguments(arguments_class, words):
@@ -164,9 +171,9 @@ def parse_arguments(arguments_class, words):
     --local_rank, which DeepSpeed's launcher adds, is ignored: the environment says the same.
     """
     ours = [word for word in words if not word.startswith(("--local_rank", "--local-rank"))]
-    args, unknown = Parser(arguments_class, usage="%(prog)s [flags]").parse_args_into_dataclasses(
-        ours, return_remaining_strings=True
-    )
+    args, unknown = Parser(
+        arguments_class, usage="%(prog)s [flags]", allow_abbrev=False
+    ).parse_args_into_dataclasses(ours, return_remaining_strings=True)
     refuse(unknown, f"unknown arguments: {' '.join(unknown)}; --help lists those that there are.")
     return args
 

@@ -13,7 +13,7 @@ import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -44,7 +44,7 @@ from common.run import DATA, FILES, MEMORY, TRAINING, RunArguments, check_run_ar
 class ShardedArguments(RunArguments):
     """The flags that SFT and DPO share."""
 
-    attn_implementation: str | None = flag(
+    attn_implementation: Literal["varlen", "sdpa", "eager", "flash_attention_2"] | None = flag(
         None, "default: varlen for flat rows, sdpa for padded ones", MEMORY
     )
     eval_dataset_name: str | None = flag(None, "dataset for evaluation, named like dataset_name", DATA)
@@ -119,6 +119,11 @@ def read_pretrained(name, max_length=0, flags="--max_length", dropout=True, conf
     Raises: ValueError for a model that is not there, is quantised, or has fewer positions than max_length.
     """
     tokenizer = generation_config = None
+    parent = Path(name).parent
+    local = Path(name).is_absolute() or parent != Path(".") and parent.is_dir()
+    refuse(
+        local and not Path(name).is_dir(), f"--model_name_or_path {name} cannot be loaded: no such folder."
+    )
     try:
         config = AutoConfig.from_pretrained(name)
         if not config_only:
@@ -466,20 +471,37 @@ def clip_gradients(model, max_grad_norm):
 
 
 def training_state(model, optimizer):
-    """What a checkpoint holds of the tensors: name -> weight, exp_avg or exp_avg_sq, whole or sharded."""
+    """What a checkpoint holds of the tensors: name -> weight, or moment of it, whole or sharded."""
+    if not optimizer.state:  # before the first step: loading wants tensors to load into
+        make_moments(model, optimizer)
     state = {}
     for name, parameter in model.named_parameters():  # a tied weight once
-        if not parameter.requires_grad:  # the model that the run began with has it
-            continue
-        moments = optimizer.state[parameter]
-        if not moments:  # before the first step: loading wants tensors to load into
-            moments["step"] = torch.tensor(0.0, device=parameter.device if parameter.is_cuda else None)
-            moments["exp_avg"] = torch.zeros_like(parameter)
-            moments["exp_avg_sq"] = torch.zeros_like(parameter)
-        state[f"weight.{name}"] = parameter.detach()
-        state[f"exp_avg.{name}"] = moments["exp_avg"]
-        state[f"exp_avg_sq.{name}"] = moments["exp_avg_sq"]
+        if parameter.requires_grad:  # the model that the run began with has the others
+            state[f"weight.{name}"] = parameter.detach()
+            for moment, value in optimizer.state[parameter].items():
+                if torch.is_tensor(value) and value.shape == parameter.shape:
+                    state[f"{moment}.{name}"] = value
     return state
+
+
+def make_moments(model, optimizer):
+    """Let an optimizer make what it keeps for each weight, by a step without gradient at a rate of 0."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    for parameter in trained(model):
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates):
+        group["lr"] = rate
+    _set_steps(optimizer, 0)
+
+
+def _set_steps(optimizer, steps):
+    for state in optimizer.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"].fill_(steps)
 
 
 def save_training_state(folder, run, model, optimizer):
@@ -505,8 +527,7 @@ def load_training_state(run, model, optimizer):
     """
     run.watch("loading the checkpoint")
     dcp.load(training_state(model, optimizer), storage_reader=HuggingFaceStorageReader(str(run.checkpoint)))
-    for moments in optimizer.state.values():
-        moments["step"].fill_(run.progress["updates"])
+    _set_steps(optimizer, run.progress["updates"])
     file = run.checkpoint / f"random_state_{run.rank}.rng"
     if file.exists():
         random_state = load_file(file)

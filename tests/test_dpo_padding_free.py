@@ -1048,7 +1048,7 @@ def test_frozen_layers_cost_their_weights_alone(dropout, tmp_path, monkeypatch):
     checkpoint = {"resume_from_checkpoint": str(folder / "checkpoint-4")}
     assert_same_bits(run(folder, flags, **checkpoint), whole)
     monkeypatch.undo()
-    message = "its frozen parameters and this run's differ. Freeze what was frozen then"
+    message = "its frozen parameters and this run's differ. Freeze what was frozen"
     assert_refused(folder, {**flags, **checkpoint}, message)
 
 

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -444,6 +445,15 @@ def test_examples_and_tokens_are_counted(rows, flags, counts, tmp_path):
     assert data["fill_fraction"] == pytest.approx(data["tokens_kept"] / (data["rows"] * 32))
 
 
+def test_the_first_thousand_may_be_too_long(base, tmp_path):
+    """datasets guesses columns' types from the first ones, and a single step counts for the throughput."""
+    rows = [{"text": "a" * 99}] * 1001 + [{"text": "abc"}] * 3
+    flags = {**base, "dataset_name": write_jsonl(tmp_path / "rows.jsonl", rows), "overflow": "drop"}
+    done = run(tmp_path / "out", flags, measure_memory=True)
+    assert done.returned["data"]["examples_used"] == 3 and len(done.metrics) == 1
+    assert done.returned["throughput"]["num_tokens"] == 3 * 4
+
+
 def test_wrapped_cuts_one_stream_and_counts_what_it_split(base):
     flags = {"dataset_name": base["dataset_name"], "packing_strategy": "wrapped", "max_length": 32}
     rows, _, data = prepare_data(Arguments(**flags), read_pretrained(helpers.DEMO_MODEL), 1)
@@ -625,6 +635,24 @@ def test_dropout_is_at_work_and_checkpointing_repeats_it(base, dropout, uninterr
 
 def state_after(folder, step):
     return load_file(next((folder / f"checkpoint-{step}").glob("*.safetensors")))
+
+
+@pytest.mark.parametrize(
+    "make", [partial(torch.optim.SGD, momentum=0.9), partial(torch.optim.AdamW, amsgrad=True)]
+)
+def test_another_optimizer_is_one_edit(make, dropout, tmp_path, monkeypatch):
+    """Its states are in the checkpoints, whatever their names; only the same optimizer goes on with them."""
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            sft_packing, "prepare_training", lambda model, args, run: (make(model.parameters()), None)
+        )
+        whole = run(tmp_path / "whole", dropout, save_steps=2)
+        cut = helpers.cut_after(tmp_path / "whole", 4, tmp_path / "cut")
+        assert_same_bits(run(cut, dropout, save_steps=2, **RESUME), whole)
+    if make.func is torch.optim.SGD:
+        assert_refused(
+            tmp_path / "whole", {**dropout, **RESUME, "max_steps": 9}, "its optimizer and this run's"
+        )
 
 
 def test_resuming_from_an_earlier_checkpoint_replaces_the_later_ones(base, earlier_run, tmp_path):

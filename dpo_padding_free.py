@@ -58,12 +58,23 @@ from common.folders import commit_files, fresh_folder
 from common.logps import at_scored, token_logps
 from common.memory import MemoryMeter, count_step, dry_run, pretend, single_changes
 from common.offload import OffloadActivations
-from common.run import DATA, FILES, ROOT, TRAINING, Epochs, Run, Tally, check_finite, flag, run_script
+from common.run import (
+    DATA,
+    FILES,
+    ROOT,
+    TRAINING,
+    Epochs,
+    Run,
+    Tally,
+    check_finite,
+    clip_gradients,
+    flag,
+    run_script,
+)
 from common.sharding import (
     ShardedArguments,
     check_liger,
     check_sharded_arguments,
-    clip_gradients,
     decoder_layers,
     frozen_names,
     load_model,
@@ -541,8 +552,8 @@ def batch_loss(model, reference_model, batch, args):
     return losses.sum(), {name: values.detach().double().sum() for name, values in metrics.items()}
 
 
-def prove(model, pairs, args, run):
-    """Prove on two pairs that the run computes what transformers does; sets attention and kernels.
+def set_kernels_and_prove(model, pairs, args, run):
+    """Set attention and kernels, and prove on two pairs that the run computes what transformers does.
 
     Looks at a prompt's last and a completion's first tokens: a mask, a state or a convolution that crosses
     from one sequence into another, or from chosen into rejected, shows there.
@@ -766,7 +777,7 @@ def main(args):
         model = load_model(args, run, pretrained)
         # the weights that a run begins with are its reference
         run.match("reference_model", model_fingerprint(model), "Use the model that it began with.")
-        prove(model, pairs, args, run)
+        set_kernels_and_prove(model, pairs, args, run)
         reference_model = load_reference_model(args, run, pretrained)
         reference = None if reference_model else prepare_reference(model, pairs, eval_pairs, args, run)
         optimizer, offload = prepare_training(model, args, run)

@@ -73,6 +73,7 @@ from common.run import (
     Tally,
     check_finite,
     check_run_arguments,
+    clip_gradients,
     flag,
     run_script,
 )
@@ -80,7 +81,6 @@ from common.sharding import (
     assert_loaded,
     check_flat,
     checkpoint_layers,
-    clip_gradients,
     decoder_layers,
     empty_model,
     frozen_names,
@@ -820,8 +820,8 @@ def ask_for_an_inputs_gradient(layers):
             return
 
 
-def prove(engine, prompts, args, run):
-    """Prove on two prompts that the update computes what transformers does; sets the attention.
+def set_kernels_and_prove(engine, prompts, args, run):
+    """Set the attention, and prove on two prompts that the update computes what transformers does.
 
     There are no completions yet: the beginning and the end of one prompt follow the other.
     """
@@ -851,7 +851,7 @@ def prove(engine, prompts, args, run):
 def load_engines(args, run, pretrained, prompts):
     """The engine to train, proved, as it was when the checkpoint was written; the reference, or None."""
     engine = load_engine(args, run, pretrained)
-    prove(engine, prompts, args, run)
+    set_kernels_and_prove(engine, prompts, args, run)
     reference = load_engine(args, run, pretrained, trainable=False) if args.beta else None
     frozen = frozen_names(engine.module)
     run.match("frozen_parameters", frozen, "Freeze what was frozen then, or begin a new run.")

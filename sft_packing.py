@@ -54,12 +54,11 @@ from common.exactness import NUM_TOKENS, check_exact, logps_alone, proof_tokens
 from common.logps import at_scored, liger_nll_sum, nll_sum
 from common.memory import MemoryMeter, count_step, dry_run, pretend, single_changes
 from common.offload import OffloadActivations
-from common.run import DATA, FILES, ROOT, Epochs, Run, Tally, check_finite, flag, run_script
+from common.run import DATA, FILES, ROOT, Epochs, Run, Tally, check_finite, clip_gradients, flag, run_script
 from common.sharding import (
     ShardedArguments,
     check_liger,
     check_sharded_arguments,
-    clip_gradients,
     decoder_layers,
     frozen_names,
     load_model,
@@ -455,8 +454,8 @@ def batch_loss(model, batch, args):
     return nll, {"nll": nll}
 
 
-def prove(model, rows, args, run):
-    """Prove on a few documents that the run computes what transformers does; sets attention and kernels."""
+def set_kernels_and_prove(model, rows, args, run):
+    """Set attention and kernels, and prove on a few documents that the run computes what transformers does."""
     ids = []
     for example, start, stop in rows.documents[[0, -1, 0]].tolist():  # the first one at two places
         whole = rows.examples[example]["input_ids"][start:stop]
@@ -587,7 +586,7 @@ def main(args):
         run.plan(rows.count_steps(run.progress))
 
         model = load_model(args, run, pretrained)
-        prove(model, rows, args, run)
+        set_kernels_and_prove(model, rows, args, run)
         optimizer, offload = prepare_training(model, args, run)
         run.match("optimizer", type(optimizer).__name__, "Use the one that it was trained with.")
         run.match("frozen_parameters", frozen_names(model), "Freeze what was frozen, or begin a new run.")

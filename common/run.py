@@ -561,6 +561,12 @@ class Tally:
         return run.sum(self.sums) | (run.max(self.maxima) if self.maxima else {})
 
 
+def clip_gradients(model, max_grad_norm):
+    """Scale the gradients to a global norm of max_grad_norm at most (0 = any). Returns the one before, ()."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
 def check_finite(loss, grad_norm=None):
     """Raise FloatingPointError unless a step's two numbers, or an evaluation's loss, are finite."""
     if grad_norm is None and not math.isfinite(loss):

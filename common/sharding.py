@@ -8,7 +8,6 @@ import copy
 import functools
 import hashlib
 import json
-import math
 import os
 import tempfile
 from dataclasses import dataclass, field
@@ -459,12 +458,6 @@ def parameter_groups(model, weight_decay):
             (decayed if decays else kept).append(parameter)
     groups = {"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}
     return [group for group in groups if group["params"]]
-
-
-def clip_gradients(model, max_grad_norm):
-    """Scale the gradients to a global norm of max_grad_norm at most (0 = any). Returns the one before, ()."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 # --- Checkpoints, on any number of ranks ---

@@ -455,7 +455,7 @@ def batch_loss(model, batch, args):
 
 
 def set_kernels_and_prove(model, rows, args, run):
-    """Set attention and kernels, and prove on a few documents that the run computes what transformers does."""
+    """Set attention and kernels; prove on a few documents that the run computes what transformers does."""
     ids = []
     for example, start, stop in rows.documents[[0, -1, 0]].tolist():  # the first one at two places
         whole = rows.examples[example]["input_ids"][start:stop]

@@ -21,6 +21,7 @@ demo: .venv/.installed
 		--output_dir outputs/demo/grpo --overwrite_output_dir
 
 test: .venv/.installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/build_extensions.py
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: .venv/.installed

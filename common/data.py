@@ -52,6 +52,7 @@ def load_rows(name, split="train"):
 def _load_file(path):
     known = ", ".join(BUILDERS)
     refuse(path.suffix not in BUILDERS, f"{path} has suffix {path.suffix!r}; known are {known}.")
+    refuse(path.stat().st_size == 0, f"dataset {path} is empty.")
     if path.suffix == ".jsonl":
         _check_lines(path)
     options = _cells_as_text(path) if path.suffix == ".csv" else {}

@@ -118,11 +118,10 @@ def read_pretrained(name, max_length=0, flags="--max_length", dropout=True, conf
     Raises: ValueError for a model that is not there, is quantised, or has fewer positions than max_length.
     """
     tokenizer = generation_config = None
-    parent = Path(name).parent
-    local = Path(name).is_absolute() or parent != Path(".") and parent.is_dir()
-    refuse(
-        local and not Path(name).is_dir(), f"--model_name_or_path {name} cannot be loaded: no such folder."
-    )
+    # what has one slash may be a Hub name, even where a folder of its first part is here
+    local = name.startswith(("/", ".", "~")) or name.count("/") > 1
+    gone = f"--model_name_or_path {name} cannot be loaded: no such folder."
+    refuse(local and not Path(name).is_dir(), gone)
     try:
         config = AutoConfig.from_pretrained(name)
         if not config_only:

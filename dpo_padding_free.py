@@ -45,10 +45,8 @@ from common.data import (
     end_token_ids,
     load_rows,
     map_rows,
-    named,
     repeats_prompt,
     shared_prefix_length,
-    source_hash,
     template_kwargs,
     unused_columns,
     without_nulls,
@@ -111,7 +109,6 @@ class Arguments(ShardedArguments):
     max_length: int = flag(1024, "last: tokens of prompt and completion together", at_least=2)
     truncation_mode: Literal["keep_start", "keep_end"] = flag("keep_start", "what max_length keeps")
     share_prompt: bool = flag(True, "compute a pair's prompt once for both completions")
-    share_prefix: bool = flag(False, "share the tokens that both completions begin with, too")
     per_device_train_batch_size: int | None = flag(None, "pairs per forward; 4 if not given", at_least=1)
     max_tokens_per_batch: int | None = flag(None, "instead: tokens per forward, of whole pairs", at_least=1)
     # the bounds of these three are those of dpo_loss
@@ -132,7 +129,6 @@ def check_arguments(args):
     budget, attention, shares = args.max_tokens_per_batch, args.attn_implementation, shares_prompts(args)
     both = budget and args.per_device_train_batch_size
     refuse(both, "--max_tokens_per_batch and --per_device_train_batch_size both size a batch: drop one.")
-    refuse(args.share_prefix and not shares, "--share_prefix needs shared prompts, which this run turns off.")
     ignores = f"--attn_implementation {attention} ignores kv_index, which shared prompts are made of: "
     refuse(shares and attention not in (None, "varlen"), ignores + "add --no_share_prompt, or drop it.")
     cost = largest_pair(args)[2]
@@ -191,15 +187,12 @@ def cut_pair(prompt_ids, chosen_ids, rejected_ids, limits):
     sequences = [truncate_pair(prompt_ids, ids, **limits) for ids in (chosen_ids, rejected_ids)]
     (chosen_prompt, chosen), (rejected_prompt, rejected) = sequences
     same = chosen_prompt == rejected_prompt
-    # short of the whole of either completion, one of which may be the other's beginning
-    prefix = min(shared_prefix_length(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
     kept = sum(len(prompt) + len(completion) for prompt, completion in sequences)
     return {
         **dict(zip(TOKENS, (chosen_prompt, chosen, rejected_prompt, rejected))),
         "chosen_length": len(chosen_prompt) + len(chosen),
         "rejected_length": len(rejected_prompt) + len(rejected),
         "shared_length": len(chosen_prompt) if same else 0,
-        "prefix_length": max(0, prefix) if same else 0,
         "equal": same and chosen == rejected,
         # a sequence's first token is never predicted
         "unscored": any(len(completion) + bool(prompt) < 2 for prompt, completion in sequences),
@@ -242,19 +235,11 @@ def load_examples(name, split, pretrained, args):
         }
         return {"example": index, **marks, **cut_pair(prompt_ids, chosen_ids, rejected_ids, limits)}
 
-    encode = named(encode, name)
     # datasets would guess types from the first 1,000 rows: of prompts that are all empty, none
     kinds = {list: List(Value("int64")), bool: Value("bool"), int: Value("int64")}
-    examples = map_rows(
-        rows,
-        encode,
-        source_hash(__file__),
-        features=Features({column: kinds[type(value)] for column, value in encode(rows[0], 0).items()}),
-        with_indices=True,
-        remove_columns=rows.column_names,
-        num_proc=args.dataset_num_proc,
-        desc=f"Tokenising {name}",
-    )
+    made_up = encode({"prompt": "a", "chosen": "b", "rejected": "c"}, 0)
+    features = Features({column: kinds[type(value)] for column, value in made_up.items()})
+    examples = map_rows(rows, encode, name, __file__, args.dataset_num_proc, features)
     check_token_ids(examples, pretrained.vocab_size, name, TOKENS)
     data, used = describe(examples, unused_columns(rows, ("prompt", "chosen", "rejected")))
     check_repeats(name, examples["repeats"][:])
@@ -293,38 +278,23 @@ def describe(examples, columns_unused):
 # --- 3. The technique ---
 
 
-def shared_row(pairs, share_prefix):
+def shared_row(pairs):
     """One flat row in which each pair's prompt stands once: [prompt, chosen, rejected, prompt, ..].
 
     Args:    pairs: dicts with the columns of `cut_pair`.
-             share_prefix: the tokens that both completions begin with move to the shared part as well.
     Returns: the keys of flatten_shared_prompt; scores in the order chosen, rejected, chosen, ..
     """
-    groups, num_moved = [], []  # num_moved: of each sequence, the scored tokens in its shared part
+    groups = []
     for pair in pairs:
         prompt, chosen, other_prompt, rejected = (pair[name] for name in TOKENS)
-        prefix = pair["prefix_length"] if share_prefix else 0
-        shared = prompt + chosen[:prefix]
-        if prompt == other_prompt and shared:
-            groups.append((shared, [chosen[prefix:], rejected[prefix:]]))
-            num_moved += [len(shared) - max(len(prompt), 1)] * 2  # a sequence's first token is never scored
-        else:  # keep_end left two different prompts, or none: nothing to share
-            for own_prompt, completion in ((prompt, chosen), (other_prompt, rejected)):
-                first = own_prompt or completion[:1]
-                groups.append((first, [(own_prompt + completion)[len(first) :]]))
-            num_moved += [0, 0]
-    row = flatten_shared_prompt(groups)
-    # a token of the shared prefix has one log-probability in both completions: scored for each
-    input_ids, lengths = row["input_ids"][0], row["completion_lengths"].tolist()
-    index, ids = [], []
-    for places, tokens, moved in zip(
-        row["score_index"].split(lengths), row["score_ids"].split(lengths), num_moved
-    ):
-        last = places[0]  # of the shared part: what predicts the first token after it
-        index += [torch.arange(last - moved, last), places]
-        ids += [input_ids[last - moved + 1 : last + 1], tokens]
-    scored = {"score_index": torch.cat(index), "score_ids": torch.cat(ids)}
-    return row | scored | {"completion_lengths": row["completion_lengths"] + torch.tensor(num_moved)}
+        if prompt and prompt == other_prompt:
+            groups.append((prompt, [chosen, rejected]))
+            continue
+        # keep_end left two different prompts, or none: nothing to share
+        for own_prompt, completion in ((prompt, chosen), (other_prompt, rejected)):
+            first = own_prompt or completion[:1]  # a sequence's first token is never scored
+            groups.append((first, [(own_prompt + completion)[len(first) :]]))
+    return flatten_shared_prompt(groups)
 
 
 def collate(pairs, args, pad_token_id=0):
@@ -335,7 +305,7 @@ def collate(pairs, args, pad_token_id=0):
              in the order chosen, rejected, chosen, ..
     """
     if pairs and shares_prompts(args):
-        return shared_row(pairs, args.share_prefix)
+        return shared_row(pairs)
     sequences = [
         {
             "input_ids": pair[prompt] + pair[completion],
@@ -355,15 +325,15 @@ class Pairs(Epochs):
 
     def __init__(self, examples, args, name, pad_token_id=0, world=1):
         super().__init__(args, world)
-        columns = ("chosen_length", "rejected_length", "shared_length", "prefix_length")
-        chosen, rejected, shared, prefix = (np.array(examples[column]) for column in columns)
+        columns = ("chosen_length", "rejected_length", "shared_length")
+        chosen, rejected, shared = (np.array(examples[column]) for column in columns)
         self.num_tokens = chosen + rejected  # of both sequences, a shared prompt counted twice
         self.costs = self.num_tokens  # tokens computed for the pair alone
         if shares_prompts(args):
-            self.costs = self.costs - shared - (prefix if args.share_prefix else 0)
+            self.costs = self.costs - shared
         elif not args.padding_free:
             self.costs = 2 * np.maximum(chosen, rejected)
-        self.shares = (shared > 0) + (prefix > 0).astype(int)  # of prompt and prefix, how many both have
+        self.has_prompt = shared > 0
         self.examples, self.pad_token_id = examples, pad_token_id
         # (E, 2) float32: the reference's log-probabilities of chosen and rejected; NaN: not computed
         self.reference = None
@@ -558,8 +528,8 @@ def set_kernels_and_prove(model, pairs, args, run):
     Looks at a prompt's last and a completion's first tokens: a mask, a state or a convolution that crosses
     from one sequence into another, or from chosen into rejected, shows there.
     """
-    # pairs that share something, if there are any: others would prove nothing about sharing
-    first = [pairs.examples[i] for i in np.argsort(-pairs.shares, kind="stable")[:2].tolist()]
+    # pairs that share a prompt, if there are any: others would prove nothing about sharing
+    first = [pairs.examples[i] for i in np.argsort(~pairs.has_prompt, kind="stable")[:2].tolist()]
     for i, pair in enumerate(first):
         prompt = pair["chosen_prompt_ids"] or pair["rejected_prompt_ids"]
         prompt = prompt and proof_tokens(prompt[-NUM_TOKENS:], model.config, args.max_length)
@@ -835,8 +805,7 @@ def pretend_batch(args):
     prompt, completion, cost = largest_pair(args)
 
     def pair(length):
-        parts = zip(TOKENS, (prompt, length, prompt, length))
-        return {"prefix_length": 0, **{name: [0] * count for name, count in parts}}
+        return {name: [0] * count for name, count in zip(TOKENS, (prompt, length, prompt, length))}
 
     size, budget = args.per_device_train_batch_size or 4, args.max_tokens_per_batch
     pairs = [pair(completion)] * (size if budget is None else budget // cost)

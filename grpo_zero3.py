@@ -52,8 +52,6 @@ from common.data import (
     end_token_ids,
     load_rows,
     map_rows,
-    named,
-    source_hash,
     template_kwargs,
     unused_columns,
 )
@@ -78,7 +76,6 @@ from common.run import (
     run_script,
 )
 from common.sharding import (
-    assert_loaded,
     check_flat,
     checkpoint_layers,
     decoder_layers,
@@ -184,15 +181,7 @@ class Prompts(Epochs):
             kept, _ = truncate_pair(prompt_ids, [], max_prompt_length=limit)
             return {"input_ids": kept, "tokens_cut": len(prompt_ids) - len(kept)}
 
-        self.examples = map_rows(
-            self.rows,
-            named(encode, name),
-            source_hash(__file__),
-            with_indices=True,
-            remove_columns=columns,
-            num_proc=args.dataset_num_proc,
-            desc=f"Tokenising {name}",
-        )
+        self.examples = map_rows(self.rows, encode, name, __file__, args.dataset_num_proc)
         # a completion in the data is not the one that a reward judges
         self.reward_columns = [column for column in columns if column not in ("prompt", "completion")]
         cut = np.array(self.examples["tokens_cut"])
@@ -796,11 +785,6 @@ def hand_out(whole, model, run):
         shared = torch.empty(buffer.shape, dtype=dtype, device=run.device)
         dist.broadcast(shared.copy_(whole.get_buffer(name)) if run.first else shared, 0)
         buffer.data = shared
-    shards = {}
-    for name, parameter in model.named_parameters():
-        shard = parameter.ds_tensor.flatten()  # the last rank's is padded
-        shards[name] = shard[: max(0, parameter.ds_numel - run.rank * len(shard))]
-    assert_loaded(whole, shards, run.device)
 
 
 def ask_for_an_inputs_gradient(layers):

@@ -41,11 +41,9 @@ from common.data import (
     end_with_eos,
     load_rows,
     map_rows,
-    named,
     render_chat,
     repeats_prompt,
     shared_prefix_length,
-    source_hash,
     template_kwargs,
     text_ids,
     unused_columns,
@@ -193,16 +191,8 @@ def load_documents(name, split, pretrained, args):
 
     numbers = List(Value("int64"))  # datasets would guess from the first ones, which may all be dropped
     columns_made = ("input_ids", "labels", "piece_tokens", "piece_scored")
-    encoded = map_rows(
-        examples,
-        named(encode, name),
-        source_hash(__file__),
-        features=Features({**dict.fromkeys(columns_made, numbers), "repeats": Value("bool")}),
-        with_indices=True,
-        remove_columns=examples.column_names,
-        num_proc=args.dataset_num_proc,
-        desc=f"Tokenising {name}",
-    )
+    features = Features({**dict.fromkeys(columns_made, numbers), "repeats": Value("bool")})
+    encoded = map_rows(examples, encode, name, __file__, args.dataset_num_proc, features)
     check_repeats(name, encoded["repeats"][:])
     check_token_ids(encoded, pretrained.vocab_size, name)
     lengths = np.array([len(ids) for ids in encoded["input_ids"]])

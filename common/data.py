@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -114,41 +115,39 @@ def cache_errors_named():
         raise
 
 
-def map_rows(rows, function, code, **options):
-    """rows.map(function), with its cache in the cache folder of datasets, never beside a user's files.
+def map_rows(rows, encode, name, script, num_proc=None, features=None):
+    """What encode(example, index), a dict, makes of each row, in the place of the row's own columns.
 
-    Args: code: names the text of what `function` calls (source_hash): datasets hashes the functions of
-          imported modules by their names only. options: of datasets.Dataset.map.
+    The cache lies in the cache folder of datasets, never beside a user's files.
+
+    Args:    name: of the dataset; a Refusal begins with it and the example's index. script: the file that
+             calls: its text is a part of the cache's key. num_proc: processes. features: the types of the
+             new columns, where the first rows may not show them.
+    Returns: a datasets.Dataset.
     """
-    key = Hasher.hash([rows._fingerprint, function, code, options, transformers.__version__])
+    # datasets hashes a function by its code and by what it holds, but imported ones by their names only
+    files = [Path(script), *sorted(Path(__file__).parent.glob("*.py"))]
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    key = Hasher.hash([rows._fingerprint, encode, name, code, features, transformers.__version__])
     with cache_errors_named():
         folder = Path(datasets.config.HF_DATASETS_CACHE) / "tokenised"
         folder.mkdir(parents=True, exist_ok=True)
-        return rows.map(function, cache_file_name=str(folder / f"{key}.arrow"), **options)
+        return rows.map(
+            partial(_encode_named, encode, name),
+            with_indices=True,
+            remove_columns=rows.column_names,
+            cache_file_name=str(folder / f"{key}.arrow"),
+            features=features,
+            num_proc=num_proc,
+            desc=f"Tokenising {name}",
+        )
 
 
-def source_hash(script):
-    """Names the text of a script, of this file and of those beside it."""
-    files = [Path(script), *sorted(Path(__file__).parent.glob("*.py"))]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
-def named(function, name):
-    """function(example, index), whose Refusals then begin with the dataset's name and the example's index.
-
-    >>> named(lambda example, index: check_row(example, ["text"]), "rows.csv")({"text": None}, 7)
-    Traceback (most recent call last):
-    common.Refusal: rows.csv, example 7: text is None; wanted: a string.
-    """
-
-    # map_rows hashes a closure by its code and by what it holds: `function` is a part of the cache's key
-    def with_name(example, index):
-        try:
-            return function(example, index)
-        except Refusal as error:
-            raise Refusal(f"{name}, example {index}: {error}") from error
-
-    return with_name
+def _encode_named(encode, name, example, index):
+    try:
+        return encode(example, index)
+    except Refusal as error:
+        raise Refusal(f"{name}, example {index}: {error}") from error
 
 
 # --- What a row may hold ---

@@ -5,12 +5,12 @@ nothing, and a model that cannot be written is refused before it is trained.
 """
 
 import copy
-import functools
 import hashlib
 import json
 import os
 import tempfile
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -174,18 +174,15 @@ def max_positions(config):
 
 
 def read_weights(name):
-    """{name: tensor} of a model's files, mapped into memory: nothing is read before it is used."""
-    for single, load in (
-        ("model.safetensors", load_file),
-        ("pytorch_model.bin", functools.partial(torch.load, mmap=True, weights_only=True)),
-    ):
-        options = {"_raise_exceptions_for_missing_entries": False}
-        files = [cached_file(name, single, **options)]
-        if files == [None] and (index := cached_file(name, f"{single}.index.json", **options)) is not None:
-            files = get_checkpoint_shard_files(name, index)[0]
-        if files != [None]:
-            return {key: tensor for file in files for key, tensor in load(file).items()}
-    raise OSError("it has neither model.safetensors nor pytorch_model.bin.")
+    """{name: tensor} of a model's safetensors, mapped into memory: nothing is read before it is used."""
+    options = {"_raise_exceptions_for_missing_entries": False}
+    files = [cached_file(name, "model.safetensors", **options)]
+    if files == [None]:
+        index = cached_file(name, "model.safetensors.index.json", **options)
+        if index is None:
+            raise OSError("it has no model.safetensors (of older formats, save it anew by save_pretrained).")
+        files = get_checkpoint_shard_files(name, index)[0]
+    return {key: tensor for file in files for key, tensor in load_file(file).items()}
 
 
 def load_whole(pretrained, run, dtype=None):
@@ -220,7 +217,7 @@ def _from_files(pretrained, dtype):
             name,
             config=copy.deepcopy(pretrained.model_config),  # transformers writes the dtype into it
             generation_config=GenerationConfig(),  # the files' may be invalid, and is not asked
-            dtype=dtype or functools.reduce(torch.promote_types, floats),
+            dtype=dtype or reduce(torch.promote_types, floats),
             output_loading_info=True,
         )
     except (OSError, ValueError, SafetensorError) as error:
@@ -300,24 +297,6 @@ def hand_out(whole, model, device):
         if whole is not None:
             buffer.copy_(whole.get_buffer(name))
         dist.broadcast(buffer, src=0)
-    assert_loaded(whole, {name: p.to_local() for name, p in model.named_parameters()}, device)
-
-
-def assert_loaded(whole, shards, device):
-    """Assert that the ranks together hold the first rank's weights: tensor by tensor, their bits' sums.
-
-    Args: whole: the model, None on all ranks but the first. shards: {name: this rank's part, no padding}.
-    """
-    found = torch.stack([sum_bits(part).to(device) for part in shards.values()])
-    wanted = torch.zeros_like(found)
-    if whole is not None:
-        weights = dict(whole.named_parameters())
-        sums = [sum_bits(weights[name].to(part.dtype)) for name, part in shards.items()]
-        wanted = torch.stack(sums).to(device)
-    dist.all_reduce(found)
-    dist.broadcast(wanted, src=0)
-    wrong = [name for name, equal in zip(shards, (found == wanted).tolist()) if not equal]
-    assert not wrong, f"the ranks do not hold what the files do: {wrong}"
 
 
 def sum_bits(tensor):

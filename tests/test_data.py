@@ -91,7 +91,7 @@ def test_a_cache_that_cannot_be_written_is_named_as_the_cache(tmp_path, monkeypa
     rows = load_rows(path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", f"{path}/cache")  # below a file
     message = f"the cache of datasets {path}/cache cannot be written: .* set HF_DATASETS_CACHE"
-    for use in (lambda: load_rows(path), lambda: map_rows(rows, lambda row: row, "code")):
+    for use in (lambda: load_rows(path), lambda: map_rows(rows, lambda row, index: row, "rows", __file__)):
         with pytest.raises(Refusal, match=message):
             use()
 
@@ -142,13 +142,14 @@ def test_what_is_missing_or_empty(tmp_path):
 def test_mapped_rows_are_cached_in_the_cache_and_nowhere_else(tmp_path):
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "mine")
     before = sorted(path.name for path in (tmp_path / "mine").iterdir())
-    for code, factor, files in (("one", 2, 1), ("one", 2, 1), ("other", 2, 2), ("other", 3, 3)):
+    for script, factor, files in (("one", 2, 1), ("one", 2, 1), ("other", 2, 2), ("other", 3, 3)):
+        path = written(tmp_path / script, script)
 
-        def times(example, index):  # its own hash, and what it holds, are in the key, though `named` holds it
+        def times(example, index):  # what it holds is in the key, and its script's text
             return {"m": factor * example["n"]}  # noqa: B023
 
         rows = load_rows(str(tmp_path / "mine"))
-        mapped = map_rows(rows, data.named(times, "rows"), code, with_indices=True)
+        mapped = map_rows(rows, times, "rows", path)
         assert mapped["m"][:] == [factor, 2 * factor]
         assert len(list((tmp_path / "cache/tokenised").glob("*.arrow"))) == files
     assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == before
@@ -157,9 +158,8 @@ def test_mapped_rows_are_cached_in_the_cache_and_nowhere_else(tmp_path):
 @pytest.mark.parametrize("num_proc", [None, 2])
 def test_a_refused_row_is_named(num_proc):
     rows = datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}, {"text": None}])
-    check = data.named(lambda example, index: check_row(example, ["text"]), "some.csv")
     with pytest.raises(Refusal, match="^some.csv, example 2: text is None; wanted: a string.$"):
-        map_rows(rows, check, "code", with_indices=True, num_proc=num_proc)
+        map_rows(rows, lambda row, index: check_row(row, ["text"]), "some.csv", __file__, num_proc)
 
 
 def test_what_is_asked_of_whole_datasets_and_pairs():

@@ -33,7 +33,6 @@ assert_refused = functools.partial(helpers.assert_refused, dpo_padding_free)
 RESUME = {"resume_from_checkpoint": "latest"}
 WAYS = {
     "shared": {},
-    "shared with prefix": {"share_prefix": True},
     "padding-free": {"share_prompt": False},
     "padded": {"padding_free": False},
 }
@@ -203,7 +202,7 @@ def test_logps_loss_and_every_gradient_are_those_of_sequences_alone(way, seed, s
 
 
 FAMILIES = [(family, WAYS["shared"]) for family in ("qwen3", "mistral", "gemma3_text", "gpt2")]
-FAMILIES += [("gpt2", WAYS["shared with prefix"]), ("gpt2", WAYS["padded"]), ("mistral", WAYS["padded"])]
+FAMILIES += [("gpt2", WAYS["padded"]), ("mistral", WAYS["padded"])]
 # a row of whole sequences runs on transformers' own attention as well
 WHOLE = {"share_prompt": False}
 FAMILIES += [("gemma3_text", WHOLE | {"attn_implementation": name}) for name in ("varlen", "sdpa", "eager")]
@@ -239,7 +238,7 @@ def test_how_many_tokens_each_way_computes():
     pairs = make_pairs(0, [(10, 5, 3, 2), (6, 4, 8, 0)])
     before = json.dumps(pairs)
     tokens = {way: collate(pairs, Arguments(**flags))["input_ids"].numel() for way, flags in WAYS.items()}
-    assert tokens == {"shared": 36, "shared with prefix": 34, "padding-free": 52, "padded": 60}
+    assert tokens == {"shared": 36, "padding-free": 52, "padded": 60}
     assert json.dumps(pairs) == before  # not mutated
     for way, flags in WAYS.items():
         costs = planned(pairs, Arguments(**flags)).costs
@@ -263,7 +262,7 @@ def naive_run(evaluated, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "way, precompute_ref_log_probs", [("shared", True), ("padding-free", True), ("shared with prefix", False)]
+    "way, precompute_ref_log_probs", [("shared", True), ("padding-free", True), ("shared", False)]
 )
 def test_every_run_is_the_naive_run(way, precompute_ref_log_probs, naive_run, evaluated, tmp_path):
     """Steps, reference and evaluation."""
@@ -439,8 +438,6 @@ def test_no_other_pair_and_no_other_completion_moves(way):
         pairs[4][name] = [(token + 1) % 64 for token in pairs[4][name]]
         if name == "chosen_prompt_ids":
             pairs[4]["rejected_prompt_ids"] = pairs[4][name]
-        elif way == "shared with prefix":
-            pairs[4]["prefix_length"] = 0
         change = (logps_of(pairs, **WAYS[way]) - before).abs()
         assert change[4, moved].min() > 1e-2
         change[4, moved] = 0
@@ -532,8 +529,8 @@ def test_a_row_as_it_is_loaded(tmp_path):
     assert [tokenizer.decode(examples[0][name]) for name in TOKENS] == expected
     assert data["boundaries_moved"] == 0 and data["examples_used"] == 1
     size = len(tokenizer(TALK_TEXT).input_ids)
-    names = ("chosen_length", "rejected_length", "shared_length", "prefix_length")
-    assert [examples[0][name] for name in names] == [size + 2, size + 2, size, 0]
+    names = ("chosen_length", "rejected_length", "shared_length")
+    assert [examples[0][name] for name in names] == [size + 2, size + 2, size]
 
 
 def implicit(chosen, rejected):
@@ -721,8 +718,6 @@ BAD_FLAGS = [
     ({"max_completion_length": 64}, "--max_completion_length 64 leaves no room"),
     ({"loss_type": "kto"}, "loss_type is 'kto'; choose one of sigmoid, ipo, hinge"),
     ({"max_tokens_per_batch": 99, "per_device_train_batch_size": 2}, "both size a batch"),
-    ({"share_prefix": True, "share_prompt": False}, "--share_prefix needs shared"),
-    ({"share_prefix": True, "padding_free": False}, "--share_prefix needs shared"),
     ({"attn_implementation": "sdpa"}, "sdpa ignores kv_index"),
     ({"attn_implementation": "varlen", "padding_free": False}, "varlen is for flat rows"),
     ({"dry_run": True, "max_tokens_per_batch": 99}, "a pair may take 127 tokens, over --max_tokens_per_bat"),
@@ -879,7 +874,7 @@ def rows_matter(monkeypatch):
     "changes",
     [
         {"bf16": True, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
-        {"share_prefix": True, "max_tokens_per_batch": 80},
+        {"max_tokens_per_batch": 80},
         {"share_prompt": False, "bf16": True, "gradient_checkpointing": False},
         {"padding_free": False},
     ],
@@ -1066,7 +1061,7 @@ def two_ranks(evaluated, tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("two")
     pairs = {**evaluated, **TWO_EPOCHS}
-    tokens = {**evaluated, "max_steps": 3, "share_prefix": True, "precompute_ref_log_probs": False}
+    tokens = {**evaluated, "max_steps": 3, "precompute_ref_log_probs": False}
     tokens |= {"dataset_name": write_jsonl(folder / "rows.jsonl", random_preferences(0, 5))}
     tokens |= {"max_tokens_per_batch": 60}
     results = helpers.run_on_two_ranks("dpo_padding_free", {"pairs": pairs | SIZES, "tokens": tokens}, folder)

@@ -29,7 +29,7 @@ lint: .venv/.installed
 	$(BIN)/ruff check .
 
 # one after another, or they would slow each other down; then the pages' tables and the figures from the JSON
-COMPARED := packing loss_head growth sft dpo grpo_update
+COMPARED := packing loss_head sft dpo grpo_update
 BENCH := benchmarks/.venv/bin
 bench: benchmarks/.venv/.installed
 	for name in $(COMPARED); do $(BENCH)/python benchmarks/$$name.py || exit 1; done

@@ -8,7 +8,6 @@ A figure is a list of panels, plain data made by the functions below: {"title", 
 
 import argparse
 import textwrap
-from functools import partial
 from pathlib import Path
 
 from cases import RESULTS, caption, load, number, series
@@ -22,23 +21,6 @@ def curves(document, x, measure, scale=1.0, **where):
     found = {way: series(document, x, way, measure, **where) for way in ways}
     points = {way: [(a, b * scale) for a, b in values if b is not None] for way, values in found.items()}
     return {way: values for way, values in points.items() if values}
-
-
-def growth(x, label, shown, document):
-    """Panels along x; shown: [(title, y, measure, scale), ..]."""
-    panels = []
-    for title, y, measure, scale in shown:
-        found = curves(document, x, measure, scale, axis=f"{x} per row")
-        panels.append({"title": title, "y": y, "x": label, "log": "x", "curves": found})
-    return panels
-
-
-TOKENS = [
-    ("Time", "milliseconds per token", "seconds_per_token", 1e3),
-    ("Memory", "peak KiB per token", "bytes_per_token", 1 / 1024),
-    ("Activations held for backward", "KiB per token", "activation_bytes_per_token", 1 / 1024),
-]
-DOCUMENTS = [("Time", "seconds per step", "seconds", 1), ("Memory", "peak GiB", "peak_bytes", 2**-30)]
 
 
 def packing(document):
@@ -68,12 +50,6 @@ def generation(document):
     ]
 
 
-def ranks(document):
-    of_ranks = [found for found in document["cases"] if found["setup"].get("axis") == "ranks"]
-    speeds = {found["case"]: found["ways"]["varlen"]["median"]["tokens_per_second"] for found in of_ranks}
-    return [{"title": "Ranks of one thread each", "y": "tokens/s", "bars": speeds}]
-
-
 def steps(document):
     """Peak bytes and speed of each way, for each case."""
     panels = []
@@ -98,12 +74,6 @@ def ladder(document):
 # name of the figure -> (measurement, its panels)
 PANELS = {
     "packing": ("packing", packing),
-    "growth_tokens": ("growth", partial(growth, "tokens", "tokens in a row of whole documents", TOKENS)),
-    "growth_documents": (
-        "growth",
-        partial(growth, "documents", "documents in a row of one length", DOCUMENTS),
-    ),
-    "ranks": ("growth", ranks),
     "sft": ("sft", steps),
     "dpo": ("dpo", steps),
     "grpo": ("grpo_update", steps),

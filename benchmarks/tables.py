@@ -141,14 +141,6 @@ def steps(baselines, document):
     return "\n\n".join(parts)
 
 
-def growth(document):
-    rows = []
-    for found in document["cases"]:
-        for way, values in found["ways"].items():
-            rows.append([found["case"], way, values["median"]["seconds"], gib(values)])
-    return markdown(["case", "attention", "s/step", "peak GiB"], rows, texts=2)
-
-
 def generation(document):
     rows = []
     for found in document["cases"]:
@@ -173,7 +165,6 @@ def ladder(document):
 DRAWN = {
     "packing": packing,
     "loss_head": loss_head,
-    "growth": growth,
     "sft": partial(steps, ["TRL padded", "TRL packed"]),
     "dpo": partial(steps, ["TRL padded", "TRL padded, precomputed"]),
     "grpo_update": partial(steps, ["TRL", "TRL, tuned"]),

@@ -174,7 +174,7 @@ def marks(page):
 def test_the_pages_say_what_was_measured(tmp_path, monkeypatch):
     readme, page = tables.PAGES
     assert "headline" in marks(readme)
-    assert marks(page) == tables.TABLES.keys() - {"headline", "growth"}
+    assert marks(page) == tables.TABLES.keys() - {"headline"}
     documents = cases.load()
     assert "headline" not in tables.differing(readme.read_text(), documents)
     assert tables.differing(page.read_text(), documents) == []

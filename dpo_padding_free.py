@@ -243,7 +243,7 @@ def load_examples(name, split, pretrained, args):
     check_token_ids(examples, pretrained.vocab_size, name, TOKENS)
     data, used = describe(examples, unused_columns(rows, ("prompt", "chosen", "rejected")))
     check_repeats(name, examples["repeats"][:])
-    promptless = sum(examples["promptless"])
+    promptless = sum(examples["promptless"][:])
     guessed = "prompt" not in rows.column_names and promptless > len(rows) / 2
     refuse(
         guessed,
@@ -258,7 +258,7 @@ def load_examples(name, split, pretrained, args):
 
 def describe(examples, columns_unused):
     """Counts of what became of the pairs, for summary.json; and which pairs are used."""
-    counts = {name: np.array(examples[name]) for name in examples.column_names if name not in TOKENS}
+    counts = {name: np.array(examples[name][:]) for name in examples.column_names if name not in TOKENS}
     used = ~(counts["equal"] | counts["unscored"])
     summed = ("prompts_truncated", "prompts_parted", "completions_truncated", "completions_without_eos")
     summed += ("boundaries_moved", "tokens_cut")
@@ -326,7 +326,7 @@ class Pairs(Epochs):
     def __init__(self, examples, args, name, pad_token_id=0, world=1):
         super().__init__(args, world)
         columns = ("chosen_length", "rejected_length", "shared_length")
-        chosen, rejected, shared = (np.array(examples[column]) for column in columns)
+        chosen, rejected, shared = (np.array(examples[column][:]) for column in columns)
         self.num_tokens = chosen + rejected  # of both sequences, a shared prompt counted twice
         self.costs = self.num_tokens  # tokens computed for the pair alone
         if shares_prompts(args):
@@ -566,8 +566,6 @@ def set_kernels_and_prove(model, pairs, args, run):
 @torch.no_grad()
 def compute_reference(model, pairs, chunks, run):
     """Fill in pairs.reference for these micro-batches (arrays of pair numbers), the same on all ranks."""
-    training = model.training
-    model.eval()
     found = torch.zeros(len(pairs), 2, device=run.device)
     for start in tqdm(range(0, len(chunks), run.world), "Reference", leave=False, disable=not run.first):
         run.watch("computing the reference")
@@ -576,7 +574,6 @@ def compute_reference(model, pairs, chunks, run):
         logps = sequence_logps(model, run.to_device(batch), pairs.args.loss_chunk_size)
         if run.rank < len(one_each):
             found[torch.from_numpy(one_each[run.rank]).to(run.device)] = logps.view(-1, 2)
-    model.train(training)
     dist.all_reduce(found)  # each pair was computed on one rank, and is 0 on the others
     for number in (~found.isfinite()).any(1).nonzero()[:1, 0].tolist():
         example = pairs.examples[number]["example"]
@@ -657,7 +654,7 @@ def load_reference_model(args, run, pretrained):
     if args.precompute_ref_log_probs:
         return None
     # it runs under no_grad, and no optimizer knows it
-    model = load_model(args, run, pretrained).eval()
+    model = load_model(args, run, pretrained)
     set_kernels(model, args, args.padding_free, pretends=run.pretends)
     return model
 
@@ -700,12 +697,10 @@ def train_step(model, optimizer, batches, args, run, offload=None, reference_mod
 @torch.no_grad()
 def evaluate(model, reference_model, pairs, args, run):
     """Means over all pairs and ranks of what `batch_loss` names, each with the prefix eval_."""
-    model.eval()
     tally = Tally()
     for batch in pairs.micro_batches(pairs.in_order(), run):
         run.watch("evaluation")
         tally.add(batch_loss(model, reference_model, run.to_device(batch), args)[1])
-    model.train()
     means = {f"eval_{name}": total / len(pairs) for name, total in tally.of_all_ranks(run).items()}
     check_finite(means["eval_loss"])
     return means
@@ -762,11 +757,9 @@ def main(args):
         options = args.measure_memory, run.counted_step, offload, [reference_model]
         meter = MemoryMeter(model, optimizer, run.device, *options)
 
-        for numbers, chunks in pairs.remaining_steps(run):
-            with run.step(optimizer, partial(pairs.name, numbers)):
-                batches = list(pairs.micro_batches(chunks, run))
-                with meter.step(batches):
-                    counts, means = train_step(model, optimizer, batches, args, run, offload, reference_model)
+        for numbers, batches in pairs.remaining_steps(run):
+            with run.step(optimizer, partial(pairs.name, numbers)), meter.step(batches):
+                counts, means = train_step(model, optimizer, batches, args, run, offload, reference_model)
             run.progress["updates"] += 1
             metrics = {
                 "epoch": pairs.advance(run.progress, numbers),
@@ -836,7 +829,7 @@ def explore(args):
     """Count the bytes of one step, those that single flags would save, and the longest pairs that fit."""
     pretrained = read_pretrained(args.model_name_or_path, args.max_length, dropout=False, config_only=True)
     switches = ("bf16", "gradient_checkpointing", "activation_offloading", "padding_free", "share_prompt")
-    halved = ("loss_chunk_size", "per_device_train_batch_size", "max_length", "max_tokens_per_batch")
+    halved = ("per_device_train_batch_size", "max_length", "max_tokens_per_batch")
     changes = single_changes(args, (*switches, "precompute_ref_log_probs"), halved)
     most = max_positions(pretrained.config)[0] or args.max_length
     if args.max_tokens_per_batch:  # which has to hold a pair

@@ -24,7 +24,7 @@ import os
 import time
 import warnings
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -56,7 +56,7 @@ from common.data import (
     unused_columns,
 )
 from common.exactness import NUM_TOKENS, check_exact, logps_alone, proof_tokens
-from common.logps import at_scored, token_logps
+from common.logps import at_scored, nll_sum, token_logps
 from common.memory import ByteCounter, PretendedRun, count_step, dry_run, ledger, peak_memory_bytes, pretend
 from common.rewards import call_rewards, check_answers, columns_read, load_reward_funcs
 from common.run import (
@@ -77,7 +77,6 @@ from common.run import (
 )
 from common.sharding import (
     check_flat,
-    checkpoint_layers,
     decoder_layers,
     empty_model,
     frozen_names,
@@ -87,6 +86,7 @@ from common.sharding import (
     read_pretrained,
     trained,
     try_to_write,
+    wrap_layers,
     write_pretrained,
 )
 from common.truncation import truncate_pair
@@ -184,11 +184,11 @@ class Prompts(Epochs):
         self.examples = map_rows(self.rows, encode, name, __file__, args.dataset_num_proc)
         # a completion in the data is not the one that a reward judges
         self.reward_columns = [column for column in columns if column not in ("prompt", "completion")]
-        cut = np.array(self.examples["tokens_cut"])
+        cut = np.array(self.examples["tokens_cut"][:])
         self.data = {
             "examples_read": len(self),
             "examples_truncated": int((cut > 0).sum()),
-            "tokens_kept": sum(map(len, self.examples["input_ids"])),
+            "tokens_kept": sum(map(len, self.examples["input_ids"][:])),
             "tokens_cut": int(cut.sum()),
         }
 
@@ -594,8 +594,26 @@ def per_token_logps(engine, batch, args):
     return at_scored(engine, batch, head)
 
 
+def on_policy_loss(engine, batch, args):
+    """`batch_loss` where the weights are those that sampled, and there is no reference.
+
+    Every ratio is 1 then, and the gradient of a token's loss by its log-probability is -A / denominator: that
+    of a weighted sum whose weights are known in advance, for which the head needs three products, not four.
+    """
+    weights = batch["advantages"] / batch["denominators"]
+
+    def head(hidden, weight, target_ids, bias):
+        options = {"temperature": args.temperature, "chunk_size": args.loss_chunk_size}
+        return nll_sum(hidden, weight, target_ids, weights=weights, bias=bias, **options)
+
+    return at_scored(engine, batch, head), {"loss": -weights.sum(), "kl": 0.0, "clipped": 0.0}
+
+
 def batch_loss(engine, batch, args):
     """The loss to take gradients of, summed over the batch's tokens; and named sums for the metrics."""
+    later = args.num_iterations > 1 or "old_per_token_logps" in batch
+    if not later and "ref_per_token_logps" not in batch:
+        return on_policy_loss(engine, batch, args)
     logps = per_token_logps(engine, batch, args)
     # the first step on a rollout is taken by the weights that sampled it: they are their own old ones
     old = batch.setdefault("old_per_token_logps", logps.detach())
@@ -733,8 +751,7 @@ def prepare_training(model, args, run):
 
     The place to freeze what is not to be trained: model.get_input_embeddings().requires_grad_(False), say.
     """
-    if args.gradient_checkpointing:
-        checkpoint_layers(model)
+    wrap_layers(model, args.gradient_checkpointing, args.torch_compile)
     groups, options = parameter_groups(model, args.weight_decay), {"lr": args.learning_rate}
     if args.offload_optimizer and not run.pretends:
         # DeepSpeed's own updates on the host from vector registers; it refuses torch's there
@@ -886,13 +903,15 @@ class Rollouts:
         uniform = rng.random((size * run.world, args.max_completion_length), dtype=np.float32)
         uniform = torch.from_numpy(uniform[run.rank * size : (run.rank + 1) * size])
         weights = generation_weights(self.engine, budget_bytes(args))
-        with weights as model, most_whole(model) as most:
+        # every rollout holds the same weights: the first one shows how many
+        measured = nullcontext({}) if self.most_whole_bytes else most_whole(self.engine.module)
+        with weights as model, measured as most:
             gathered = time.perf_counter()
             completions, finished, entropies, num_steps = generate(
                 model, prompt_ids, args, run, end_ids=self.end_ids, uniform=uniform, stopped=self.stopped
             )
         seconds = time.perf_counter() - started
-        self.most_whole_bytes = max(self.most_whole_bytes, most["bytes"])
+        self.most_whole_bytes = most.get("bytes", self.most_whole_bytes)
         run.watch("the rewards")
         with run.together():
             rewards, texts = self.prompts.judge(self.functions, mine, completions)
@@ -1243,7 +1262,7 @@ def explore(args):
         "--gather_budget_gib 1": {"gather_budget_gib": 1.0, "ds3_gather_for_generation": True},
         "--offload_optimizer": {"offload_optimizer": True},
         "--offload_optimizer --offload_param": {"offload_optimizer": True, "offload_param": True},
-        f"--loss_chunk_size {args.loss_chunk_size // 4}": {"loss_chunk_size": args.loss_chunk_size // 4},
+        "--loss_chunk_size 128": {"loss_chunk_size": 128},
         f"--per_device_train_batch_size {group}": {"per_device_train_batch_size": min(size, group)},
         f"{2 * world} ranks": {"dry_run_world_size": 2 * world},
     }

@@ -111,7 +111,7 @@ def check_arguments(args):
     )
     refuse(args.activation_offloading and args.liger_cross_entropy, overwritten)
     refuse(args.dry_run and args.liger_cross_entropy, "--dry_run cannot look into --liger_cross_entropy.")
-    ignored = args.liger_cross_entropy and args.loss_chunk_size != Arguments.loss_chunk_size
+    ignored = args.liger_cross_entropy and args.loss_chunk_size is not None
     refuse(ignored, "--loss_chunk_size with --liger_cross_entropy, which chooses its own: drop one.")
 
 
@@ -183,6 +183,7 @@ def load_documents(name, split, pretrained, args):
         return {
             "input_ids": input_ids,
             "labels": labels,
+            "num_tokens": len(input_ids),
             "piece_tokens": [len(ids) for ids, _ in pieces],
             # a document's first token is never predicted
             "piece_scored": [sum(label != IGNORE for label in labels[1:]) for _, labels in pieces],
@@ -191,14 +192,15 @@ def load_documents(name, split, pretrained, args):
 
     numbers = List(Value("int64"))  # datasets would guess from the first ones, which may all be dropped
     columns_made = ("input_ids", "labels", "piece_tokens", "piece_scored")
-    features = Features({**dict.fromkeys(columns_made, numbers), "repeats": Value("bool")})
+    ones = {"num_tokens": Value("int64"), "repeats": Value("bool")}
+    features = Features(dict.fromkeys(columns_made, numbers) | ones)
     encoded = map_rows(examples, encode, name, __file__, args.dataset_num_proc, features)
     check_repeats(name, encoded["repeats"][:])
     check_token_ids(encoded, pretrained.vocab_size, name)
-    lengths = np.array([len(ids) for ids in encoded["input_ids"]])
+    lengths = np.array(encoded["num_tokens"][:])
     documents = [  # fit_to_length cuts every max_length tokens
         (example, i * args.max_length, i * args.max_length + num_tokens)
-        for example, pieces in enumerate(zip(encoded["piece_tokens"], encoded["piece_scored"]))
+        for example, pieces in enumerate(zip(encoded["piece_tokens"][:], encoded["piece_scored"][:]))
         for i, (num_tokens, num_scored) in enumerate(zip(*pieces))
         if num_scored
     ]
@@ -586,11 +588,9 @@ def main(args):
         run.start(data)
         meter = MemoryMeter(model, optimizer, run.device, args.measure_memory, run.counted_step, offload)
 
-        for numbers, chunks in rows.remaining_steps(run):
-            with run.step(optimizer, partial(rows.name, numbers)):
-                batches = list(rows.micro_batches(chunks, run))
-                with meter.step(batches):
-                    sums, grad_norm = train_step(model, optimizer, batches, args, run, offload)
+        for numbers, batches in rows.remaining_steps(run):
+            with run.step(optimizer, partial(rows.name, numbers)), meter.step(batches):
+                sums, grad_norm = train_step(model, optimizer, batches, args, run, offload)
             run.progress["updates"] += sums["num_scored_tokens"] > 0
             metrics = {
                 "epoch": rows.advance(run.progress, numbers),
@@ -637,7 +637,7 @@ def explore(args):
     """Count the bytes of one step, those that single flags would save, and the longest rows that fit."""
     pretrained = read_pretrained(args.model_name_or_path, args.max_length, config_only=True)
     switches = ("bf16", "gradient_checkpointing", "activation_offloading", "padding_free")
-    halved = ("loss_chunk_size", "per_device_train_batch_size", "max_length")
+    halved = ("per_device_train_batch_size", "max_length")
     changes = single_changes(args, switches, halved)
     longest = max_positions(pretrained.config)[0] or args.max_length
     count = partial(pretend_step, pretrained=pretrained)

@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from harness import Way, data_file, measure, parse, script_run, switch_checkpointing, write
+from harness import Way, data_file, measure, parse, script_run, write
 from transformers import logging
 from transformers.utils import is_flash_attn_2_available
 
@@ -140,6 +140,16 @@ def prepare(trainer):
     prepared = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
     trainer.model_wrapped, trainer.optimizer = prepared
     return trainer
+
+
+def switch_checkpointing(model, wanted):
+    """transformers' own, for the ways that share a model."""
+    if wanted:
+        newer = getattr(model, "activation_checkpointing_enable", None)  # its name in newer releases
+        (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    else:
+        newer = getattr(model, "activation_checkpointing_disable", None)
+        (newer or model.gradient_checkpointing_disable)()
 
 
 def trl_way(trainer, steps, gradient_checkpointing=True, metrics=()):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from against_trl import compare_cases, prepare, trl_options, trl_way
 from datasets import Dataset
-from harness import Way, data_file, switch_checkpointing
+from harness import Way, data_file
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import pad, shuffle_sequence_dict, split_tensor_dict
 
@@ -88,7 +88,6 @@ def our_batches(bench, groups, rewards, shares):
 
 
 def our_step(engine, args, run, batches):
-    switch_checkpointing(engine.module, args.gradient_checkpointing)
     sums, grad_norm = train_step(engine, batches, args, run)
     return {"loss": sums["loss"], "grad_norm": grad_norm}
 

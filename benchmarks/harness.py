@@ -37,7 +37,7 @@ import sft_packing  # noqa: E402
 from common.collators import add_scored, flatten, pad  # noqa: E402
 from common.memory import count_step  # noqa: E402
 from common.run import Run  # noqa: E402
-from common.sharding import checkpoint_layers, set_kernels  # noqa: E402
+from common.sharding import set_kernels, wrap_layers  # noqa: E402
 
 GIB = 2**30
 PACKAGES = ("torch", "transformers", "trl", "deepspeed", "liger-kernel", "flash-attn", "accelerate", "numpy")
@@ -183,18 +183,9 @@ class Way:
         return {"peak_bytes": peak_bytes, "bytes": measured, "tokens_in_peak_step": tokens}
 
 
-def switch_checkpointing(model, wanted):
-    """For the ways that share a model."""
-    if wanted:
-        checkpoint_layers(model)
-    else:
-        newer = getattr(model, "activation_checkpointing_disable", None)  # its name in newer releases
-        (newer or model.gradient_checkpointing_disable)()
-
-
 def use(model, args, flat):
     """Let a model that several ways share compute as one of them does."""
-    switch_checkpointing(model, args.gradient_checkpointing)
+    wrap_layers(model, args.gradient_checkpointing, args.torch_compile)
     set_kernels(model, args, flat)
 
 

@@ -7,6 +7,7 @@ then takes the row's boundaries (collators.py) as keyword arguments of its forwa
 import inspect
 
 import torch
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -16,6 +17,9 @@ try:
     from flash_attn import flash_attn_varlen_func
 except ImportError:
     flash_attn_varlen_func = None
+
+# torch 2.13; 2.11 wants one key head for each query head
+TAKES_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def register_varlen_attention():
@@ -81,6 +85,14 @@ def varlen_attention_forward(
             dropout,
         )
         return output[None], None
+    options = scaling, sliding_window, dropout
+    return _by_segments(query, key, value, cu_seq_lens_q, cu_seq_lens_k, *options), None
+
+
+# torch.compile leaves it outside: how many segments there are is only known when it runs
+@torch.compiler.disable
+def _by_segments(query, key, value, cu_seq_lens_q, cu_seq_lens_k, scaling, sliding_window, dropout):
+    """SDPA, segment by segment. Shapes as of `varlen_attention_forward`."""
     outputs = []
     bounds_q, bounds_k = cu_seq_lens_q.tolist(), cu_seq_lens_k.tolist()
     for i in range(len(bounds_q) - 1):
@@ -100,7 +112,7 @@ def varlen_attention_forward(
             )
         )
     # joined along tokens in (1, N, H, D) order, which is what the layer reads: no copy after this one
-    return torch.cat([x.transpose(1, 2) for x in outputs], dim=1), None
+    return torch.cat([x.transpose(1, 2) for x in outputs], dim=1)
 
 
 def _causal_mask(length_q, length_k, sliding_window, device):
@@ -123,16 +135,14 @@ def _varlen_kernel(query, key, value, offsets, longest, scaling, sliding_window,
         return flash_attn_varlen_func(
             query, key, value, *offsets, *longest, dropout, scaling, causal=True, window_size=window_size
         )
-    from torch.nn.attention.varlen import varlen_attn  # imported here: the module wants a CUDA build
-
     if dropout:
         raise Refusal(
             "torch's varlen_attn has no dropout: install flash-attn, or set attention_dropout to 0."
         )
     options = {}
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # torch 2.13
+    if TAKES_GQA:
         options["enable_gqa"] = query.shape[1] != key.shape[1]
-    elif query.shape[1] != key.shape[1]:  # torch 2.11 wants one key head for each query head
+    elif query.shape[1] != key.shape[1]:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     return varlen_attn(
         query, key, value, *offsets, *longest, scale=scaling, window_size=window_size, **options

@@ -7,7 +7,7 @@ not finite.
 """
 
 import traceback
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -45,6 +45,24 @@ def proof_tokens(ids, config, max_length):
     return (ids * -(-length // len(ids)))[:length]
 
 
+@contextmanager
+def nothing_random(model):
+    """Inside, a model with dropout is in evaluation mode; another one stays as training has it."""
+    names = ("drop", "jitter")
+    rates = (
+        value
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if any(each in name for each in names) or (name == "p" and "Dropout" in type(module).__name__)
+    )
+    training = model.training
+    model.train(training and not any(rate for rate in rates if isinstance(rate, float)))
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 @torch.no_grad()
 def logps_alone(model, sequences, device=None):
     """What plain transformers computes: call it before attention or kernels of the model are changed.
@@ -55,21 +73,20 @@ def logps_alone(model, sequences, device=None):
              sequences.
     Raises:  ValueError for logits that are not finite, or that change behind the output head.
     """
-    training, logps, of_head = model.training, [], []
+    logps, of_head = [], []
 
     def keep(hidden, weight, bias):
         of_head.append(torch.nn.functional.linear(hidden, weight, bias))
         return of_head[-1]
 
-    model.eval()
     for ids, num_scored in sequences:
         input_ids = torch.tensor([ids], device=device or next(model.parameters()).device)
-        with head_computes(model, keep):
+        plain = torch.compiler.set_stance("force_eager")  # whatever has been asked of the layers
+        with nothing_random(model), head_computes(model, keep), plain:
             logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=num_scored + 1).logits
         _check_logits(model, logits.float(), of_head.pop().float())
         scored = input_ids[0, -num_scored:, None]
         logps.append(torch.log_softmax(logits[0, :-1].float(), dim=-1).gather(1, scored)[:, 0])
-    model.train(training)
     return torch.cat(logps)
 
 
@@ -112,16 +129,17 @@ def check_exact(model, expected, compute, *, bf16, max_length, what, remedy):
     Raises:  ValueError if that is above 1e-4 (fp32) or 5e-2 (bf16) of the largest log-probability, or if a
              window of the configuration never reaches the attention.
     """
-    name, training, implementation = type(model).__name__, model.training, model.config._attn_implementation
-    by_mask = implementation in ("sdpa", "eager")  # which attend within what the model's mask says
-    model.eval()
-    with nullcontext() if by_mask else windows_noted(implementation) as arrived, refusals_of(model, remedy):
+    name, implementation = type(model).__name__, model.config._attn_implementation
+    with refusals_of(model, remedy), nothing_random(model):
         found = compute()
-    model.train(training)
-    for field, window in () if by_mask else named_windows(model.config).items():
-        # in bf16 the difference that a lost window makes may be within the tolerance
-        lost = window < max_length and window not in arrived
-        refuse(lost, f"{name} attends within {field} {window} by a mask, which a flat row lacks. {remedy}")
+    # In bf16 the difference that a lost window makes may be within the tolerance.
+    windows = {field: size for field, size in named_windows(model.config).items() if size < max_length}
+    if windows and implementation not in ("sdpa", "eager"):  # which attend within what the model's mask says
+        with windows_noted(implementation) as arrived, torch.compiler.set_stance("force_eager"):
+            compute()
+        for field, size in windows.items():
+            lost = f"{name} attends within {field} {size} by a mask, which a flat row lacks. {remedy}"
+            refuse(size not in arrived, lost)
     difference = (found - expected).abs().max().item()
     tolerance = (5e-2 if bf16 else 1e-4) * expected.abs().max().clamp(min=1.0).item()
     if not difference <= tolerance:  # written so that NaN fails too
@@ -148,6 +166,8 @@ def refusals_of(model, remedy):
         if Path(transformers.__file__).parent not in raised_in.parents:
             raise
         raise Refusal(f"{type(model).__name__} refuses this run's rows: {error} {remedy}") from error
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise Refusal(f"--torch_compile cannot compile the layers: {error} Drop the flag.") from error
     except Exception as error:
         # no compiler, an old GPU, an operation that Triton's interpreter lacks: any type
         files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]

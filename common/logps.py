@@ -1,51 +1,71 @@
 """Log-probabilities without the [N, V] logits: the head runs over chunks of tokens, and no chunk is kept.
 
-N = 16,384 tokens over V = 151,936 is 9.3 GiB of fp32 logits, and as much again for their gradient; a chunk
-of 256 tokens is 0.15 GiB. Results are exact: every chunk sees the whole vocabulary.
+N = 16,384 tokens over V = 151,936 is 4.6 GiB of bf16 logits, and as much again for their gradient. A chunk's
+logits take 320 MiB at most, and turn into their own gradient in place: on CUDA by one Triton kernel, which
+passes over them twice, elsewhere by PyTorch's operations. Results are exact: every chunk sees the whole
+vocabulary, and softmax and sums are fp32.
 """
 
+import functools
+import os
 from contextlib import contextmanager
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor  # a dry run's
+from torch.nn.functional import linear
 
 from common import Refusal
 
-VOCAB_BLOCK = 8192  # rows of the weight's gradient made at once where they need a cast: block * H elements
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # it is made for Linux
+    triton = None
+
+# Bytes of a chunk's logits. A GPU wants large chunks: each one reads and writes the whole weight's gradient.
+# A CPU is as fast with small ones.
+CHUNK_BYTES = {"cuda": 320 * 2**20, "cpu": 48 * 2**20}
+VOCAB_BLOCK = 8192  # on a CPU, rows of the weight's gradient made at once in half precision
+BLOCK_ELEMENTS = 2**20  # of what PyTorch's operations cast to fp32 at once: 4 MiB, which stay in a cache
 
 
-def token_logps(hidden, weight, target_ids, *, bias=None, temperature=1.0, chunk_size=256):
-    """log softmax(hidden @ weight.T / temperature + bias / temperature)[target_ids], chunk by chunk.
+def token_logps(hidden, weight, target_ids, *, bias=None, temperature=1.0, chunk_size=None):
+    """log softmax((hidden @ weight.T + bias) / temperature)[target_ids], chunk by chunk.
 
     The logits are computed again in backward (4 matrix products in all), because their gradient depends on
-    what the loss does with the log-probabilities. For a plain sum, `nll_sum` needs 3.
+    what the loss does with the log-probabilities. For a sum whose weights are known, `nll_sum` needs 3.
 
-    Args:    hidden (N, H), weight (V, H), bias (V,) or None; target_ids (N,) int64; chunk_size in tokens.
-             N = 0 is fine. The products run in hidden's dtype, softmax and sums in fp32.
+    Args:    hidden (N, H), weight (V, H), bias (V,) or None; target_ids (N,) int64; chunk_size in tokens,
+             None = as many as CHUNK_BYTES allows. N = 0 is fine. The products run in hidden's dtype, softmax
+             and sums in fp32.
     Returns: (N,) float32, with gradients for hidden, weight and bias.
     Raises:  ValueError for shapes that do not fit, or a chunk below 1.
-    Memory:  chunk_size * V fp32 elements (and as many in hidden's dtype) beyond inputs and gradients.
+    Memory:  chunk_size * V elements of hidden's dtype beyond inputs and gradients.
     """
-    _check(hidden, weight, target_ids, chunk_size)
+    chunk_size = _check(hidden, weight, target_ids, chunk_size)
     return _TokenLogps.apply(hidden, weight, bias, target_ids, temperature, chunk_size)
 
 
-def nll_sum(hidden, weight, target_ids, *, bias=None, chunk_size=256):
-    """Sum of negative log-probabilities of target_ids; the gradient is taken in forward (3 products, not 4).
+def nll_sum(hidden, weight, target_ids, *, weights=None, bias=None, temperature=1.0, chunk_size=None):
+    """Sum of weights * negative log-probabilities of target_ids; 3 products, for the gradient is taken in
+    forward.
 
     The sum's gradient in every logit is known up to one factor, so forward can finish each chunk while its
     logits are there, and backward only multiplies by that factor. Hence backward runs once: retain_graph is
     refused.
 
-    Args:    as for `token_logps`.
+    Args:    weights (N,) float32, without a gradient, None = 1 for each token; others as for `token_logps`.
     Returns: () float32, with gradients for hidden, weight and bias. Divide it by the number of items
              yourself.
-    Memory:  chunk_size * V fp32 elements (and as many in hidden's dtype), and from forward to backward the
-             gradients themselves: N * H in hidden's dtype and V * H in weight's (fp32 until the last chunk
-             is done).
+    Memory:  chunk_size * V elements of hidden's dtype, and from forward to backward the gradients themselves:
+             N * H in hidden's dtype and V * H in weight's (fp32 until the last chunk is done).
     Source:  the idea of Liger's fused linear cross entropy, arXiv 2410.10989.
     """
-    _check(hidden, weight, target_ids, chunk_size)
-    return _NllSum.apply(hidden, weight, bias, target_ids, chunk_size, torch.is_grad_enabled())
+    chunk_size = _check(hidden, weight, target_ids, chunk_size)
+    if weights is None:
+        weights = torch.ones_like(target_ids, dtype=torch.float32)
+    options = temperature, chunk_size, torch.is_grad_enabled()
+    return _NllSum.apply(hidden, weight, bias, target_ids, weights, *options)
 
 
 def liger_nll_sum(hidden, weight, target_ids, *, bias=None):
@@ -117,6 +137,7 @@ def at_scored(model, batch, compute):
 
 
 def _check(hidden, weight, target_ids, chunk_size):
+    """Raise ValueError for what does not fit. Returns the chunk size, chosen if it is None."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be (N, H) and (V, H)."
@@ -125,64 +146,117 @@ def _check(hidden, weight, target_ids, chunk_size):
         raise ValueError(
             f"target_ids {tuple(target_ids.shape)} must be one per hidden state: ({hidden.shape[0]},)."
         )
+    if chunk_size is None:
+        # a dry run's tensors are on a pretended CPU, and stand for a GPU's
+        device = "cpu" if hidden.device.type == "cpu" and not isinstance(hidden, FakeTensor) else "cuda"
+        chunk_size = max(1, CHUNK_BYTES[device] // (len(weight) * hidden.element_size()))
+        # of whole tiles, as matrix products are computed
+        chunk_size -= chunk_size % 128 if chunk_size > 128 else 0
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; give a number of tokens >= 1.")
+    return chunk_size
 
 
-def _chunk_logits(hidden, weight, bias, temperature):
-    """fp32 logits (chunk, V). The bias is added in fp32."""
-    logits = (hidden @ weight.to(hidden.dtype).T).float()
-    if bias is not None:
-        logits += bias
-    return logits if temperature == 1.0 else logits.div_(temperature)
+# --- Logits -> log-probabilities, and their gradient in the logits' place ---
 
 
-def _exp_(logits):
-    """Turn logits (chunk, V) into exp(logits - largest), in their own storage: over their sum, the softmax.
+def logps_(logits, target_ids, temperature=1.0, factors=None):
+    """Log-probabilities of target_ids (n,) by logits (n, V): (n,) float32.
 
-    Returns: that sum; log sum exp(logits). Both (chunk, 1).
+    With factors (n,) float32, the logits become the gradient of sum(factors * log-probabilities) by them:
+    factor / temperature * (onehot(target) - softmax(logits / temperature)), rounded to their dtype. Without,
+    what they hold afterwards means nothing.
     """
-    largest = logits.amax(1, keepdim=True)
-    total = logits.sub_(largest).exp_().sum(1, keepdim=True)
-    return total, largest + total.log()
+    if _kernel_runs(logits.is_cuda):
+        return _logps_by_kernel(logits, target_ids, temperature, factors)
+    logps = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    size = max(1, BLOCK_ELEMENTS // logits.shape[1])
+    for start in range(0, len(logits), size):
+        rows = slice(start, start + size)
+        block = logits[rows].float()  # fp32 logits are their own block
+        if temperature != 1.0:
+            block /= temperature
+        target = target_ids[rows, None]
+        of_target = block.gather(1, target)
+        largest = block.amax(1, keepdim=True)
+        total = block.sub_(largest).exp_().sum(1, keepdim=True)
+        logps[rows] = (of_target - largest - total.log())[:, 0]
+        if factors is not None:
+            factor = factors[rows, None] / temperature
+            block.mul_(-factor / total).scatter_add_(1, target, factor)
+            logits[rows] = block
+        del block  # or it would live on while the next one is made
+    return logps
 
 
-class _Gradients:
-    """Buffers for the gradients of hidden, weight and bias, filled chunk by chunk from the logits'
-    gradient.
-    """
+@functools.cache
+def _kernel_runs(is_cuda):
+    if is_cuda and triton is None:
+        print("Triton is not installed: the loss head runs PyTorch's operations, exact as well, but slower.")
+    return triton is not None and (is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
 
-    def __init__(self, hidden, weight, bias, needs_grad):
-        self.weight = weight
-        self.grad_hidden = torch.empty_like(hidden) if needs_grad[0] else None
-        # fp32 even for bf16 weights: a sum over many chunks would lose small addends in bf16
-        fp32 = {"dtype": torch.float32, "device": weight.device}
-        self.grad_weight = torch.zeros(weight.shape, **fp32) if needs_grad[1] else None
-        self.grad_bias = torch.zeros(bias.shape, **fp32) if bias is not None and needs_grad[2] else None
 
-    def add(self, chunk, hidden, grad_logits):
-        """chunk: slice of tokens; hidden (chunk, H); grad_logits (chunk, V) fp32."""
-        if self.grad_bias is not None:
-            self.grad_bias += grad_logits.sum(0)
-        grad_logits = grad_logits.to(hidden.dtype)
-        if self.grad_hidden is not None:
-            self.grad_hidden[chunk] = grad_logits @ self.weight.to(hidden.dtype)
-        if self.grad_weight is None:
-            return
-        if hidden.dtype == torch.float32:
-            self.grad_weight.addmm_(grad_logits.T, hidden)
-        else:
-            for grad, block in zip(
-                self.grad_weight.split(VOCAB_BLOCK), grad_logits.split(VOCAB_BLOCK, dim=1)
-            ):
-                grad += block.T @ hidden
+def _logps_by_kernel(logits, target_ids, temperature, factors):
+    assert logits.stride(1) == 1, "the kernel reads rows without gaps"
+    logps = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    block = min(triton.next_power_of_2(logits.shape[1]), 8192)
+    _logps_kernel[(len(logits),)](
+        logits,
+        logits.stride(0),
+        target_ids,
+        logps if factors is None else factors.contiguous(),  # not read, where there are none
+        logps,
+        logits.shape[1],
+        1 / temperature,
+        HAS_FACTORS=factors is not None,
+        BLOCK=block,
+        num_warps=16 if block == 8192 else 4,
+    )
+    return logps
 
-    def result(self, bias):
-        return (
-            self.grad_hidden,
-            None if self.grad_weight is None else self.grad_weight.to(self.weight.dtype),
-            None if self.grad_bias is None else self.grad_bias.to(bias.dtype),
-        )
+
+if triton is not None:
+
+    @triton.jit
+    def _logps_kernel(
+        logits,
+        row_stride,
+        target_ids,
+        factors,
+        logps,
+        vocab_size,
+        inverse_temperature,
+        HAS_FACTORS: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        """One program for each row of logits: `logps_` in two passes over it, one to read, one to write."""
+        row = tl.program_id(0).to(tl.int64)  # a row's place may be beyond 2^31
+        logits += row * row_stride
+        target = tl.load(target_ids + row)
+        of_target = tl.load(logits + target).to(tl.float32) * inverse_temperature
+        # softmax's maximum and sum so far: a larger maximum scales down what is summed already
+        largest, total = -float("inf"), 0.0
+        for start in range(0, vocab_size, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            x = tl.load(logits + columns, columns < vocab_size, -float("inf")).to(tl.float32)
+            x *= inverse_temperature
+            larger = tl.maximum(largest, tl.max(x, 0))
+            total = total * tl.exp(largest - larger) + tl.sum(tl.exp(x - larger), 0)
+            largest = larger
+        log_z = largest + tl.log(total)
+        tl.store(logps + row, of_target - log_z)
+        if HAS_FACTORS:
+            factor = tl.load(factors + row) * inverse_temperature
+            for start in range(0, vocab_size, BLOCK):
+                columns = start + tl.arange(0, BLOCK)
+                inside = columns < vocab_size
+                x = tl.load(logits + columns, inside, -float("inf")).to(tl.float32)
+                p = tl.exp(x * inverse_temperature - log_z)
+                gradient = factor * (tl.where(columns == target, 1.0, 0.0) - p)
+                tl.store(logits + columns, gradient.to(logits.dtype.element_ty), inside)
+
+
+# --- Chunk by chunk ---
 
 
 few_chunks = False  # in a dry run: after the second chunk, the others would hold the same bytes again
@@ -204,6 +278,45 @@ def two_chunks_only():
         few_chunks = False
 
 
+class _Gradients:
+    """Buffers for the gradients of hidden, weight and bias, filled chunk by chunk from the logits'
+    gradient.
+    """
+
+    def __init__(self, hidden, weight, bias, needs_grad):
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.grad_hidden = torch.empty_like(hidden) if needs_grad[0] else None
+        # fp32 even for bf16 weights: a sum over many chunks would lose small addends in bf16
+        fp32 = {"dtype": torch.float32, "device": weight.device}
+        self.grad_weight = torch.zeros(weight.shape, **fp32) if needs_grad[1] else None
+        self.grad_bias = torch.zeros(bias.shape, **fp32) if bias is not None and needs_grad[2] else None
+
+    def add(self, chunk, grad_logits):
+        """chunk: slice of tokens; grad_logits (chunk, V) in hidden's dtype."""
+        hidden = self.hidden[chunk]
+        if self.grad_bias is not None:
+            self.grad_bias += grad_logits.sum(0, dtype=torch.float32)
+        if self.grad_hidden is not None:
+            self.grad_hidden[chunk] = grad_logits @ self.weight.to(hidden.dtype)
+        if self.grad_weight is None:
+            return
+        total = self.grad_weight
+        if hidden.dtype == torch.float32:
+            total.addmm_(grad_logits.T, hidden)
+        elif hidden.is_cuda:  # products in half precision, summed in fp32 by the matrix units themselves
+            torch.addmm(total, grad_logits.T, hidden, out_dtype=torch.float32, out=total)
+        else:
+            for part, columns in zip(total.split(VOCAB_BLOCK), grad_logits.split(VOCAB_BLOCK, dim=1)):
+                part += columns.T @ hidden
+
+    def result(self):
+        return (
+            self.grad_hidden,
+            None if self.grad_weight is None else self.grad_weight.to(self.weight.dtype),
+            None if self.grad_bias is None else self.grad_bias.to(self.bias.dtype),
+        )
+
+
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, target_ids, temperature, chunk_size):
@@ -211,9 +324,8 @@ class _TokenLogps(torch.autograd.Function):
         ctx.temperature, ctx.chunk_size = temperature, chunk_size
         logps = hidden.new_empty(len(hidden), dtype=torch.float32)
         for chunk in _chunks(len(hidden), chunk_size):
-            logits = _chunk_logits(hidden[chunk], weight, bias, temperature)
-            logps[chunk] = logits.gather(1, target_ids[chunk, None])[:, 0]
-            logps[chunk] -= _exp_(logits)[1][:, 0]
+            logits = _logits(hidden[chunk], weight, bias)
+            logps[chunk] = logps_(logits, target_ids[chunk], temperature)
             del logits  # or it would live on while the next chunk's logits are made
         return logps
 
@@ -222,38 +334,29 @@ class _TokenLogps(torch.autograd.Function):
         hidden, weight, bias, target_ids = ctx.saved_tensors
         gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
         for chunk in _chunks(len(hidden), ctx.chunk_size):
-            logits = _chunk_logits(hidden[chunk], weight, bias, ctx.temperature)
-            sum_exp, _ = _exp_(logits)
-            # d logp / d logits = onehot(target) - softmax
-            factor = grad_logps[chunk, None] / ctx.temperature
-            grad_logits = logits.mul_(-factor / sum_exp)
-            grad_logits.scatter_add_(1, target_ids[chunk, None], factor)
-            gradients.add(chunk, hidden[chunk], grad_logits)
-            del logits, grad_logits
-        return *gradients.result(bias), None, None, None
+            logits = _logits(hidden[chunk], weight, bias)
+            logps_(logits, target_ids[chunk], ctx.temperature, grad_logps[chunk])
+            gradients.add(chunk, logits)
+            del logits
+        return *gradients.result(), None, None, None
 
 
 class _NllSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target_ids, chunk_size, grad_enabled):
+    def forward(ctx, hidden, weight, bias, target_ids, weights, temperature, chunk_size, grad_enabled):
         # under no_grad (evaluation) needs_input_grad still says True for a parameter
         needs_grad = [needs and grad_enabled for needs in ctx.needs_input_grad[:3]]
         gradients = _Gradients(hidden, weight, bias, needs_grad)
         total = hidden.new_zeros((), dtype=torch.float32)
         for chunk in _chunks(len(hidden), chunk_size):
-            logits = _chunk_logits(hidden[chunk], weight, bias, 1.0)
-            target = target_ids[chunk, None]
-            target_logits = logits.gather(1, target)
-            sum_exp, log_z = _exp_(logits)
-            total += (log_z - target_logits).sum()
+            logits = _logits(hidden[chunk], weight, bias)
+            factors = -weights[chunk] if any(needs_grad) else None
+            total -= weights[chunk] @ logps_(logits, target_ids[chunk], temperature, factors)
             if any(needs_grad):
-                # d nll / d logits = softmax - onehot(target)
-                grad_logits = logits.div_(sum_exp).scatter_add_(1, target, torch.full_like(log_z, -1.0))
-                gradients.add(chunk, hidden[chunk], grad_logits)
-                del grad_logits
+                gradients.add(chunk, logits)
             del logits  # or it would live on while the next chunk's logits are made
         # plain attributes, not save_for_backward: offloading hooks must not carry these to the host and back
-        ctx.gradients = gradients.result(bias)
+        ctx.gradients = gradients.result()
         return total
 
     @staticmethod
@@ -267,4 +370,9 @@ class _NllSum(torch.autograd.Function):
             if gradient is not None:
                 # in place: a second V * H buffer would cost as much as the head itself
                 gradient.mul_(grad_total)
-        return *gradients, None, None, None
+        return *gradients, None, None, None, None, None
+
+
+def _logits(hidden, weight, bias):
+    """(n, V), as transformers computes them: in hidden's dtype."""
+    return linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))

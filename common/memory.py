@@ -126,10 +126,12 @@ class MemoryMeter:
             self.counting = False
             return
         self.calls += 1
-        states = [v for state in self.optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
-        now |= {"parameters": _bytes(self.model.parameters()), "optimizer": _bytes(states)}
-        if self.others:
-            now["reference"] = _bytes(p for model in self.others for p in model.parameters())
+        if self.calls <= 2:  # afterwards they stay as they are
+            states = self.optimizer.state.values()
+            states = [value for state in states for value in state.values() if torch.is_tensor(value)]
+            now |= {"parameters": _bytes(self.model.parameters()), "optimizer": _bytes(states)}
+            if self.others:
+                now["reference"] = _bytes(p for model in self.others for p in model.parameters())
         if self.offload is not None and measures:
             now["on_host"] = self.offload.step_host_bytes
         self.measured = {name: max(n, self.measured.get(name, 0)) for name, n in now.items()} | {
@@ -145,7 +147,9 @@ class MemoryMeter:
         return ledger(self.measured, self.peak_moment)
 
     def _before_update(self, now):
-        now["gradients"] = _bytes(p.grad for p in self.model.parameters() if p.grad is not None)
+        known = self.measured.get("gradients") if self.calls >= 2 else None
+        gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
+        now["gradients"] = known or _bytes(gradients)
         if "peak" in now:
             self._note_peak(now, "in a backward")
 
@@ -339,10 +343,13 @@ def count_step(step, batches, model, optimizer, offload=None, others=()):
 
 
 def single_changes(args, switches, halved):
-    """{what one would type: {flag: value}} for `dry_run`: switches on, numbers halved, ranks doubled."""
+    """{what one would type: {flag: value}} for `dry_run`: switches on, numbers halved, ranks doubled, and a
+    small chunk of the loss head.
+    """
     changes = {f"--{name}": {name: True} for name in switches}
     halves = {name: getattr(args, name) // 2 for name in halved if getattr(args, name)}
     changes |= {f"--{name} {half}": {name: half} for name, half in halves.items()}
+    changes["--loss_chunk_size 128"] = {"loss_chunk_size": 128}
     ranks = 2 * args.dry_run_world_size
     return changes | {f"{ranks} ranks": {"dry_run_world_size": ranks}}
 

@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,16 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Cache,
+    GenerationConfig,
+    PreTrainedConfig,
+)
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.initialization import no_init_weights
 from transformers.utils import cached_file, is_flash_attn_2_available
@@ -71,6 +80,8 @@ def check_sharded_arguments(args, flat):
     refuse(args.eval_steps and not args.eval_dataset_name, "--eval_steps needs --eval_dataset_name.")
     twice = args.measure_memory and torch.cuda.is_available()
     refuse(twice, "--measure_memory is for CPUs: on CUDA every step is measured, drop it.")
+    both = args.torch_compile and args.use_liger_kernel
+    refuse(both, "--torch_compile cannot compile what --use_liger_kernel has patched: drop one of the two.")
     triton = args.dry_run and args.use_liger_kernel
     refuse(triton, "--dry_run cannot look into Triton's kernels: drop --use_liger_kernel.")
 
@@ -283,8 +294,7 @@ def load_model(args, run, pretrained):
             model = empty_model(config, dtype=torch.float32)
         shard(model, run.mesh, args.bf16)
         hand_out(whole, model, run.device)
-    if args.gradient_checkpointing:
-        checkpoint_layers(model)
+    wrap_layers(model, args.gradient_checkpointing, args.torch_compile)
     return model.train()
 
 
@@ -337,13 +347,34 @@ def decoder_layers(model):
     return [m for m in model.modules() if type(m).__name__.removeprefix("FSDP") in names]
 
 
-def checkpoint_layers(model):
-    """Keep layers' inputs only, and compute the rest again in backward; frozen first layers keep nothing."""
-    newer = getattr(model, "activation_checkpointing_enable", None)  # its name in newer releases
-    (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    # For the reentrant way, transformers makes the embedding's output require a gradient: backward would run
-    # through every frozen layer, down to an embedding that is frozen as well.
-    model.disable_input_require_grads()
+def wrap_layers(model, checkpoints, compiles=False):
+    """Let each decoder layer run compiled, and keep its input only and compute the rest again in backward.
+
+    Each layer's own forward is replaced; its hooks, FSDP2's or ZeRO-3's, stay around it. All layers share one
+    compiled code, for rows of any length. A second call replaces the first one's work.
+    """
+    # else layers of too many kinds would run as if not compiled, and nobody would know
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    for layer in decoder_layers(model):
+        vars(layer).pop("forward", None)
+        plain = layer.forward
+        if compiles or checkpoints:
+            compiled = torch.compile(plain, dynamic=True) if compiles else None
+            layer.forward = partial(_run_layer, plain, compiled, checkpoints)
+
+
+def _run_layer(plain, compiled, checkpoints, *args, **kwargs):
+    generates = any(isinstance(each, Cache) for each in (*args, *kwargs.values()))
+    forward = compiled if compiled and not generates else plain
+    if torch.is_grad_enabled() and checkpoints:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    if torch.is_grad_enabled() or forward is plain:
+        return forward(*args, **kwargs)
+    # By the code that training runs, so that proof, reference and policy round alike: it wants a gradient.
+    with torch.enable_grad():
+        hidden, *others = args
+        output = forward(hidden.detach().requires_grad_(), *others, **kwargs)
+    return tree_map_only(torch.Tensor, torch.Tensor.detach, output)
 
 
 def check_flat(model):

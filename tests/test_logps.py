@@ -1,5 +1,6 @@
 """Chunked log-probabilities: what the full [N, V] logits give, in a fraction of their bytes."""
 
+import functools
 import os
 import re
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import pytest
 import torch
 from helpers import ROOT, documents, gradients, inputs, tiny_model, worst
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from common import logps
@@ -30,9 +32,8 @@ def make(n=N, bias=True, hidden_dtype=torch.float32, weight_dtype=torch.float32,
 
 
 def naive_logps(hidden, weight, bias, targets, temperature=1.0):
-    logits = (hidden @ weight.to(hidden.dtype).T).float()
-    if bias is not None:
-        logits = logits + bias
+    bias = None if bias is None else bias.to(hidden.dtype)
+    logits = torch.nn.functional.linear(hidden, weight.to(hidden.dtype), bias).float()
     return torch.log_softmax(logits / temperature, -1).gather(1, targets[:, None])[:, 0]
 
 
@@ -62,10 +63,13 @@ def test_values_and_gradients_are_those_of_full_logits(chunk_size, bias, tempera
     # each token weighs differently, and both signs occur, as with advantages
     assert compare(found, expected, leaves[:3], torch.linspace(-1, 1, N)) <= TOLERANCE
     # the mean, as a caller takes it: backward meets a factor other than 1
-    found = nll_sum(hidden, weight, targets, **options)[None] / N
-    assert found.shape == (1,) and found.dtype == torch.float32
-    expected = -naive_logps(hidden, weight, bias, targets).sum()[None] / N
-    assert compare(found, expected, leaves[:3], torch.ones(1)) <= TOLERANCE
+    for weights in (None, torch.linspace(-1, 1, N)):
+        options |= {"weights": weights, "temperature": temperature}
+        found = nll_sum(hidden, weight, targets, **options)[None] / N
+        assert found.shape == (1,) and found.dtype == torch.float32
+        expected = naive_logps(hidden, weight, bias, targets, temperature)
+        expected = -(expected if weights is None else expected * weights).sum()[None] / N
+        assert compare(found, expected, leaves[:3], torch.ones(1)) <= TOLERANCE
     assert all(map(torch.equal, before, (leaf for leaf in leaves if leaf is not None)))
 
 
@@ -116,13 +120,14 @@ def test_bf16_is_as_close_to_fp32_as_the_naive_path(weight_dtype, function):
 
 
 def test_a_wrong_normaliser_is_seen(monkeypatch):
-    def without_the_last_token(logits):
-        return real(logits[:, :-1])
+    def without_a_token(logits, *args):
+        return real(logits[:, 1:], *args)
 
     hidden, weight, bias, targets = make()
-    expected = naive_logps(hidden, weight, bias, targets)
-    real = logps._exp_
-    monkeypatch.setattr(logps, "_exp_", without_the_last_token)
+    targets = targets.clamp(max=V - 2)  # of the others
+    expected = naive_logps(hidden, weight, bias, targets + 1)
+    real = logps.logps_
+    monkeypatch.setattr(logps, "logps_", without_a_token)
     found = token_logps(hidden, weight, targets, bias=bias)
     assert compare(found, expected, (hidden, weight, bias), torch.ones(N)) > 100 * TOLERANCE
     assert abs(nll_sum(hidden, weight, targets, bias=bias) + expected.sum()) > 100 * TOLERANCE
@@ -195,24 +200,46 @@ def extra_peak(function, *leaves):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("function", [token_logps, nll_sum])
-def test_peak_is_one_chunk_and_the_gradients(function, dtype):
-    n, h, v, chunk_size = 1024, 16, 4096, 32
+def test_peak_is_one_chunk_and_the_gradients(function, dtype, monkeypatch):
+    n, h, v, chunk_size = 1024, 16, 4096, 64
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(n, h, generator=g).to(dtype).requires_grad_()
     weight = torch.randn(v, h, generator=g).to(dtype).requires_grad_()
     targets = torch.randint(0, v, (n,), generator=g)
     leaves = hidden, weight, targets
 
+    # as small beside these logits as it is beside real ones
+    monkeypatch.setattr(logps, "BLOCK_ELEMENTS", 2**17)
     naive = extra_peak(lambda: naive_logps(hidden, weight, None, targets).sum(), *leaves)
     hidden.grad = weight.grad = None
     ours = extra_peak(lambda: function(hidden, weight, targets, chunk_size=chunk_size).sum(), *leaves)
     size = hidden.element_size()
-    chunk = chunk_size * v * (4 if dtype == torch.float32 else 6)
+    # the logits, and in bf16 the block of them that is fp32
+    chunk = chunk_size * v * size + (0 if dtype == torch.float32 else 2**17 * 4)
     # the weight's gradient is summed in fp32, and for bf16 cast once at the end
     gradients_bytes = n * h * size + v * h * (4 if dtype == torch.float32 else 6)
     assert naive >= 2 * n * v * 4
     assert ours <= 1.1 * (chunk + gradients_bytes)
     assert ours <= naive / 20
+
+
+@pytest.mark.parametrize("pretended, expected", [(False, 128), (True, 1024)])
+def test_a_chunk_is_as_large_as_its_device_wants(pretended, expected):
+    """151,936 tokens in bf16 are 297 KiB a row of logits: 165 are 48 MiB, and 1,104 are 320 MiB."""
+    with FakeTensorMode() if pretended else torch.device("meta"):
+        hidden, weight = (torch.empty(size, 8, dtype=torch.bfloat16) for size in (5, 151_936))
+        targets = torch.zeros(5, dtype=torch.int64)
+    if not pretended:
+        hidden = torch.empty(5, 8, dtype=torch.bfloat16)
+    assert logps._check(hidden, weight, targets, None) == expected
+    assert logps._check(hidden, weight, targets, 7) == 7
+
+
+def test_without_triton_it_is_said_once(monkeypatch, capsys):
+    monkeypatch.setattr(logps, "triton", None)
+    runs = functools.cache(logps._kernel_runs.__wrapped__)
+    assert not runs(True) and not runs(True) and not runs(False)
+    assert capsys.readouterr().out.count("Triton is not installed") == 1
 
 
 # --- In a model ---
@@ -261,7 +288,7 @@ def test_head_computes_restores_the_head():
     assert "forward" not in vars(model.get_output_embeddings())
 
 
-# --- Liger's cross entropy, in Triton's interpreter (liger_interpreted.py) ---
+# --- Kernels, in Triton's interpreter (interpreted.py) ---
 
 
 def test_in_the_interpreter():
@@ -278,7 +305,7 @@ def test_in_the_interpreter():
         "no:logging",
     ]
     done = subprocess.run(
-        [*command, "tests/liger_interpreted.py"],
+        [*command, "tests/interpreted.py"],
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         cwd=ROOT,
         capture_output=True,
@@ -286,6 +313,24 @@ def test_in_the_interpreter():
         timeout=500,
     )
     assert re.search(r"^\d+ passed in", done.stdout, re.M), done.stdout + done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("function", [token_logps, nll_sum])
+def test_the_loss_head_on_cuda(function, dtype):
+    """Of 20,001 tokens the kernel takes three blocks; 300 are no whole chunks."""
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = (torch.randn(size, 64, generator=generator).to(dtype) for size in (300, 20_001))
+    targets, results = torch.randint(0, 20_001, (300,), generator=generator), []
+    for device in ("cuda", "cpu"):
+        leaves = [x.to(device, copy=True).requires_grad_() for x in (hidden, weight / 8)]
+        total = function(*leaves, targets.to(device), temperature=0.7, chunk_size=128).sum()
+        (total / 300).backward()
+        results.append([total.detach().cpu(), *(x.grad.cpu() for x in leaves)])
+    for found, expected in zip(*results):
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        assert worst(found, expected) <= tolerance * expected.abs().max().item()
 
 
 @pytest.mark.gpu

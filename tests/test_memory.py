@@ -9,7 +9,7 @@ import sft_packing
 from common import Refusal, memory
 from common.collators import add_scored, flatten, pad
 from common.memory import GIB, ByteCounter, MemoryMeter, format_ledger, ledger, pretend
-from common.sharding import Pretrained, checkpoint_layers, read_pretrained
+from common.sharding import Pretrained, read_pretrained, wrap_layers
 from sft_packing import Arguments, train_step
 
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ def training(padded=False, checkpointing=False, track=True, track_step=1, **size
     """A model with what trains it; a function of micro-batches that takes a measured step; the meter."""
     model = tiny_model("llama", "sdpa" if padded else "varlen", **sizes).train()
     if checkpointing:
-        checkpoint_layers(model)
+        wrap_layers(model, checkpoints=True)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     meter = MemoryMeter(model, optimizer, CPU, track, track_step)
 

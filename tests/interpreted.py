@@ -1,13 +1,16 @@
-"""Liger's own kernels on the CPU, in Triton's interpreter: test_logps.py runs this file in a process of its
-own with TRITON_INTERPRET=1 (its name does not begin with test_).
+"""Kernels on the CPU, ours and Liger's, in Triton's interpreter: test_logps.py runs this file in a process of
+its own with TRITON_INTERPRET=1 (its name does not begin with test_).
 
 The interpreter lacks three things that Liger's norms and MLPs need. `interpreter` supplies them; every kernel
-remains Liger's own, line for line. Left to a GPU: arithmetic in bf16, compilation, and atomicity.
+remains as it is, line for line. Left to a GPU: arithmetic in bf16, compilation, and atomicity.
 """
 
 import importlib
+from collections import Counter
 from types import SimpleNamespace
 
+import liger_kernel.ops
+import liger_kernel.transformers
 import numpy as np
 import pytest
 import torch
@@ -26,10 +29,10 @@ from helpers import (
 
 import common.offload
 import sft_packing
-from common import Refusal
+from common import Refusal, logps
 from common.collators import IGNORE, add_scored, flatten
 from common.exactness import check_exact, logps_alone
-from common.logps import at_scored, liger_nll_sum, nll_sum
+from common.logps import at_scored, liger_nll_sum, nll_sum, token_logps
 from common.sharding import check_liger, set_kernels
 
 LIGER = SimpleNamespace(attn_implementation="varlen", use_liger_kernel=True)
@@ -80,6 +83,33 @@ def families_as_they_were():
 # --- The loss head ---
 
 
+@pytest.mark.parametrize("dtype, size", [(torch.float32, 40), (torch.float32, 9001), (torch.bfloat16, 101)])
+def test_our_kernel_computes_what_pytorchs_operations_do(dtype, size, monkeypatch):
+    """Over 9,001 columns it takes two blocks, the second one nearly empty."""
+    generator = torch.Generator().manual_seed(0)
+    wider = 9 * torch.randn(6, size + 3, generator=generator).to(dtype)
+    wider[:, 2] = -torch.inf  # a token that is ruled out
+    logits, targets = wider[:, :size], torch.tensor([0, size - 1, 1, 5, size // 2, 3])
+    factors, results = torch.linspace(-1, 1, 6), []
+    assert logps._kernel_runs(False)
+    for runs in (True, False):
+        monkeypatch.setattr(logps, "_kernel_runs", lambda is_cuda, runs=runs: runs)
+        gradient = logits.clone()
+        alone = logps.logps_(logits.clone(), targets, 0.7)
+        found = logps.logps_(gradient, targets, 0.7, factors)
+        assert torch.equal(alone, found) and gradient.dtype == dtype
+        results.append((found, gradient.float()))
+    # the interpreter cuts off what does not fit into bf16, instead of rounding it
+    (logps_found, found), (logps_expected, expected) = results
+    assert worst(logps_found, logps_expected) <= 1e-6 * logps_expected.abs().max()
+    assert found.isfinite().all() and worst(found, expected) <= (2e-6 if dtype == torch.float32 else 1e-2)
+    # rows of a wider buffer: what lies between them stays
+    monkeypatch.setattr(logps, "_kernel_runs", lambda is_cuda: True)
+    row = wider.clone()
+    logps.logps_(row[:, :size], targets, 0.7, factors)
+    assert torch.equal(row[:, :size].float(), found) and torch.equal(row[:, size:], wider[:, size:])
+
+
 @pytest.mark.parametrize("num_tokens, bias", [(0, True), (1, False), (13, True)])
 def test_liger_nll_sum_is_nll_sum(num_tokens, bias):
     """Factor 0.25: the loop divides by the number of items before backward."""
@@ -120,51 +150,37 @@ def test_a_frozen_body_is_refused():
         liger_nll_sum(torch.randn(3, 4), torch.randn(8, 4).requires_grad_(), torch.zeros(3, dtype=torch.long))
 
 
-def test_liger_writes_over_logits_where_autograd_cannot_see_it():
-    """Why its cross entropy is refused beside offloading, whose copies may run later."""
-    from liger_kernel.transformers import LigerCrossEntropyLoss
-
-    logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).requires_grad_().tanh()
-    before, version = logits.detach().clone(), logits._version
-    LigerCrossEntropyLoss()(logits, torch.tensor([0, 3, 1, 2, 2]))
-    assert worst(logits.detach(), before) > 0.1 and logits._version == version
-
-
 # --- Rotary embedding, norms and MLP ---
 
 
+def score(model, row, function):
+    return at_scored(model, row, lambda hidden, weight, ids, bias: function(hidden, weight, ids, bias=bias))
+
+
 def nll_and_gradients(model, sequences, head):
-    row = add_scored(flatten(sequences))
-    nll = at_scored(model, row, lambda hidden, weight, ids, bias: head(hidden, weight, ids, bias=bias))
+    nll = score(model, add_scored(flatten(sequences)), head)
     (nll / 20).backward()
     return {"loss": nll.detach(), **gradients(model)}
 
 
-def prove(model, args=LIGER):
+def prove(model):
     """What the scripts do, on a few tokens: the interpreter takes its time."""
     ids = [each["input_ids"] for each in documents(3, [4, 2])]
     row = add_scored(flatten([{"input_ids": x, "labels": x} for x in ids]))
     model.set_attn_implementation("sdpa")
     expected = logps_alone(model, [(x, len(x) - 1) for x in ids])
-    set_kernels(model, args, flat=True)
+    set_kernels(model, LIGER, flat=True)
 
-    def compute():
-        logits = at_scored(model, row, lambda hidden, weight, ids, bias: hidden @ weight.T)
-        return torch.log_softmax(logits, -1).gather(1, row["score_ids"][:, None])[:, 0]
-
-    return check_exact(
-        model, expected, compute, bf16=False, max_length=64, what="in a packed row", remedy="Drop the flag."
-    )
+    options = {"bf16": False, "max_length": 64, "what": "in a packed row", "remedy": "Drop the flag."}
+    return check_exact(model, expected, lambda: score(model, row, token_logps), **options)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_models_with_ligers_kernels_give_plain_losses_and_gradients(family, monkeypatch):
     """The last document scores nothing."""
-    from liger_kernel import ops
-
-    calls = {}
+    calls = Counter()
     for name in ("LigerRopeFunction", "LigerRMSNormFunction", "LigerSiLUMulFunction", "LigerGELUMulFunction"):
-        function, calls[name] = getattr(ops, name), 0
+        function = getattr(liger_kernel.ops, name)
 
         def forward(ctx, *args, name=name, original=function.forward, **kwargs):
             calls[name] += 1
@@ -176,16 +192,15 @@ def test_models_with_ligers_kernels_give_plain_losses_and_gradients(family, monk
     expected = nll_and_gradients(model, sequences, nll_sum)
     check_liger(model.config.model_type)
     assert prove(model) <= 1e-5 and model.training
-    calls.update(dict.fromkeys(calls, 0))
+    calls.clear()
     assert worst(nll_and_gradients(model, sequences, liger_nll_sum), expected) <= 1e-5
     mlp = "LigerGELUMulFunction" if family == "gemma3_text" else "LigerSiLUMulFunction"
     # two in each of two layers, and the last one; Liger 0.8.0 leaves Qwen3's norms of q and k as they are
     assert calls.pop("LigerRMSNormFunction") >= 5
-    assert calls == {**dict.fromkeys(calls, 0), "LigerRopeFunction": 2, mlp: 2}
+    assert calls == {"LigerRopeFunction": 2, mlp: 2}
     assert model.state_dict().keys() == other.state_dict().keys()
-    assert not any("forward" in vars(module) for module in other.modules())
-    # nor is the loss: Liger's default would put its cross entropy into the model's own forward
-    assert "forward" not in vars(model)
+    # neither another model is changed, nor the loss: Liger's default puts its own into the model's forward
+    assert not any("forward" in vars(module) for module in (*other.modules(), model))
     assert torch.nn.functional.cross_entropy.__module__ == "torch.nn.functional"
 
 
@@ -196,8 +211,6 @@ def test_an_activation_that_liger_does_not_compute_is_seen():
 
 
 def test_what_liger_does_not_know_is_refused(monkeypatch):
-    import liger_kernel.transformers
-
     with pytest.raises(Refusal, match="no kernels for model type 'gpt2'.* llama, "):
         check_liger("gpt2")
     monkeypatch.setattr(liger_kernel.transformers, "_apply_liger_kernel_to_instance", lambda model, **_: None)
@@ -223,11 +236,11 @@ def test_runs_with_liger_are_runs_without(tmp_path, monkeypatch):
         "gradient_checkpointing": False,
         "check_exact": False,
     }
-    ways = {"plain": {}, "liger": {"use_liger_kernel": True}}
-    ways["offloaded"] = {"use_liger_kernel": True, "activation_offloading": True}
-    ways["with its loss"] = {"use_liger_kernel": True, "liger_cross_entropy": True}
-    done = {way: run(sft_packing, tmp_path / way, flags, **changes) for way, changes in ways.items()}
-    assert done["offloaded"].returned["activation_offloading"]["offloaded_bytes"] > 0
-    assert_same_curve(done["liger"], done["plain"])
-    assert_same_curve(done["with its loss"], done["plain"])
-    assert_same_bits(done["offloaded"], done["liger"])
+    plain = run(sft_packing, tmp_path / "plain", flags)
+    flags["use_liger_kernel"] = True
+    liger = run(sft_packing, tmp_path / "liger", flags)
+    assert_same_curve(liger, plain)
+    offloaded = run(sft_packing, tmp_path / "offloaded", flags, activation_offloading=True)
+    assert_same_bits(offloaded, liger)
+    assert offloaded.returned["activation_offloading"]["offloaded_bytes"] > 0
+    assert_same_curve(run(sft_packing, tmp_path / "with its loss", flags, liger_cross_entropy=True), plain)

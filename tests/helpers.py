@@ -2,12 +2,14 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 from collections import namedtuple
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -111,6 +113,38 @@ def random_text(generator, shortest, longest):
     return "".join(generator.choices("abcdef ", k=generator.randint(shortest, longest)))
 
 
+def random_texts(seed, count, longest=50):
+    generator = random.Random(seed)
+    return [{"text": random_text(generator, 3, longest)} for _ in range(count)]
+
+
+def preference(prompt, chosen, rejected):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def random_preferences(seed, count):
+    text = partial(random_text, random.Random(seed), 1)
+    return [preference(text(30), text(15) + "x", text(15) + "y") for _ in range(count)]
+
+
+def small_run(script, folder):
+    """Flags of a run of a fraction of a second. SFT: 20 texts of 4 to 51 tokens, in 9 rows if packed, and an
+    evaluation of 7 examples of uneven lengths. DPO: 10 pairs, and an evaluation of 5.
+    """
+    if script.__name__ == "sft_packing":
+        lengths = [(3, 20), (17, 5), (8, 30), (1, 1), (20, 12), (11, 2), (5, 26)]
+        rows, some = random_texts(0, 20), [{"prompt": "p" * n, "completion": "c" * m} for n, m in lengths]
+    else:
+        rows, some = random_preferences(0, 10), random_preferences(6, 5)
+    return {
+        "model_name_or_path": write_model(folder / "model"),
+        "dataset_name": write_jsonl(folder / "train.jsonl", rows),
+        "eval_dataset_name": write_jsonl(folder / "eval.jsonl", some),
+        "max_length": 64,
+        "learning_rate": 1e-3,
+    }
+
+
 def talk(*contents):
     """A conversation in which user and assistant take turns."""
     return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
@@ -203,6 +237,7 @@ def update_plainly(model, learning_rate, max_grad_norm):
 
 FinishedRun = namedtuple("FinishedRun", ["returned", "metrics", "weights"])
 CLOCK = {"tokens_per_second", "step_seconds", "peak_memory_bytes"}
+CLOCK |= {"gather_seconds", "generation_seconds", "update_seconds"}  # GRPO's
 
 
 def run(script, output_dir, flags, **changes):
@@ -282,12 +317,14 @@ def assert_first_is_frozen(done, came):
     assert found["optimizer"] == pytest.approx(8 * trained, rel=0.01)
 
 
-def run_on_two_ranks(script, jobs, folder):
-    """Run {name: flags} of a script, one after another, on the same two gloo ranks, into folder/name.
+def run_on_two_ranks(jobs, folder):
+    """Run {name: [script, flags]}, one after another, on the same two gloo ranks, into folder/name.
 
     Returns: what each rank's runs returned or raised.
     """
-    listed = {name: [script, {**flags, "output_dir": str(folder / name)}] for name, flags in jobs.items()}
+    listed = {
+        name: [script, {**flags, "output_dir": str(folder / name)}] for name, (script, flags) in jobs.items()
+    }
     (folder / "jobs.json").write_text(json.dumps(listed))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     process = subprocess.Popen(

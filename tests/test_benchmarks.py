@@ -33,9 +33,8 @@ NEEDED = {"what", "device", "hardware", "threads", "versions", "commit", "comman
 
 
 def options(device="cpu", **more):
-    return SimpleNamespace(
-        **{"device": device, "quick": False, "repeats": 3, "warm_up": 0, "examples": 0} | more
-    )
+    defaults = {"device": device, "quick": False, "repeats": 3, "warm_up": 0, "examples": 0}
+    return SimpleNamespace(**defaults | more)
 
 
 # --- 1. Repetitions ---
@@ -100,13 +99,13 @@ def test_ways_of_one_model_agree_and_are_counted_apart():
             return ways
 
         found = harness.measure("demo", {}, [sides], given, real_tokens=[29] * 3)
-    ways = found["ways"]
+    padded, flat = (found["ways"][name] for name in ("padded", "flat"))
     assert attention == ["sdpa", "varlen"] + ["sdpa", "varlen"] * 2  # counted, then timed in turn
     assert max(found["disagreement"].values()) < 1e-5
-    assert [way["tokens_in_peak_step"] for way in ways.values()] == [40, 29]
-    assert ways["flat"]["bytes"]["activations"] > ways["padded"]["bytes"]["activations"]  # of whole layers
-    run = ways["flat"]["repetitions"][-1]
-    assert run["real_tokens_per_second"] == pytest.approx(29 / run["seconds"])
+    assert (padded["tokens_in_peak_step"], flat["tokens_in_peak_step"]) == (40, 29)
+    assert flat["bytes"]["activations"] > padded["bytes"]["activations"]  # of whole layers
+    last = flat["repetitions"][-1]
+    assert last["real_tokens_per_second"] == pytest.approx(29 / last["seconds"])
     assert sum(p.numel() for p in model.parameters()) == 0, "a case's weights would stay in memory"
 
 
@@ -167,30 +166,26 @@ def test_the_longest_length_that_fits_is_found(end, start, limit):
 # --- 4. Pages and figures from the JSON ---
 
 
-def marks(page):
-    return {mark[2] for mark in tables.MARKED.finditer(page.read_text())}
-
-
 def test_the_pages_say_what_was_measured(tmp_path, monkeypatch):
-    readme, page = tables.PAGES
-    assert "headline" in marks(readme)
-    assert marks(page) == tables.TABLES.keys() - {"headline"}
-    documents = cases.load()
-    assert "headline" not in tables.differing(readme.read_text(), documents)
-    assert tables.differing(page.read_text(), documents) == []
+    (readme, text), documents = (page.read_text() for page in tables.PAGES), cases.load()
+    marks = list(tables.MARKED.finditer(text))
+    assert {mark[2] for mark in marks} == tables.TABLES.keys() - {"headline"}
+    assert "headline" in {mark[2] for mark in tables.MARKED.finditer(readme)}
+    assert "headline" not in tables.differing(readme, documents)
+    assert tables.differing(text, documents) == []
     # a digit changed by hand is found in each table, and by the command: 1, and 0 once it is written again
-    text = page.read_text()
-    for mark in tables.MARKED.finditer(text):
+    for mark in marks:
         place = next(i for i in range(mark.start(3) - 40, 0, -1) if text[i].isdigit())
         changed = text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :]
         assert tables.differing(changed, documents) == [mark[2]]
-    (tmp_path / "page.md").write_text(changed)
+    page = tmp_path / "page.md"
+    page.write_text(changed)
     for arguments, code in ((["--check"], 1), ([], 0), (["--check"], 0)):
-        monkeypatch.setattr(sys, "argv", ["tables.py", "--pages", str(tmp_path / "page.md"), *arguments])
+        monkeypatch.setattr(sys, "argv", ["tables.py", "--pages", str(page), *arguments])
         assert tables.main() == code
-    assert (tmp_path / "page.md").read_text() == text
+    assert page.read_text() == text
     shown = re.findall(r"\]\(([^)#]+)\)", text)
-    assert shown and all((page.parent / path).exists() for path in shown)
+    assert shown and all((ROOT / "benchmarks" / path).exists() for path in shown)
 
 
 def test_tables_and_figures_show_the_json_alone(tmp_path):
@@ -204,11 +199,10 @@ def test_tables_and_figures_show_the_json_alone(tmp_path):
     assert figures.panels("ladder", document)[0]["bars"] == {"a": 512, "b": 512}
     for (what, device), held in cases.load().items():
         assert all(part in tables.TABLES[what]({(what, device): held}) for part in ("commit", held["date"]))
-        for name in [name for name, (measured, _) in figures.PANELS.items() if measured == what]:
-            assert figures.panels(name, held) == figures.PANELS[name][1](held), (
-                "a panel without anything in it"
-            )
-            assert (figures.FIGURES / f"{name}-{device}.png").exists()
+        for name, (measured, panels) in figures.PANELS.items():
+            if measured == what:
+                assert figures.panels(name, held) == panels(held), "a panel without anything in it"
+                assert (figures.FIGURES / f"{name}-{device}.png").exists()
     assert tables.TABLES["sft"]({}) == "*sft: not measured*"
     code = "import sys; sys.path.insert(0, 'benchmarks'); import cases, figures, tables"
     subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, check=True)  # the standard library alone
@@ -221,27 +215,22 @@ def test_tables_and_figures_show_the_json_alone(tmp_path):
 # --- 5. What a JSON file holds ---
 
 
-def assert_complete(found):
-    assert found.keys() == NEEDED
-    assert all(found[name] for name in NEEDED - {"model"})
-    assert {"python", "torch", "transformers"} <= set(found["versions"])
-    for values in (values for one in found["cases"] for values in one["ways"].values()):
-        seconds = [run["seconds"] for run in values["repetitions"]]
-        assert 0 < min(seconds) <= values["median"]["seconds"] <= max(seconds)
-
-
 def test_a_file_holds_what_a_reader_needs(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["benchmarks/demo.py", "--quick"])
     given = options(quick=True, results=tmp_path, commit="abc1234")
     once = {"longest": 5, "peak_bytes": 7}
-    harness.write(
-        "ladder", given, "folder/name", [cases.case("demo", {}, {"a": [{"seconds": 1}]}, {"a": once})]
-    )
+    made = cases.case("demo", {}, {"a": [{"seconds": 1}]}, {"a": once})
+    harness.write("ladder", given, "folder/name", [made])
     found = json.loads((tmp_path / "ladder-quick.json").read_text())
     assert found["command"] == "python benchmarks/demo.py --quick" and found["model"] == "name"
     assert cases.load(tmp_path) == {("ladder", "cpu"): found}
-    for document in (found, *cases.load().values()):
-        assert_complete(document)
+    measured = cases.load()
+    for document in (found, *measured.values()):
+        assert document.keys() == NEEDED and all(document[name] for name in NEEDED - {"model"})
+        assert {"python", "torch", "transformers"} <= set(document["versions"])
+        for way in (way for one in document["cases"] for way in one["ways"].values()):
+            seconds = [run["seconds"] for run in way["repetitions"]]
+            assert 0 < min(seconds) <= way["median"]["seconds"] <= max(seconds)
         assert str(Path.home()) not in json.dumps(document) and "/tmp/" not in json.dumps(document)
     names = {path.stem for path in cases.RESULTS.glob("*.json")}
-    assert names == {f"{what}-{device}" for what, device in cases.load()}
+    assert names == {f"{what}-{device}" for what, device in measured}

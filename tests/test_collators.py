@@ -44,25 +44,7 @@ def check_scored(batch, sequences):
     assert list(zip(before, scored["score_ids"].tolist())) == expected
 
 
-def as_lists(row):
-    return {name: value.tolist() for name, value in row.items() if torch.is_tensor(value)}
-
-
-# --- flatten, pad ---
-
-
-def test_flat_row_by_hand():
-    row = flatten([{"input_ids": [5, 6, 0], "labels": [-100, 6, 0]}, {"input_ids": [7, 8], "labels": [7, 8]}])
-    assert as_lists(add_scored(row)) == {
-        "input_ids": [[5, 6, 0, 7, 8]],
-        "labels": [[-100, 6, 0, -100, 8]],
-        "position_ids": [[0, 1, 2, 0, 1]],
-        "cu_seq_lens_q": [0, 3, 5],
-        "cu_seq_lens_k": [0, 3, 5],
-        "score_index": [0, 1, 3],
-        "score_ids": [6, 0, 8],
-    }
-    assert row["max_length_q"] == row["max_length_k"] == 3
+# --- flatten, pad; rows by hand: the docstrings of collators.py ---
 
 
 @given(sequences)
@@ -82,7 +64,7 @@ def test_pad_masks_by_length_and_scores_what_flatten_scores(sequences):
     batch = unchanged(lambda sequences: pad(sequences, pad_token_id), sequences)
     lengths = [len(s["labels"]) for s in sequences]
     rest = [max(lengths) - length for length in lengths]
-    assert as_lists(batch) == {
+    assert {name: value.tolist() for name, value in batch.items()} == {
         "input_ids": [s["input_ids"] + [pad_token_id] * n for s, n in zip(sequences, rest)],
         "attention_mask": [[1] * length + [0] * n for length, n in zip(lengths, rest)],
         "labels": [[IGNORE, *s["labels"][1:]] + [IGNORE] * n for s, n in zip(sequences, rest)],
@@ -91,37 +73,29 @@ def test_pad_masks_by_length_and_scores_what_flatten_scores(sequences):
     assert count_padding(batch) == sum(rest)
 
 
-@pytest.mark.parametrize("collate", [flatten, lambda sequences: pad(sequences, 0)])
+WHOLE, EMPTY, UNEVEN = (
+    {"input_ids": ids, "labels": labels} for ids, labels in (([1], [1]), ([], []), ([1, 2], [1]))
+)
+
+
 @pytest.mark.parametrize(
-    "sequences, message",
+    "collate, given, message",
     [
-        ([], "no sequences"),
-        ([{"input_ids": [1], "labels": [1]}, {"input_ids": [], "labels": []}], "sequence 1 has 0 input_ids"),
-        ([{"input_ids": [1, 2], "labels": [1]}], "sequence 0 has 2 input_ids and 1 labels"),
+        (flatten, [], "no sequences"),
+        (flatten, [WHOLE, EMPTY], "sequence 1 has 0 input_ids"),
+        (lambda sequences: pad(sequences, 0), [UNEVEN], "sequence 0 has 2 input_ids and 1 labels"),
+        (flatten_shared_prompt, [], "no groups"),
+        (flatten_shared_prompt, [([1], [[2]]), ([], [[2]])], "group 1 has an empty prompt or completion"),
+        (flatten_shared_prompt, [([1], [[2]]), ([1], [])], "group 1 has .* or no completions"),
+        (flatten_shared_prompt, [([1], [[2], []])], "group 0 has an empty prompt or completion"),
     ],
 )
-def test_pad_and_flatten_refuse(collate, sequences, message):
+def test_what_is_no_row_is_refused(collate, given, message):
     with pytest.raises(ValueError, match=message):
-        collate(sequences)
+        collate(given)
 
 
 # --- shared prompts ---
-
-
-def test_shared_prompt_by_hand():
-    row = flatten_shared_prompt([([1, 2], [[3, 4], [5]]), ([0], [[0, 7]])])
-    assert as_lists(row) == {
-        "input_ids": [[1, 2, 3, 4, 5, 0, 0, 7]],
-        "labels": [[-100, -100, 3, 4, 5, -100, 0, 7]],
-        "position_ids": [[0, 1, 2, 3, 2, 0, 1, 2]],
-        "cu_seq_lens_q": [0, 2, 4, 5, 6, 8],
-        "cu_seq_lens_k": [0, 2, 6, 9, 10, 13],
-        "kv_index": [0, 1, 0, 1, 2, 3, 0, 1, 4, 5, 5, 6, 7],
-        "score_index": [1, 2, 1, 5, 6],
-        "score_ids": [3, 4, 5, 0, 7],
-        "completion_lengths": [2, 1, 2],
-    }
-    assert (row["max_length_q"], row["max_length_k"]) == (2, 4)
 
 
 @given(st.lists(st.tuples(ids, st.lists(ids, min_size=1, max_size=4)), min_size=1, max_size=4))
@@ -151,11 +125,3 @@ def test_shared_prompt_layout_is_consistent(groups):
     scored_at = row["labels"][0].ne(IGNORE).nonzero()[:, 0]
     assert torch.equal(tokens[scored_at], row["score_ids"])
     assert torch.equal(positions[row["score_index"]] + 1, positions[scored_at])
-
-
-@pytest.mark.parametrize("bad", [([], [[2]]), ([1], []), ([1], [[2], []])])
-def test_shared_prompt_refuses(bad):
-    with pytest.raises(ValueError, match="group 1 has an empty prompt or completion, or no completions"):
-        flatten_shared_prompt([([1], [[2]]), bad])
-    with pytest.raises(ValueError, match="no groups"):
-        flatten_shared_prompt([])

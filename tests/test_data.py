@@ -2,10 +2,10 @@
 
 import json
 import os
-from pathlib import Path
 
 import datasets
 import pytest
+from helpers import DEMO_MODEL
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
@@ -13,7 +13,6 @@ from common import Refusal, data
 from common.data import check_row, encode_completion, encode_prompt, load_rows, map_rows, render_chat
 
 ROWS = [{"text": "a", "n": 1}, {"text": "b, \u00e9\n", "n": 2}]
-DEMO_MODEL = Path(__file__).parents[1] / "demo/model"
 
 
 @pytest.fixture(autouse=True)
@@ -29,27 +28,23 @@ def written(path, content):
 # --- What loads ---
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "save_to_disk", "DatasetDict"])
-def test_every_local_kind(kind, tmp_path):
-    path = tmp_path / ("folder" if kind in ("save_to_disk", "DatasetDict") else f"rows.{kind}")
+def test_every_local_kind(tmp_path):
     rows = datasets.Dataset.from_list(ROWS)
-    splits = datasets.DatasetDict(train=rows, test=rows.select([1]))
-    write = {
-        # no newline at the end
-        "jsonl": lambda path: path.write_text("\n" + "\n\n".join(map(json.dumps, ROWS))),
-        "json": lambda path: path.write_text(json.dumps(ROWS)),
-        "csv": rows.to_csv,
-        "parquet": rows.to_parquet,
-        "save_to_disk": rows.save_to_disk,
-        "DatasetDict": splits.save_to_disk,
-    }
-    write[kind](path)
+    names = [
+        tmp_path / name for name in ("rows.jsonl", "rows.json", "rows.csv", "rows.parquet", "rows", "splits")
+    ]
+    written(names[0], "\n" + "\n\n".join(map(json.dumps, ROWS)))  # no newline at the end
+    written(names[1], json.dumps(ROWS))
+    rows.to_csv(names[2])
+    rows.to_parquet(names[3])
+    rows.save_to_disk(names[4])
+    datasets.DatasetDict(train=rows, test=rows.select([1])).save_to_disk(names[5])
     cells = [{"text": row["text"], "n": str(row["n"])} for row in ROWS]
-    assert load_rows(str(path)).to_list() == (cells if kind == "csv" else ROWS)
-    if kind == "DatasetDict":
-        assert load_rows(str(path), split="test").to_list() == ROWS[1:]
-        with pytest.raises(Refusal, match="has no split 'dev', only train, test"):
-            load_rows(str(path), split="dev")
+    for name in names:
+        assert load_rows(str(name)).to_list() == (cells if name.suffix == ".csv" else ROWS)
+    assert load_rows(str(tmp_path / "splits"), split="test").to_list() == ROWS[1:]
+    with pytest.raises(Refusal, match="has no split 'dev', only train, test"):
+        load_rows(str(tmp_path / "splits"), split="dev")
 
 
 def test_a_cell_of_a_csv_file_is_text(tmp_path):
@@ -63,17 +58,13 @@ def test_a_cell_of_a_csv_file_is_text(tmp_path):
 NAMES = ["rows [final]", "a?", "a*", "a::b", "{a,b}", "[d]/rows", "x::y/rows", "h#t%20", "hf:rows"]
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
 def test_the_file_that_is_named_is_the_one_that_is_read(suffix, tmp_path):
     """Files beside it that its name would match, if it were a pattern, are not."""
-    others = ("rows f", "rows [final]x", "ab", "a", "b", "d/rows", "rows")
-    for name in (*others, *NAMES):
+    for name in ("rows f", "rows [final]x", "ab", "a", "b", "d/rows", "rows", *NAMES):
         path = tmp_path / f"{name}.{suffix}"
         path.parent.mkdir(exist_ok=True)
-        rows = datasets.Dataset.from_list([{"text": name}])
-        to_file = {"csv": rows.to_csv, "parquet": rows.to_parquet}.get(suffix, rows.to_json)
-        with open(path, "wb") as file:
-            to_file(file)
+        path.write_text(f"text\n{name}\n" if suffix == "csv" else json.dumps({"text": name}))
     for name in NAMES if suffix == "jsonl" else NAMES[:4:3]:
         assert load_rows(str(tmp_path / f"{name}.{suffix}"))["text"][:] == [name]
 
@@ -102,16 +93,12 @@ def test_a_cache_that_cannot_be_written_is_named_as_the_cache(tmp_path, monkeypa
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("rows.jsonl", '{"text": "a"}\n{"text": "b"\n{"text": "c"}\n', "rows.jsonl, line 2: not valid JSON"),
         ("rows.jsonl", '{"text": "a"}\n\n\n{"text": b}\n', "rows.jsonl, line 4: not valid JSON"),
         ("rows.jsonl", '{"text": "a"}\n["b"]\n', "line 2: a list, but each line must be an object"),
-        ("rows.jsonl", '{"text": "a"}\nnull\n', "line 2: a NoneType"),
         ("rows.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "line 2: not valid JSON: 'utf-8'"),
         ("rows.json", '[{"text": "a"},', "rows.json is empty, or cannot be read: "),
-        ("rows.parquet", "PAR1", "rows.parquet is empty, or cannot be read: "),
         ("rows.txt", "a", "rows.txt has suffix '.txt'; known are .json, .jsonl, .parquet, .csv"),
         ("rows.jsonl", "", "rows.jsonl is empty"),
-        ("rows.csv", "", "rows.csv is empty"),
         ("rows.json", "[]", "rows.json is empty"),
         ("rows.jsonl", "\n\n", "rows.jsonl is empty"),
         ("rows.csv", "text,n\n", "rows.csv is empty"),
@@ -155,11 +142,11 @@ def test_mapped_rows_are_cached_in_the_cache_and_nowhere_else(tmp_path):
     assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == before
 
 
-@pytest.mark.parametrize("num_proc", [None, 2])
-def test_a_refused_row_is_named(num_proc):
+def test_a_refused_row_is_named():
     rows = datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}, {"text": None}])
-    with pytest.raises(Refusal, match="^some.csv, example 2: text is None; wanted: a string.$"):
-        map_rows(rows, lambda row, index: check_row(row, ["text"]), "some.csv", __file__, num_proc)
+    for num_proc in (None, 2):
+        with pytest.raises(Refusal, match="^some.csv, example 2: text is None; wanted: a string.$"):
+            map_rows(rows, lambda row, index: check_row(row, ["text"]), "some.csv", __file__, num_proc)
 
 
 def test_what_is_asked_of_whole_datasets_and_pairs():
@@ -172,10 +159,12 @@ def test_what_is_asked_of_whole_datasets_and_pairs():
     data.check_repeats("rows", [True, False])
     with pytest.raises(Refusal, match="rows: in 2 of 3 rows the completion begins with the whole prompt"):
         data.check_repeats("rows", [True, False, True])
-    prefixes = [([], [1]), ([1, 2], [1, 2]), ([1, 2], [1, 2, 3]), ([1, 2, 9], [1, 2, 3]), ([4], [5])]
-    assert [data.shared_prefix_length(*pair) for pair in prefixes] == [0, 2, 2, 2, 0]
+    prefixes = [([], [1]), ([1, 2], [1, 2, 3]), ([1, 2, 9], [1, 2, 3]), ([4], [5])]
+    assert [data.shared_prefix_length(*pair) for pair in prefixes] == [0, 2, 2, 0]
     rows = datasets.Dataset.from_list([{"text": "a", "tools": "", "chat_template_kwargs": "", "source": "x"}])
     assert data.unused_columns(rows, ("text",)) == ["source"]
+    assert data.template_kwargs({"chat_template_kwargs": {"a": None, "b": 0}}) == {"b": 0}
+    assert data.template_kwargs({}) == data.template_kwargs({"chat_template_kwargs": None}) == {}
 
 
 ASKED = [{"role": "user", "content": "1+1"}]
@@ -187,7 +176,6 @@ TALK = [*ASKED, ANSWER]
     "row, message",
     [
         ({"prompt": "a", "tools": [{"type": "function"}]}, "tools is .* do not support"),
-        ({"prompt": "a", "images": ["a.png"]}, "images is .* do not support"),
         ({"prompt": [*ASKED, {**ANSWER, "weight": 0}]}, "prompt holds a message of weight 0"),
         ({"messages": [*ASKED, {**ANSWER, "tool_calls": [1]}]}, "messages holds tool calls"),
         ({"messages": ["a"]}, "messages holds 'a'; a message has a role and a content"),
@@ -221,78 +209,86 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(DEMO_MODEL)
 
 
-def scored_text(tokenizer, prompt, completion, **options):
-    """What SFT and DPO learn of a completion, as text."""
-    prompt_ids, input_ids, _ = encode_completion(prompt, completion, tokenizer, **options)
-    return tokenizer.decode(input_ids[data.shared_prefix_length(prompt_ids, input_ids) :])
+BARE = "{% for m in messages %}{% if 'tool_calls' in m %}called{% endif %}{{ m.content }}{% endfor %}"
+BRACKETS = (
+    "{% for m in messages %}[{{ m.role[0] }}{{ m.content }}{{ tail or '' }}]{% endfor %}"
+    "{% if add_generation_prompt %}[a{{ think or '' }}{% endif %}"
+)
+NULLS = [{**message, "tool_calls": None, "name": None} for message in TALK]
+AGAIN = [{"role": "user", "content": "so?"}, ANSWER]
+BEGUN = [*ASKED, {"role": "assistant", "content": "The sum"}]
+GOES_ON = [{"role": "assistant", "content": " is 2"}, *TALK]
 
 
-def assistants_text(tokenizer, input_ids, scored):
-    assert len(input_ids) == len(scored)
-    return tokenizer.decode([token for token, keep in zip(input_ids, scored) if keep])
-
-
-def test_the_assistant_is_marked(tokenizer):
-    input_ids, scored = render_chat(2 * TALK, tokenizer)
+@pytest.mark.parametrize(
+    "template, prompt, completion, arguments, expected",  # E: the end of sequence
+    [
+        (BRACKETS, ASKED, [ANSWER], {}, ["[u1+1][a", "2]E"]),
+        # a question follows: neither the [ of a generation prompt is shared, nor is a turn continued
+        (BRACKETS, TALK, AGAIN, {}, ["[u1+1][a2]", "[uso?][a2]E"]),
+        (BRACKETS, BEGUN, GOES_ON, {}, ["[u1+1][aThe sum", " is 2][u1+1][a2]E"]),
+        # a row's own arguments; the generation prompt may differ from how answers begin
+        (BRACKETS, ASKED, [ANSWER], {"tail": "!"}, ["[u1+1!][a", "2!]E"]),
+        (BRACKETS, ASKED, [ANSWER], {"think": "<think>"}, ["[u1+1][a<think>", "2]E"]),
+        # E only where the assistant has the last word
+        (BARE, [], TALK, {}, ["", "1+12E"]),
+        (BARE, [], [ANSWER, *ASKED], {}, ["", "21+1"]),
+        # keys that hold null are not there, nor where a completion repeats the prompt's messages
+        (BARE, NULLS[:1], NULLS[1:], {}, ["1+1", "2E"]),
+        (BARE, ASKED, NULLS, {}, ["1+1", "2E"]),
+    ],
+)
+def test_where_a_prompt_ends_and_what_follows_it(
+    template, prompt, completion, arguments, expected, tokenizer
+):
+    tokenizer.chat_template = template
+    prompt_ids, input_ids, scored = encode_completion(
+        prompt, completion, tokenizer, template_kwargs=arguments
+    )
     assert scored == [True] * len(input_ids)
-    marked_ids, scored = render_chat(2 * TALK, tokenizer, assistant_only_loss=True)
-    assert marked_ids == input_ids and assistants_text(tokenizer, input_ids, scored) == "2<|end|>2<|end|>"
-    prompt_ids = encode_prompt([*TALK, *ASKED], tokenizer)
-    assert prompt_ids == input_ids[: len(prompt_ids)]
+    parts = prompt_ids, input_ids[data.shared_prefix_length(prompt_ids, input_ids) :]
+    assert [tokenizer.decode(ids).replace("<|end|>", "E") for ids in parts] == expected
+    if completion[0]["role"] == "assistant" and prompt:
+        assert encode_prompt(data.without_nulls(prompt), tokenizer, arguments) == prompt_ids
+    elif not prompt:
+        assert render_chat(completion, tokenizer, template_kwargs=arguments)[0] == input_ids
 
 
-def test_a_conversation_ends_with_eos_if_the_assistant_has_the_last_word(tokenizer):
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    assert tokenizer.decode(render_chat(TALK, tokenizer)[0]) == "1+12<|end|>"
-    assert tokenizer.decode(render_chat([ANSWER, *ASKED], tokenizer)[0]) == "21+1"
+def test_the_assistants_turns_are_marked(tokenizer):
+    """A turn that the prompt has begun as well, and an end that the template does not write."""
+
+    def marked(prompt, completion):
+        _, ids, scored = encode_completion(prompt, completion, tokenizer, assistant_only_loss=True)
+        assert len(ids) == len(scored)
+        return tokenizer.decode([token for token, keep in zip(ids, scored) if keep])
+
+    assert marked(BEGUN, GOES_ON) == "The sum is 2<|end|>2<|end|>"
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role == 'assistant' %}"
         "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
     )
-    marked = render_chat(TALK, tokenizer, assistant_only_loss=True)
-    assert assistants_text(tokenizer, *marked) == "2<|end|>"
+    assert marked([], TALK) == "2<|end|>"
 
 
-def test_keys_that_hold_null_are_not_there(tokenizer):
-    tokenizer.chat_template = (
-        "{% for m in messages %}{% if 'tool_calls' in m %}called{% endif %}{{ m.content }}{% endfor %}"
-    )
-    messages = [{**message, "tool_calls": None, "name": None} for message in TALK]
-    assert tokenizer.decode(render_chat(messages, tokenizer)[0]) == "1+12<|end|>"
-    assert tokenizer.decode(encode_prompt(messages[:1], tokenizer)) == "1+1"
-    assert scored_text(tokenizer, messages[:1], messages[1:]) == "2<|end|>"
-    assert data.template_kwargs({"chat_template_kwargs": {"a": None, "b": 0}}) == {"b": 0}
-    assert data.template_kwargs({}) == data.template_kwargs({"chat_template_kwargs": None}) == {}
-
-
-THINKING = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content + (tail or '') }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{{ think or '' }}{% endif %}"
-)
-
-
-def test_a_rows_arguments_reach_the_template(tokenizer):
-    """With them, the generation prompt may differ from how answers begin."""
-    tokenizer.chat_template = THINKING
-    thinks = {"think": "<think>"}
-    assert tokenizer.decode(encode_prompt(ASKED, tokenizer, thinks)).endswith("<|assistant|><think>")
-    assert tokenizer.decode(encode_prompt(ASKED, tokenizer)).endswith("1+1<|end|><|assistant|>")
-    assert scored_text(tokenizer, ASKED, [ANSWER], template_kwargs=thinks) == "2<|end|>"
-    answered = render_chat(TALK, tokenizer, template_kwargs={"tail": "!"})[0]
-    assert tokenizer.decode(answered) == "<|user|>1+1!<|end|><|assistant|>2!<|end|>"
-    assert scored_text(tokenizer, ASKED, [ANSWER], template_kwargs={"tail": "!"}) == "2!<|end|>"
+def test_a_conversation_gets_no_bos(tokenizer):
+    end = ("<|end|>", tokenizer.eos_token_id)
+    processor = TemplateProcessing(single="<|end|> $A", special_tokens=[end])
+    tokenizer.backend_tokenizer.post_processor = processor
+    assert tokenizer("b").input_ids[0] == end[1]
+    for prompt_ids in (encode_prompt(ASKED, tokenizer), encode_completion(ASKED, [ANSWER], tokenizer)[0]):
+        assert tokenizer.decode(prompt_ids) == "<|user|>1+1<|end|><|assistant|>"
 
 
 TAKEN = ("tokenize", "return_dict", "return_assistant_tokens_mask", "tools", "documents")
 
 
-@pytest.mark.parametrize("name", [*TAKEN, "add_generation_prompt", "continue_final_message"])
-def test_a_rows_arguments_may_not_say_what_is_decided_here(name, tokenizer):
-    for encode in (encode_prompt, lambda *args: render_chat(args[0], args[1], template_kwargs=args[2])):
+@pytest.mark.parametrize("encode", [encode_prompt, render_chat])
+def test_a_rows_arguments_may_not_say_what_is_decided_here(encode, tokenizer):
+    for name in (*TAKEN, "add_generation_prompt", "continue_final_message"):
         with pytest.raises(Refusal, match=f"the chat template fails: .* multiple values .*'{name}'"):
-            encode(ASKED, tokenizer, {name: True})
-        with pytest.raises(Refusal, match="the chat template fails: .* must be a mapping, not str"):
-            encode(ASKED, tokenizer, "x")
+            encode(ASKED, tokenizer, template_kwargs={name: True})
+    with pytest.raises(Refusal, match="the chat template fails: .* must be a mapping, not str"):
+        encode(ASKED, tokenizer, template_kwargs="x")
 
 
 MOVES = (  # the system's message goes into the user's, but only into a last one
@@ -307,7 +303,6 @@ LAST_THOUGHTS = (  # thoughts stay in the last turn only
 )
 SYSTEM = {"role": "system", "content": "Be terse."}
 THOUGHT = [*ASKED, {"role": "assistant", "content": "hm</think>2"}]
-AGAIN = [{"role": "user", "content": "so?"}, ANSWER]
 
 
 @pytest.mark.parametrize(
@@ -328,39 +323,6 @@ def test_where_the_prompt_would_end_anywhere_is_refused(template, prompt, comple
         encode_completion(prompt, completion, tokenizer)
 
 
-def test_a_turn_that_the_prompt_begins_is_continued(tokenizer):
-    begun = [*ASKED, {"role": "assistant", "content": "The sum"}]
-    more = [{"role": "assistant", "content": " is 2"}, *TALK]
-    prompt = tokenizer.decode(encode_prompt(begun, tokenizer))
-    assert prompt == "<|user|>1+1<|end|><|assistant|>The sum"
-    prompt_ids, *marked = encode_completion(begun, more, tokenizer, assistant_only_loss=True)
-    assert prompt_ids == encode_prompt(begun, tokenizer)
-    assert tokenizer.decode(marked[0]) == f"{prompt} is 2<|end|><|user|>1+1<|end|><|assistant|>2<|end|>"
-    assert assistants_text(tokenizer, *marked) == "The sum is 2<|end|>2<|end|>"
-    # a question follows: nothing to continue
-    assert scored_text(tokenizer, TALK, AGAIN) == "<|user|>so?<|end|><|assistant|>2<|end|>"
-
-
-def test_a_prompt_ends_at_its_own_last_token_and_gets_no_bos(tokenizer):
-    """Where a question follows, not within the [ with which the generation prompt begins as well."""
-    tokenizer.chat_template = (
-        "{% for m in messages %}[{{ m.role[0] }}{{ m.content }}]{% endfor %}"
-        "{% if add_generation_prompt %}[a{% endif %}"
-    )
-    assert scored_text(tokenizer, TALK, AGAIN) == "[uso?][a2]<|end|>"
-    end = ("<|end|>", tokenizer.eos_token_id)
-    processor = TemplateProcessing(single="<|end|> $A", special_tokens=[end])
-    tokenizer.backend_tokenizer.post_processor = processor
-    assert tokenizer("b").input_ids[0] == end[1]
-    assert tokenizer.decode(encode_prompt(ASKED, tokenizer)) == "[u1+1][a"
-    assert tokenizer.decode(encode_completion(ASKED, [ANSWER], tokenizer)[0]) == "[u1+1][a"
-
-
-def test_a_completion_that_repeats_the_prompts_messages_is_read_without_them(tokenizer):
-    nulls = [{**message, "name": None} for message in TALK]
-    assert scored_text(tokenizer, ASKED, nulls) == scored_text(tokenizer, ASKED, [ANSWER]) == "2<|end|>"
-
-
 class Marking:
     """Characters as ids, <s> = 1, </s> = 2; BOS and EOS added as asked."""
 
@@ -377,8 +339,7 @@ class Marking:
         return "".join(map(chr, ids))
 
 
-@pytest.mark.parametrize("eos", [False, True])
-@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("bos, eos", [(False, False), (True, False), (True, True)])
 def test_bos_and_eos_stand_once(bos, eos):
     tokenizer, first = Marking(bos, eos), [1] * bos
     assert data.text_ids("ab", tokenizer) == [*first, 97, 98]  # nothing at a prompt's end

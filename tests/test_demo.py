@@ -55,25 +55,27 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(DEMO / "model")
 
 
-def test_files_are_there_and_small():
-    for name in FILES:
-        assert (DEMO / name).stat().st_size < 2**19
+def test_rows_are_well_formed_and_few():
+    assert all((DEMO / name).stat().st_size < 2**19 for name in FILES)
     assert sum(path.stat().st_size for path in (DEMO / "model").iterdir()) <= 4 * 2**20
-
-
-def test_roles_alternate_and_the_assistant_ends():
     for row in read("sft.jsonl") + read("sft_eval.jsonl"):
         assert list(row) == ["messages"]
         roles = [message["role"] for message in row["messages"]]
-        turns = roles[1:] if roles[0] == "system" else roles
+        turns = roles[roles[0] == "system" :]
         assert turns == ["user", "assistant"] * (len(turns) // 2) and turns
     for row in read("preferences.jsonl"):
         assert list(row) == ["prompt", "chosen", "rejected"]
-        assert row["prompt"][-1]["role"] == "user"
         assert [m["role"] for m in row["chosen"] + row["rejected"]] == ["assistant", "assistant"]
     for row in read("prompts.jsonl"):
         assert list(row) == ["prompt", "answer"] and isinstance(row["answer"], str)
-        assert row["prompt"][-1]["role"] == "user"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_prompts_end_with_a_user_and_some_have_several_turns_or_a_system_prompt(name):
+    roles = [[message["role"] for message in prompt] for prompt in prompts_of(name)]
+    assert {r[-1] for r in roles} == {"user"}
+    assert 0.1 < sum(r.count("user") > 1 for r in roles) / len(roles) < 0.6
+    assert 0.05 < sum(r[0] == "system" for r in roles) / len(roles) < 0.6
 
 
 def test_regenerated_data_and_tokenizer_are_the_same_bytes(tmp_path):
@@ -85,37 +87,25 @@ def test_regenerated_data_and_tokenizer_are_the_same_bytes(tmp_path):
     assert {**made, "transformers_version": None} == {**kept, "transformers_version": None}
 
 
-def test_every_assistant_turn_is_right():
+def test_every_answer_is_right_and_every_rejected_one_wrong():
     for row in read("sft.jsonl") + read("sft_eval.jsonl"):
         for i, message in enumerate(row["messages"]):
             if message["role"] == "assistant":
-                assert make.extract_answer(message["content"]) == solve(row["messages"][:i]), row["messages"][
-                    : i + 1
-                ]
-
-
-def test_lines_of_working_are_right():
-    for row in read("sft.jsonl"):
+                assert make.extract_answer(message["content"]) == solve(row["messages"][:i]), row
         for a, sign, b, c in re.findall(r"(\d+) ([+-]) (\d+) = (\d+)", str(row)):
-            assert int(c) == (int(a) + int(b) if sign == "+" else int(a) - int(b))
-
-
-def test_chosen_is_right_and_rejected_is_wrong():
+            assert int(c) == (int(a) + int(b) if sign == "+" else int(a) - int(b)), row
     for row in read("preferences.jsonl"):
         answer = solve(row["prompt"])
         assert make.extract_answer(row["chosen"][0]["content"]) == answer, row
         assert make.extract_answer(row["rejected"][0]["content"]) != answer, row
-
-
-def test_answers_to_the_prompts_are_right():
     for row in read("prompts.jsonl"):
         assert row["answer"] == solve(row["prompt"]), row
 
 
-def test_no_prompt_twice():
-    for name in ["preferences.jsonl", "prompts.jsonl"]:
-        prompts = [json.dumps(prompt) for prompt in prompts_of(name)]
-        assert len(set(prompts)) == len(prompts)
+@pytest.mark.parametrize("name", FILES[2:])
+def test_no_prompt_twice(name):
+    prompts = [json.dumps(prompt) for prompt in prompts_of(name)]
+    assert len(set(prompts)) == len(prompts)
 
 
 @pytest.mark.parametrize("name", FILES[1:])
@@ -132,13 +122,6 @@ def test_no_held_out_question_is_in_the_training_text(name):
     assert not seen & {problem for prompt in prompts_of(name) for problem in problems(prompt)}
 
 
-def test_multi_turn_and_system_prompts_are_among_all():
-    for name in FILES:
-        roles = [[message["role"] for message in prompt] for prompt in prompts_of(name)]
-        assert 0.1 < sum(r.count("user") > 1 for r in roles) / len(roles) < 0.6
-        assert 0.05 < sum(r[0] == "system" for r in roles) / len(roles) < 0.6
-
-
 def test_base_corpus_leaves_something_to_learn(tmp_path):
     make.write_base_corpus(tmp_path / "base.jsonl", seed=0, count=2000)
     base, sft = (tmp_path / "base.jsonl").read_text(), (DEMO / "sft.jsonl").read_text()
@@ -149,36 +132,25 @@ def test_base_corpus_leaves_something_to_learn(tmp_path):
 def test_lengths_spread_as_those_of_chats(tokenizer):
     conversations = [row["messages"] for row in read("sft.jsonl")]
     lengths = [len(ids) for ids in tokenizer.apply_chat_template(conversations)["input_ids"]]
-    shares = [
-        sum(low < n <= high for n in lengths) / len(lengths)
-        for low, high in [(0, 80), (80, 512), (512, 1024)]
-    ]
+    limits = [(0, 80), (80, 512), (512, 1024)]
+    shares = [sum(low < n <= high for n in lengths) / len(lengths) for low, high in limits]
     assert shares[0] > 0.4 and 0.01 < shares[2] < 0.1 and sum(shares) == 1
 
 
-def test_mask_marks_exactly_what_the_assistant_says(tokenizer):
-    messages = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "2 + 3 = ?"},
-        {"role": "assistant", "content": "5"},
-        {"role": "user", "content": "And plus 7?"},
-        {"role": "assistant", "content": "5 + 7 = 12"},
-    ]
+def test_mask_marks_exactly_what_the_assistant_says_and_other_roles_are_refused(tokenizer):
+    roles = ("system", "user", "assistant", "user", "assistant")
+    texts = ("Be brief.", "2 + 3 = ?", "5", "And plus 7?", "5 + 7 = 12")
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts)]
     encoded = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
     ids, mask = encoded["input_ids"], encoded["assistant_masks"]
     assert tokenizer.decode(ids) == (
         "<|system|>Be brief.<|end|><|user|>2 + 3 = ?<|end|><|assistant|>5<|end|>"
         "<|user|>And plus 7?<|end|><|assistant|>5 + 7 = 12<|end|>"
     )
-    assert (
-        tokenizer.decode([i for i, marked in zip(ids, mask, strict=True) if marked])
-        == "5<|end|>5 + 7 = 12<|end|>"
-    )
+    said = [i for i, marked in zip(ids, mask, strict=True) if marked]
+    assert tokenizer.decode(said) == "5<|end|>5 + 7 = 12<|end|>"
     prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
     assert ids[: len(prompt)] == prompt and not any(mask[len(prompt) - 14 : len(prompt)])
-
-
-def test_template_refuses_unknown_roles(tokenizer):
     with pytest.raises(Exception, match="role tool is none of"):
         tokenizer.apply_chat_template([{"role": "tool", "content": "7"}])
 
@@ -192,15 +164,10 @@ def test_text_round_trips(tokenizer, text):
     assert len(ids) == len(text.replace("<|end|>", ".").encode())
 
 
-def test_model_fits_the_tokenizer(tokenizer):
+def test_model_fits_the_tokenizer_and_answers_a_part_but_not_all(tokenizer):
     model = AutoModelForCausalLM.from_pretrained(DEMO / "model")
     assert model.config.vocab_size == len(tokenizer) and model.config.max_position_embeddings == 1024
     assert 1e6 <= model.num_parameters() <= 1.2e6
     assert str(model.dtype) == "torch.bfloat16"
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id != tokenizer.pad_token_id
-
-
-def test_model_answers_a_part_but_not_all(tokenizer):
-    model = AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype="float32")
-    share = make.accuracy(model, tokenizer, read("prompts.jsonl")[:200])["all"]
-    assert 0.4 < share < 0.9
+    assert 0.4 < make.accuracy(model.float(), tokenizer, read("prompts.jsonl")[:200])["all"] < 0.9

@@ -1,7 +1,6 @@
 """A user's files are never removed, and a checkpoint is whole or not there, however the process ends."""
 
 import errno
-import importlib
 import json
 import os
 import resource
@@ -14,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 from helpers import alone_on_the_cpu
 
+import sft_packing
 from common import Refusal
 from common.folders import (
     check_output_dir,
@@ -67,17 +67,17 @@ def test_checkpoints_are_listed_by_number_and_never_replaced(tmp_path):
     assert list_checkpoints(tmp_path / "missing") == []
     for step in (10, 9, 100):
         save(tmp_path, step)
-    for name in (
-        "checkpoint-8.tmp",
-        "checkpoint-7.deleted",
-        "checkpoint-",
-        "checkpoint-x",
-        "my-checkpoint-5",
-    ):
+    others = ("checkpoint-8.tmp", "checkpoint-7.deleted", "checkpoint-", "checkpoint-x", "my-checkpoint-5")
+    for name in others:
         write(fresh_folder(tmp_path / name), **{"progress.json": "{}"})
     assert list_checkpoints(tmp_path) == [(n, tmp_path / f"checkpoint-{n}") for n in (9, 10, 100)]
     assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-100"
     assert find_checkpoint(tmp_path, f"{tmp_path}/checkpoint-9/") == tmp_path / "checkpoint-9"
+    for name in ("checkpoint-1", "checkpoint-8.tmp", "checkpoint-x", "."):
+        with pytest.raises(Refusal, match=f"--resume_from_checkpoint {tmp_path}/{name}: not a folder"):
+            find_checkpoint(tmp_path, f"{tmp_path}/{name}")
+    with pytest.raises(Refusal, match="--resume_from_checkpoint latest: no checkpoint in"):
+        find_checkpoint(tmp_path / "checkpoint-8.tmp", "latest")
     temporary = fresh_folder(tmp_path / "checkpoint-9.tmp")
     write(fresh_folder(temporary / "inner"), weights="other")
     with pytest.raises(FileExistsError, match="checkpoint-9"):
@@ -87,19 +87,12 @@ def test_checkpoints_are_listed_by_number_and_never_replaced(tmp_path):
     assert contents(tmp_path / "checkpoint-11") == {"inner/weights"} and not temporary.exists()
 
 
-@pytest.mark.parametrize("name", ["latest", "checkpoint-1", "checkpoint-2.tmp", "."])
-def test_nothing_to_resume_from(name, tmp_path):
-    fresh_folder(tmp_path / "checkpoint-2.tmp")
-    with pytest.raises(Refusal, match=f"--resume_from_checkpoint .*{name}"):
-        find_checkpoint(tmp_path, name if name == "latest" else str(tmp_path / name))
-
-
-@pytest.mark.parametrize("limit, kept", [(None, [1, 2, 10]), (1, [10]), (2, [2, 10]), (5, [1, 2, 10])])
-def test_rotation_keeps_the_newest(limit, kept, tmp_path):
+def test_rotation_keeps_the_newest(tmp_path):
     for step in (2, 10, 1):
         save(tmp_path, step)
-    rotate_checkpoints(tmp_path, limit)
-    assert steps(tmp_path) == kept and len(list(tmp_path.iterdir())) == len(kept)
+    for limit, kept in ((None, [1, 2, 10]), (5, [1, 2, 10]), (2, [2, 10]), (1, [10])):
+        rotate_checkpoints(tmp_path, limit)
+        assert steps(tmp_path) == kept and len(list(tmp_path.iterdir())) == len(kept)
 
 
 # --- Processes that are killed ---
@@ -128,13 +121,9 @@ def killed(module, name, replacement, function, *args):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("when", ["while writing", "before the rename"])
-def test_killed_before_the_commit_nothing_is_listed_and_the_rest_is_replaced(when, tmp_path):
+def test_killed_before_the_commit_nothing_is_listed_and_the_rest_is_replaced(tmp_path):
     save(tmp_path, 1)
-    if when == "while writing":
-        write(fresh_folder(tmp_path / "checkpoint-2.tmp"), weights="half")
-    else:
-        killed(os, "rename", die, save, tmp_path, 2)
+    killed(os, "rename", die, save, tmp_path, 2)
     assert (tmp_path / "checkpoint-2.tmp").is_dir()
     assert steps(tmp_path) == [1] and find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-1"
     assert is_whole(save(tmp_path, 2)) and steps(tmp_path) == [1, 2]
@@ -167,12 +156,20 @@ def test_a_file_that_a_kill_left_behind_is_in_the_record(tmp_path):
 # --- The output folder ---
 
 
+def commit(folder, name, content="ours"):
+    """One file of the model, as a run writes it."""
+    temporary = fresh_folder(folder / "model.tmp")
+    (temporary / name).parent.mkdir(exist_ok=True)
+    commit_files(write(temporary, **{name: content}), folder)
+
+
 def a_finished_run(folder, *files):
     """As a run leaves it: the record, metrics, a checkpoint, and `files` of its model."""
     prepare_output_dir(folder, step=0)
     write(folder, **{"metrics.jsonl": '{"step": 1}\n', "summary.json": "{}"})
     save(folder, 1)
-    commit_files(write(fresh_folder(folder / "model.tmp"), **{name: "ours" for name in files}), folder)
+    for name in files:
+        commit(folder, name)
     return folder
 
 
@@ -190,15 +187,9 @@ def test_a_finished_runs_folder_is_taken_and_may_be_replaced_or_continued(tmp_pa
         check(tmp_path, resume="elsewhere/checkpoint-1")
 
 
-FOREIGN = [
-    "ds_config.json",
-    "my_adapter.safetensors",
-    "tokenizer_notes.txt",
-    "vocab_sft.jsonl",
-    "config.json",
-]
+FOREIGN = ["ds_config.json", "my_adapter.safetensors", "tokenizer_notes.txt", "vocab_sft.jsonl"]
 FOREIGN += ["metrics.jsonl", "summary.json", "checkpoint-4/trainer_state.json"]
-FOREIGN += ["model.tmp/x", "reference.tmp/x", "checkpoint-3.tmp/x", "checkpoint-3.deleted/x"]
+FOREIGN += ["model.tmp/x", "reference.tmp/x", "checkpoint-3.deleted/x"]
 
 
 @pytest.mark.parametrize("name", FOREIGN)
@@ -218,28 +209,26 @@ def test_a_folder_with_a_users_files_is_taken_even_if_overwritten(name, tmp_path
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
-@pytest.mark.parametrize("name", ["checkpoint-5-notes/x", "my-checkpoint-5/x", "notes.md"])
-def test_what_no_run_would_write_is_in_nobodys_way(name, tmp_path):
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    write(tmp_path, **{name: "mine"})
+def test_what_no_run_would_write_is_in_nobodys_way(tmp_path):
+    for name in ("checkpoint-5-notes/x", "my-checkpoint-5/x", "notes.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path, **{name: "mine"})
+    before = contents(tmp_path)
     check(tmp_path)
     prepare_output_dir(tmp_path, step=0)
-    assert contents(tmp_path) == {"run_files.json", name}
+    assert contents(tmp_path) == {"run_files.json", *before}
 
 
 def test_committed_files_replace_those_of_their_names_and_go_with_their_run(tmp_path):
     """Folders too, such as additional_chat_templates/, where a tokenizer has several named templates."""
     prepare_output_dir(write(tmp_path, notes="mine"), step=0)
     for content in ("first", "second"):
-        part = write(fresh_folder(tmp_path / "model.tmp"), **{"config.json": content})
-        (part / "templates").mkdir()
-        write(part / "templates", **{"rag.jinja": content})
-        commit_files(part, tmp_path)
-        found = [(tmp_path / name).read_text() for name in ("templates/rag.jinja", "config.json", "notes")]
-        assert found == [content, content, "mine"] and not part.exists()
+        for name in ("config.json", "templates/rag.jinja"):
+            commit(tmp_path, name, content)
+            assert (tmp_path / name).read_text() == content
+            assert name in json.loads((tmp_path / "run_files.json").read_text())
+        assert (tmp_path / "notes").read_text() == "mine" and not (tmp_path / "model.tmp").exists()
         assert (tmp_path / "templates").stat().st_mode & 0o111
-        record = json.loads((tmp_path / "run_files.json").read_text())
-        assert {"config.json", "templates/rag.jinja"} <= set(record)
         check(tmp_path, overwrite=True)
     prepare_output_dir(tmp_path, step=0)
     assert {path.name for path in tmp_path.iterdir()} == {"run_files.json", "notes"}
@@ -248,13 +237,13 @@ def test_committed_files_replace_those_of_their_names_and_go_with_their_run(tmp_
 def test_what_is_written_before_the_first_step_is_no_other_run(tmp_path):
     name = "reference_logps.safetensors"
     prepare_output_dir(tmp_path, step=0)
-    commit_files(write(fresh_folder(tmp_path / "reference.tmp"), **{name: "ours"}), tmp_path)
+    commit(tmp_path, name)
     check(tmp_path, unfinished=[name])
     with pytest.raises(Refusal, match="holds another run"):
         check(tmp_path)
-    prepare_output_dir(tmp_path, step=0, keep=[name])
-    prepare_output_dir(tmp_path, step=0, keep=[name])  # it is still in the record
-    assert contents(tmp_path) == {name, "run_files.json"}
+    for _ in range(2):  # it is still in the record
+        prepare_output_dir(tmp_path, step=0, keep=[name])
+        assert contents(tmp_path) == {name, "run_files.json"}
     prepare_output_dir(tmp_path, step=0)
     assert contents(tmp_path) == {"run_files.json"}
 
@@ -271,16 +260,14 @@ def test_a_resumed_run_has_neither_later_metrics_nor_a_summary(recorded, tmp_pat
     assert not (tmp_path / "summary.json").exists() and steps(tmp_path) == [2]
 
 
-@pytest.mark.parametrize("flags", [{"overwrite": True}, {"resume": "latest"}, {}])
-def test_the_base_models_folder_is_no_output_folder(flags, tmp_path):
+def test_the_base_models_folder_is_no_output_folder(tmp_path):
     model = write(fresh_folder(tmp_path / "model"), **{"config.json": "{}"})
     save(model, 1)
-    before = contents(model)
     (tmp_path / "link").symlink_to(model)
-    for name in (model, tmp_path / "link"):
-        with pytest.raises(Refusal, match="is the folder of --model_name_or_path"):
-            check(f"{model}/", model=str(name), **flags)
-    assert contents(model) == before
+    for flags in ({"overwrite": True}, {"resume": "latest"}, {}):
+        for name in (model, tmp_path / "link"):
+            with pytest.raises(Refusal, match="is the folder of --model_name_or_path"):
+                check(f"{model}/", model=str(name), **flags)
 
 
 # --- Disks ---
@@ -291,47 +278,43 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     with pytest.raises(Refusal, match="is a file"):
         check(tmp_path / "file", overwrite=True)
     for folder in (tmp_path / "file" / "below", Path("/proc/nowhere/run")):
-        with pytest.raises(
-            Refusal, match=f"--output_dir {folder} cannot be written: .*Choose another folder"
-        ):
+        message = f"--output_dir {folder} cannot be written: .*Choose another folder"
+        with pytest.raises(Refusal, match=message):
             check(folder)
 
 
 def test_what_is_the_disks_fault_and_what_is_not(tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
-    full, missing = OSError(errno.ENOSPC, "full", f"{folder}/x"), OSError(errno.ENOENT, "none", f"{folder}/x")
-    elsewhere = OSError(errno.EACCES, "no", "/elsewhere/x")
+    missing = OSError(errno.ENOENT, "none", f"{folder}/x")
     for error, refused in (
-        (full, True),
+        (OSError(errno.ENOSPC, "full", f"{folder}/x"), True),
         (OSError(errno.ENOSPC, "full"), True),
-        (elsewhere, False),
+        (OSError(errno.EACCES, "no", "/elsewhere/x"), False),
         (missing, False),
         (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos"), True),
         (RuntimeError("shapes"), False),
+        (ValueError("too many values to unpack"), False),
     ):
-        with pytest.raises(Refusal if refused else type(error)), disk_errors_refused(folder):
+        with pytest.raises(Refusal if refused else type(error)) as raised, disk_errors_refused(folder):
             raise error
+        assert refused or raised.value is error
     folder.rmdir()  # by the user, in mid-run
     with pytest.raises(Refusal, match="can no longer be written: .*it holds no checkpoint"):
         with disk_errors_refused(folder):
             raise missing
-    with pytest.raises(ValueError, match="too many"), disk_errors_refused(folder):
-        raise ValueError("too many values to unpack")
 
 
-@pytest.mark.parametrize("name", ["sft_packing"])
-def test_a_full_disk_ends_in_one_line_that_names_the_last_checkpoint(name, tmp_path, monkeypatch, capsys):
-    script = importlib.import_module(name)
+def test_a_full_disk_ends_in_one_line_that_names_the_last_checkpoint(tmp_path, monkeypatch, capsys):
     flags = [f"--output_dir={tmp_path}", "--save_steps=1", "--max_length=64", "--no_check_exact"]
     with alone_on_the_cpu(tmp_path / "cache"):
-        script.main(parse_arguments(script.Arguments, [*flags, "--max_steps=1"]))
-        monkeypatch.setattr(sys, "argv", [name, *flags, "--max_steps=2", "--resume_from_checkpoint=latest"])
+        sft_packing.main(parse_arguments(sft_packing.Arguments, [*flags, "--max_steps=1"]))
+        monkeypatch.setattr(sys, "argv", ["x", *flags, "--max_steps=2", "--resume_from_checkpoint=latest"])
         # as on a full disk, writing fails: here in files of more than a MiB, which only those of weights are
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, resource.RLIM_INFINITY))
         try:
             with pytest.raises(SystemExit, match="2"):
-                run_script(script.main, script.Arguments)
+                run_script(sft_packing.main, sft_packing.Arguments)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     line = capsys.readouterr().err.splitlines()[-1]

@@ -2,7 +2,7 @@
 
 import gc
 import weakref
-from collections import Counter
+from collections import Counter, namedtuple
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import FAMILIES, documents, enable_checkpointing, gradients, tiny_model
+from helpers import FAMILIES, documents, enable_checkpointing, gradients, inputs, tiny_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -59,13 +59,9 @@ def kinds(x, w):
     return mixed + masked + (z * z.conj() * (1 + 2j)).real.square().sum()
 
 
-def kept(x, w):
-    return x.exp().sin().cos().tanh() * x
-
-
 def checkpointed(x, w, use_reentrant=False):
     for _ in range(3):  # a region inside must not hide tensors from the checkpoint
-        x = checkpoint(lambda x: kept(x.sin(), w), x, use_reentrant=use_reentrant)
+        x = checkpoint(lambda x: x.sin().exp().sin().tanh() * x, x, use_reentrant=use_reentrant)
     return x.sum()
 
 
@@ -149,14 +145,12 @@ def test_a_changed_storage_is_copied_again():
 @pytest.mark.parametrize("min_bytes", [1, 10**6], ids=["moved", "stayed"])
 def test_a_change_in_place_is_refused_in_backward(min_bytes, monkeypatch):
     monkeypatch.setattr("common.offload.MIN_BYTES", min_bytes)
-    with offloader() as offload:
+    with offloader():
         y = leaf(6, 4) * 1
         loss = y.square().sum()
         y.add_(1)
     with pytest.raises(RuntimeError, match="changed in place after it was saved"):
         loss.backward()
-    del loss
-    offload.end_step()
 
 
 # --- Rules 2 and 3: what stays ---
@@ -193,12 +187,10 @@ def test_what_the_last_layer_the_head_and_a_kept_region_save_stays():
     model = torch.nn.Sequential(*layers)
     offload, in_flight, loaded = offloader(model=model, layers=layers), [], []
 
-    def count_loaded(module, args, output):  # when backward comes to this layer
-        output.register_hook(
-            lambda _: loaded.append([c.on_device is not None for c in offload.live].count(True))
-        )
+    def count_loaded(_):  # when backward comes to this layer
+        loaded.append(sum(copy.on_device is not None for copy in offload.live))
 
-    layers[1].register_forward_hook(count_loaded)
+    layers[1].register_forward_hook(lambda module, args, output: output.register_hook(count_loaded) and None)
     layers[2].register_forward_pre_hook(lambda *_: in_flight.append(len(offload.in_flight)))
     with offload:
         for forward in (1, 2):  # two forwards in one region are two forwards
@@ -209,13 +201,12 @@ def test_what_the_last_layer_the_head_and_a_kept_region_save_stays():
     assert offload.report()["offloaded_bytes"] == 4 * 96
 
 
-def test_what_a_node_saves_of_its_own_output_is_no_cycle():
+def test_what_a_node_saves_of_its_own_output_is_no_cycle(monkeypatch):
     """A kept tensor packed as itself would be: tensor -> node -> saved tensor -> tensor."""
+    monkeypatch.setattr("common.offload.MIN_BYTES", 10**6)  # what is saved stays
     gc.disable()
     try:
-        offload = offloader()
-        with offload:
-            offload.layer = 10**9  # in the head: what is saved stays
+        with offloader():
             y = leaf(6, 4).exp()
         freed = weakref.ref(y.untyped_storage())
         del y
@@ -240,9 +231,9 @@ def test_a_graph_that_outlives_its_step_is_refused(error):
         held = leaf(6, 4).exp().sin()
         if error:
             raise error
+    assert not offload.in_flight
     with pytest.raises(RuntimeError, match=r"1 host copies, 96 bytes, outlive the step.*Drop its loss first"):
         offload.end_step()
-    assert not offload.in_flight
     del held
     offload.end_step()
     assert torch.equal(compute(views, offload)[0], compute(views)[0])
@@ -268,21 +259,20 @@ def test_the_slab_is_sized_by_the_first_step_and_grows():
 # --- Models ---
 
 
-def row(seed=0, lengths=(5, 9, 3)):
+def make_row(seed=0, lengths=(5, 9, 3)):
     return flatten(documents(seed, lengths))
 
 
 def loss_of(model, row):
     """The sum of the scored tokens' negative log-likelihoods, with the labels' shift."""
-    inputs = {name: value for name, value in row.items() if name != "labels"}
-    logits = model(**inputs, use_cache=False).logits.float()
+    logits = model(**inputs(row), use_cache=False).logits.float()
     return torch.nn.functional.cross_entropy(logits[0, :-1], row["labels"][0, 1:], reduction="sum")
 
 
-def train(model, offload=None, steps=3, accumulate=1, inside=False, rows=row):
-    """Each step's loss and gradients."""
+def train(model, offload=None, accumulate=1, inside=False, rows=make_row):
+    """Loss and gradients of each of three steps; inside: backward within the region."""
     found = []
-    for step in range(steps):
+    for step in range(3):
         for i in range(accumulate):
             with offload or nullcontext():
                 loss = loss_of(model, rows(accumulate * step + i))
@@ -311,21 +301,17 @@ def assert_same_bits(found, expected):
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("accumulate, family", [(1, family) for family in FAMILIES] + [(3, "llama")])
-def test_a_models_gradients_are_bit_equal(family, accumulate, checkpointing):
-    dtype = torch.float32 if accumulate > 1 else torch.bfloat16
-    make = partial(make_model, checkpointing, family, dtype, tie_word_embeddings=accumulate > 1)
-    model = make()
-    offload = of_model(model)
-    assert_same_bits(train(model, offload, accumulate=accumulate), train(make(), accumulate=accumulate))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_moves_is_off_the_device_after_forward(family, checkpointing):
+    model = make_model(checkpointing, family, torch.bfloat16)
+    offload, layer_input = of_model(model), 17 * 32 * 2  # of two layers
     with offload:
-        loss = loss_of(model, row())
+        loss = loss_of(model, make_row())
     left = sum(storage.nbytes() for storage in offload.copies)  # of what moved, still on the device
-    assert offload.live and left <= 2 * 17 * 8 * dtype.itemsize  # rotary tables: the last layer keeps them
-    del loss
-    layer_input = 17 * 32 * dtype.itemsize  # of two layers
+    assert offload.live and left <= 2 * 17 * 8 * 2  # rotary tables: the last layer keeps them
     moved = offload.moved_bytes
     assert moved == layer_input if checkpointing else moved > 10 * layer_input
+    loss.backward()
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
@@ -356,12 +342,12 @@ def test_the_model_is_left_as_it_was():
         return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
 
     before, offload = hooks(), of_model(model)
+    with offload:
+        assert hooks() != before
+    assert hooks() == before
     with torch.autograd.graph.disable_saved_tensors_hooks("not today"):
         with pytest.raises(RuntimeError, match="not today"), offload:
             model(torch.arange(4)[None])
-    assert hooks() == before
-    with offload:
-        assert hooks() != before
     assert hooks() == before
 
 
@@ -384,63 +370,49 @@ def test_a_dry_run_takes_the_same_steps_and_no_memory():
 
 # --- Rule 4: streams, simulated; every copy runs as late as its waits allow ---
 
-
-class Event:
-    def __init__(self, stream, position):
-        self.stream, self.position = stream, position
+Event = namedtuple("Event", ["stream", "position"])
 
 
-class ComputeStream:
-    """Runs at once. Waiting for another stream's event makes that stream catch up."""
+class Stream:
+    """The compute stream runs at once, the others only as far as somebody waits for them.
 
-    def __init__(self, unheard=None):
-        self.unheard, self.waited_for = unheard, []
+    deaf: it waits for nothing. unheard: the name of a stream that is not waited for.
+    """
 
-    def record_event(self):
-        return Event(self, None)
-
-    def wait_event(self, event):
-        self.waited_for.append(event)
-        if event.stream is not self and event.stream.name != self.unheard:
-            event.stream.run_to(event.position)
-
-
-class SideStream:
-    """Runs only as far as somebody waits for it."""
-
-    def __init__(self, name, deaf=False):
-        self.name, self.queue, self.done, self.deaf = name, [], 0, deaf
+    def __init__(self, name="compute", deaf=False, unheard=None):
+        self.name, self.deaf, self.unheard = name, deaf, unheard
+        self.queue, self.done, self.waited_for = [], 0, []
 
     def record_event(self):
         return Event(self, len(self.queue))
 
     def wait_event(self, event):
-        if not self.deaf:
+        self.waited_for.append(event)
+        if self.name != "compute" and not self.deaf:
             self.queue.append(event)
+        elif self.name == "compute" and event.stream.name != self.unheard:
+            event.stream.run_to(event.position)
 
     def copy(self, destination, source):
-        waited = self.queue[-1:]
-        assert any(
-            isinstance(event, Event) and isinstance(event.stream, ComputeStream) for event in waited
-        ), f"{self.name}: a copy was started without waiting for the compute stream"
+        waited = self.queue and isinstance(self.queue[-1], Event) and self.queue[-1].stream.name == "compute"
+        assert waited, f"{self.name}: a copy was started without waiting for the compute stream"
         destination.fill_(255)  # NaN in every float type: whoever reads too early is seen
-        refs = [(weakref.ref(t.untyped_storage()), t.storage_offset(), len(t)) for t in (destination, source)]
-        self.queue.append(refs)
+        both = (destination, source)
+        self.queue.append([(weakref.ref(t.untyped_storage()), t.storage_offset(), len(t)) for t in both])
 
     def run_to(self, position):
         while self.done < position:
             item = self.queue[self.done]
             self.done += 1
             if isinstance(item, Event):
-                if isinstance(item.stream, SideStream):
-                    item.stream.run_to(item.position)
-                continue
-            tensors = []
-            for storage, start, length in item:
-                assert storage() is not None, f"{self.name}: memory was freed while a copy was under way"
-                whole = torch.empty(0, dtype=torch.uint8).set_(storage())
-                tensors.append(whole[start : start + length])
-            tensors[0].copy_(tensors[1])
+                item.stream.run_to(item.position)
+            else:
+                destination, source = (self.find(*place) for place in item)
+                destination.copy_(source)
+
+    def find(self, storage, start, length):
+        assert storage() is not None, f"{self.name}: memory was freed while a copy was under way"
+        return torch.empty(0, dtype=torch.uint8).set_(storage(), start, (length,), (1,))
 
 
 class LateOffload(OffloadActivations):
@@ -448,8 +420,8 @@ class LateOffload(OffloadActivations):
 
     def __init__(self, *args, deaf=None, unheard=None):
         super().__init__(*args)
-        self.compute, self.streams = ComputeStream(unheard), self
-        self.to_host, self.to_device = (SideStream(n, n == deaf) for n in ("to_host", "to_device"))
+        self.compute, self.streams = Stream(unheard=unheard), self
+        self.to_host, self.to_device = (Stream(name, name == deaf) for name in ("to_host", "to_device"))
 
     def current_stream(self):
         return self.compute
@@ -463,19 +435,24 @@ class LateOffload(OffloadActivations):
         return stream.record_event()
 
 
-def late_run(kind, inside, checkpointing, last_layer_moves):
-    """Gradients with this kind of offloader, and without one."""
-    model, plain = (make_model(checkpointing, num_hidden_layers=4) for _ in range(2))
+def late_run(kind, checkpointing, accumulate=1, inside=False, last_layer_moves=False, **options):
+    """Losses and gradients with this kind of offloader, and without one."""
+    options = {"num_hidden_layers": 4, **options}
+    model, plain = (make_model(checkpointing, **options) for _ in range(2))
     more = [torch.nn.Identity()] if last_layer_moves else []
     offload = kind(model, [*model.model.layers, *more], CPU)
-    return train(model, offload, inside=inside), train(plain)
+    return train(model, offload, accumulate, inside), train(plain, None, accumulate)
+
+
+WAYS = [{}, {"inside": True}, {"last_layer_moves": True}, {"inside": True, "last_layer_moves": True}]
+WAYS += [{"accumulate": 3, "tie_word_embeddings": True}]
+WAYS += [{"family": name, "dtype": torch.bfloat16, "num_hidden_layers": 2} for name in FAMILIES]
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("inside", [True, False])
-@pytest.mark.parametrize("last_layer_moves", [True, False])
-def test_copies_as_late_as_allowed_change_nothing(inside, checkpointing, last_layer_moves):
-    assert_same_bits(*late_run(LateOffload, inside, checkpointing, last_layer_moves))
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_a_models_gradients_are_bit_equal_with_copies_as_late_as_allowed(way, checkpointing):
+    assert_same_bits(*late_run(LateOffload, checkpointing, **way))
 
 
 class FreesTooEarly(LateOffload):
@@ -485,11 +462,8 @@ class FreesTooEarly(LateOffload):
         self.in_flight.clear()
 
 
-MISTAKES = [FreesTooEarly] + [
-    partial(LateOffload, **{how: stream})
-    for how in ("deaf", "unheard")
-    for stream in ("to_host", "to_device")
-]
+MISTAKES = [FreesTooEarly, partial(LateOffload, deaf="to_host"), partial(LateOffload, deaf="to_device")]
+MISTAKES += [partial(LateOffload, unheard="to_host"), partial(LateOffload, unheard="to_device")]
 
 
 @pytest.mark.parametrize("kind", MISTAKES)
@@ -497,7 +471,7 @@ MISTAKES = [FreesTooEarly] + [
 def test_a_missing_wait_is_seen(kind):
     # inside, all layers moving: the last copies to the host are under way when backward asks for them
     with pytest.raises(AssertionError):  # other gradients, or what the simulation asserts
-        assert_same_bits(*late_run(kind, inside=True, checkpointing=True, last_layer_moves=True))
+        assert_same_bits(*late_run(kind, checkpointing=True, inside=True, last_layer_moves=True))
 
 
 def test_a_prefetch_that_nobody_used_is_waited_for_before_its_memory_goes():
@@ -517,15 +491,17 @@ def test_a_prefetch_that_nobody_used_is_waited_for_before_its_memory_goes():
 def test_a_copy_and_its_event_are_on_the_side_stream():
     """The one function that the simulation replaces."""
     log, values = [], (torch.zeros(4, dtype=torch.uint8), torch.arange(4, dtype=torch.uint8))
-    offload, side = offloader(), SimpleNamespace()
-    side.record_event = lambda: log.append(("event", torch.equal(*values)))
+
+    def note(what):
+        log.append((what, torch.equal(*values)))
 
     @contextmanager
     def stream(used):
-        log.append((used, torch.equal(*values)))
+        note(used)
         yield
-        log.append(("left", torch.equal(*values)))
+        note("left")
 
+    offload, side = offloader(), SimpleNamespace(record_event=lambda: note("event"))
     offload.streams = SimpleNamespace(stream=stream)
     offload._copy(side, *values)
     assert log == [(side, False), ("event", True), ("left", True)]
@@ -536,7 +512,7 @@ def test_another_stream_between_forward_and_backward(monkeypatch):
     recorded = Counter()
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, s: recorded.update([s]), raising=False)
     offload, x = offloader(LateOffload), leaf(6, 4)
-    forward, backward = offload.compute, ComputeStream()
+    forward, backward = offload.compute, Stream()
     with offload:
         h = (x * 2).exp()
         loss = h.sin().sum()  # sin saves what exp saved: one copy
@@ -562,10 +538,6 @@ def test_another_stream_between_forward_and_backward(monkeypatch):
 # --- CUDA ---
 
 
-def sleep(*_):
-    torch.cuda._sleep(20_000_000)  # some 10 ms: the host runs ahead, and copies have no excuse to be late
-
-
 def cuda_train(checkpointing, offloads):
     """Gradients of three steps, the peak of the latter two in bytes, and the offloader."""
     device = torch.device("cuda")
@@ -573,13 +545,14 @@ def cuda_train(checkpointing, offloads):
     model = make_model(checkpointing, "llama", torch.bfloat16, device, **fields)
     offload = OffloadActivations(model, model.model.layers, device) if offloads else None
     for layer in model.model.layers:
-        layer.register_forward_hook(sleep)
+        # some 10 ms: the host runs ahead, and copies have no excuse to be late
+        layer.register_forward_hook(lambda *_: torch.cuda._sleep(20_000_000))
 
     def rows(seed):  # another one each time: the host must not show the step before's
         if seed == 1:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        on_host = row(seed, (2800, 2600, 3000))
+        on_host = make_row(seed, (2800, 2600, 3000))
         return {name: v.cuda() if torch.is_tensor(v) else v for name, v in on_host.items()}
 
     found = train(model, offload, rows=rows)

@@ -18,47 +18,39 @@ from common.rewards import (
     load_reward_funcs,
 )
 
-WORDS = [  # text, answer, reward
-    ("The sum is 12.", "12", 1.0),
-    ("12 is the sum", "12", 0.0),
-    ("", "12", 0.0),
-    ("112", "12", 0.0),
-    ("spelt a-b", "a-b", 1.0),
-    ("so 7.0", 7, 1.0),
-    ("so 8", 7.0, 0.0),
-    ("so 1,200.", 1200, 1.0),
-    ("1,2,3", "123", 0.0),
-    ("012", " 12 ", 1.0),
-    ("so 10000000000000000", 1e16, 1.0),
-    ("so 12345678901234567891", "12345678901234567892", 0.0),
-    ("7\u00b0", 7, 0.0),
-    ("1", True, 0.0),
-    ("True.", True, 1.0),
-    ("nan", "inf", 0.0),
-    ("1_0", "10", 0.0),
+CASES = [
+    (last_word, "The sum is 12.", "12", 1.0),
+    (last_word, "12 is the sum", "12", 0.0),
+    (last_word, "", "12", 0.0),
+    (last_word, "112", "12", 0.0),
+    (last_word, "spelt a-b", "a-b", 1.0),
+    (last_word, "so 1,200.", 1200, 1.0),
+    (last_word, "1,2,3", "123", 0.0),
+    (last_word, "012", " 12 ", 1.0),
+    (last_word, "so 10000000000000000", 1e16, 1.0),
+    (last_word, "so 12345678901234567891", "12345678901234567892", 0.0),
+    (last_word, "7\u00b0", 7, 0.0),
+    (last_word, "1", True, 0.0),
+    (last_word, "True.", True, 1.0),
+    (last_word, "nan", "inf", 0.0),
+    (last_word, "1_0", "10", 0.0),
+    (last_number, "7 then 8", "7", 0.0),
+    (last_number, "first 8\n#### 7 because of 8", "7", 1.0),
+    (last_number, "$1,234.50", "1234.5", 1.0),
+    (last_number, "3", "-3", 0.0),
+    (last_number, "no number", "0", 0.0),
+    (last_number, "no number", "none", 0.0),
+    (last_number, "70.", "#### 70", 1.0),
+    (last_number, "about 0.00001", 1e-05, 1.0),
+    (last_number, "1e-05", 1e-05, 1.0),
+    (last_number, "so -5", 1e-05, 0.0),
+    (last_number, "so 16", 1e16, 0.0),
+    (last_number, "12345678901234567891", 12345678901234567892, 0.0),
+    (last_number, "12345678901234567891", 12345678901234567891, 1.0),
+    (last_number, "of 1,2,3", 3, 1.0),
+    (last_number, "1e99999999999999999999999", 7, 0.0),
+    (last_number, "0x3e8a is 8", "8", 1.0),
 ]
-NUMBERS = [
-    ("so 3 + 4 = 7", "7", 1.0),
-    ("7 then 8", "7", 0.0),
-    ("first 8\n#### 7 because of 8", "7", 1.0),
-    ("$1,234.50", "1234.5", 1.0),
-    ("-3", "-3", 1.0),
-    ("3", "-3", 0.0),
-    ("no number", "0", 0.0),
-    ("no number", "none", 0.0),
-    ("70.", "#### 70", 1.0),
-    ("so 7", 7.0, 1.0),
-    ("about 0.00001", 1e-05, 1.0),
-    ("1e-05", 1e-05, 1.0),
-    ("so -5", 1e-05, 0.0),
-    ("so 16", 1e16, 0.0),
-    ("12345678901234567891", 12345678901234567892, 0.0),
-    ("12345678901234567891", 12345678901234567891, 1.0),
-    ("of 1,2,3", 3, 1.0),
-    ("1e99999999999999999999999", 7, 0.0),
-    ("0x3e8a is 8", "8", 1.0),
-]
-CASES = [(last_word, *case) for case in WORDS] + [(last_number, *case) for case in NUMBERS]
 
 
 @pytest.mark.parametrize("function, text, answer, reward", CASES)
@@ -83,9 +75,21 @@ def test_an_answer_that_no_completion_can_give_is_refused(name, answer):
     check_answers(load_reward_funcs("grpo_cases:upper", ["answer"]), rows, "some.csv")
 
 
-def test_built_in_and_imported_functions_are_found():
+def test_built_in_and_imported_functions_are_found_and_what_they_may_read():
     found = load_reward_funcs("last_word, grpo_cases:upper", ["prompt", "answer"])
     assert found["last_word"] is last_word and list(found) == ["last_word", "grpo_cases:upper"]
+    columns = ["answer", "level", "source"]
+    assert columns_read({"a": last_word}, columns) == {"answer"}
+    assert columns_read({"a": lambda prompts, completions, level, answer: []}, columns) == {"answer", "level"}
+    assert columns_read(found, columns) == set(columns)
+
+
+def takes_no_column(prompts, completions):
+    return [0.0] * len(completions)
+
+
+def positional(prompts, /, completions, **columns):
+    return []
 
 
 @pytest.mark.parametrize(
@@ -94,14 +98,10 @@ def test_built_in_and_imported_functions_are_found():
         ("first_word", "first_word: choose last_word, last_number, or name a module:function"),
         ("last_word,", "--reward_funcs : choose last_word"),
         ("no_module:f", "no_module:f cannot be imported"),
-        ("grpo_cases:f", "grpo_cases:f cannot be imported"),
+        ("test_rewards:f", "test_rewards:f cannot be imported"),
         (":f", "--reward_funcs :f cannot be imported"),
         ("grpo_cases:by_column", "with .*, answer: missing a required argument: 'wanted'"),
-        (
-            "grpo_cases:takes_no_column",
-            "unexpected keyword argument 'answer'; give .* the function ..columns",
-        ),
-        ("grpo_cases:takes_no_prompts", "unexpected keyword argument 'prompts'"),
+        ("test_rewards:takes_no_column", "argument 'answer'; give .* the function ..columns"),
         ("test_rewards:positional", "'prompts' parameter is positional only"),
         ("builtins:max", "builtins:max cannot be called with .*no signature"),
         ("math:pi", "math:pi cannot be called with .*3.14.* is not a callable"),
@@ -116,10 +116,6 @@ def test_what_cannot_be_found_or_called_is_refused(names, message):
 def test_a_column_with_the_name_of_what_a_reward_is_given_is_refused(name):
     with pytest.raises(ValueError, match=f"column {name} has the name of what a reward is given"):
         load_reward_funcs("grpo_cases:upper", ["answer", name])
-
-
-def positional(prompts, /, completions, **columns):
-    return []
 
 
 def fails_for_b(prompts, completions, **columns):
@@ -171,15 +167,12 @@ NO_LIST = "; wanted: a list of 3 numbers, one for each completion, and nothing a
         (generates_while_waiting, NO_LIST),
         (torch.tensor(1.0), f"returned tensor(1.){NO_LIST}"),
         ({0: 1.0, 1: 1.0, 2: 1.0}, "returned {0: 1.0, 1: 1.0, 2: 1.0}" + NO_LIST),
-        (1.0, f"returned 1.0{NO_LIST}"),
         (None, f"returned None{NO_LIST}"),
         ([1.0], f"returned 1 values{NO_LIST}"),
         (torch.ones(3, 2), "returned tensor([1., 1.]); wanted: a finite number; prompt 'p1', completion 'a'"),
         ([0, 10**400, 0], "; wanted: a finite number; prompt 'p2', completion 'b'"),
         ([0.0, math.nan, 0.0], "returned nan; wanted: a finite number; prompt 'p2'"),
-        ([0.0, 0.0, None], "returned None; wanted: a finite number; prompt 'p3', completion 'c'"),
         ([0.0, "1", 0.0], "returned '1'; wanted: a finite number; prompt 'p2'"),
-        ([math.inf, 0, 0], "returned inf; wanted: a finite number; prompt 'p1'"),
     ],
 )
 def test_a_function_that_misbehaves_is_named_with_its_prompt(function, message):
@@ -214,13 +207,3 @@ def test_each_function_is_given_a_copy_of_what_it_takes():
     ours = ["p", "q"], ["c", "d"]
     assert seen == [(*ours, {**given, "completion_ids": [[5, 6], [7]]}), (*ours, given)]
     assert columns == given and ids == [[5, 6], [7]]
-
-
-def test_the_columns_that_a_reward_may_read():
-    def two(prompts, completions, level, answer):
-        pass
-
-    columns = ["answer", "level", "source"]
-    assert columns_read({"a": last_word}, columns) == {"answer"}
-    assert columns_read({"a": two}, columns) == {"answer", "level"}
-    assert columns_read({"a": last_word, "b": leaves}, columns) == set(columns)

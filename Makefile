@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint bench bench-quick
+.PHONY: demo test lint bench bench-quick gpu
 # one thread: a model this small gains little from a second, and loses much where another program wants the core
 demo: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python sft_packing.py --learning_rate 1e-3 --measure_memory \
@@ -37,6 +37,10 @@ bench: benchmarks/.venv/.installed
 		benchmarks/zero3_generation.py
 	$(BENCH)/python benchmarks/tables.py
 	$(BENCH)/python benchmarks/figures.py
+
+# on one GPU: its tests, then the benchmarks that a GPU decides
+gpu: benchmarks/.venv/.installed
+	PYTHON=$(BENCH)/python bash benchmarks/on_a_gpu.sh benchmarks/results
 
 # leaves pages, results and figures alone
 bench-quick: benchmarks/.venv/.installed

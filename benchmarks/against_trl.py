@@ -12,28 +12,26 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from harness import Way, data_file, measure, parse, script_run, write
+from harness import Way, data_file, measure, parse, random_rows, script_run, write
 from transformers import logging
 from transformers.utils import is_flash_attn_2_available
 
 from common.sharding import read_pretrained
 
-# Examples of a step: --examples, or these. On a CPU, a step that is timed often has to be so small that
-# weights and optimizer hide all else: "bytes" are those of the step whose bytes are counted there.
-# "cpu_max_length": the longest examples that are taken there, unless --max_length says more.
+# Examples of a step on a CPU: --examples, or these. A step that is timed often has to be so small there that
+# weights and optimizer hide all else: "bytes" are those of the step whose bytes are counted. On CUDA a step
+# holds as many examples as fit into --tokens. "cpu_max_length": the longest examples that are taken on a CPU,
+# unless --max_length says more.
 CASES = {
-    "sft": {
-        "chat_messages": {"cpu": 2, "cuda": 16, "bytes": 4},
-        "gsm8k_prompt_completion": {"cpu": 3, "cuda": 16},
-    },
+    "sft": {"chat_messages": {"cpu": 2, "bytes": 4}, "gsm8k_prompt_completion": {"cpu": 3}},
     "dpo": {
-        "gsm8k_preferences": {"cpu": 2, "cuda": 16, "bytes": 4},
-        "gsm8k_preferences_4shot": {"cpu": 1, "cuda": 16},
-        "chat_preferences": {"cpu": 2, "cuda": 16, "cpu_max_length": 512},
+        "gsm8k_preferences": {"cpu": 2, "bytes": 4},
+        "gsm8k_preferences_4shot": {"cpu": 1},
+        "chat_preferences": {"cpu": 2, "cpu_max_length": 512},
     },
-    "grpo_update": {"gsm8k_prompts": {"cpu": 1, "cuda": 8}},
+    "grpo_update": {"gsm8k_prompts": {"cpu": 1}},
 }
-MAX_LENGTH = 1024
+MAX_LENGTH = {"cpu": 1024, "cuda": 4096}
 
 
 @dataclass
@@ -46,11 +44,14 @@ class Bench:
     run: Any
     pretrained: Any
     case: str
-    sizes: list  # examples of each step: of the one whose bytes are counted, of warm-ups, of those timed
+    # examples of each step, on CUDA tokens: of the one whose bytes are counted, of warm-ups, of those timed
+    sizes: list
 
     def setup(self, unit, attention="ours: sdpa (padded), varlen (flat)", **more):
         """What the JSON says of the case; unit: what the examples are called."""
         counted, timed = self.sizes[0], self.sizes[-1]
+        if self.options.device == "cuda":
+            unit = "tokens"
         return {
             f"{unit}_per_step": timed,
             f"{unit}_of_counted_step": counted,
@@ -67,47 +68,72 @@ class Bench:
                  returning it, perhaps rewritten, and its number of tokens; or None to leave it out.
         Returns: the file's name; the numbers of the examples of each step; tokens of each step.
         """
-        path = data_file(self.case, self.options, demo)
-        lines = path.read_text().splitlines()
+        lines = self.lines(demo)
         drawn = (examine(json.loads(lines[i])) for i in np.random.default_rng(0).permutation(len(lines)))
-        chosen = list(itertools.islice(filter(None, drawn), sum(self.sizes)))
-        if len(chosen) < sum(self.sizes):
-            raise ValueError(f"{path}: {len(chosen)} examples fit, and {sum(self.sizes)} are needed.")
+        drawn, chosen, steps = filter(None, drawn), [], []
+        for size in self.sizes:
+            examples = fill(drawn, size) if self.options.device == "cuda" else itertools.islice(drawn, size)
+            chosen += examples
+            steps.append(list(range(steps[-1][-1] + 1 if steps else 0, len(chosen))))
+        if not all(steps) or self.options.device == "cpu" and len(chosen) < sum(self.sizes):
+            raise ValueError(f"{self.case}: {len(chosen)} examples fit, which are too few for all steps.")
         file = self.scratch / f"{self.case}.jsonl"
         file.write_text("".join(json.dumps(example) + "\n" for example, _ in chosen))
-        ends = itertools.accumulate(self.sizes)
-        steps = [list(range(end - size, end)) for size, end in zip(self.sizes, ends)]
         return str(file), steps, [sum(chosen[i][1] for i in numbers) for numbers in steps]
+
+    def lines(self, demo):
+        """The case's examples, a line of JSON each."""
+        if self.case == "lognormal":
+            return [json.dumps(row) for row in random_rows(demo.removesuffix(".jsonl"))]
+        return data_file(self.case, self.options, demo).read_text().splitlines()
+
+
+def fill(drawn, num_tokens):
+    """The next of (example, tokens) as long as they fit; the first one that does not is left out."""
+    taken = []
+    for example, tokens in drawn:
+        num_tokens -= tokens
+        if num_tokens < 0:
+            break
+        taken.append((example, tokens))
+    return taken
 
 
 def step_sizes(case, options):
-    """Examples of each step of a case: of the one whose bytes are counted, of warm-ups, of those timed."""
-    timed = options.examples or case[options.device]
-    larger = options.device == "cpu" and not options.quick and not options.examples
+    """Sizes of the steps of a case, as Bench has them."""
+    if options.device == "cuda":
+        return [options.tokens] * (1 + options.warm_up + options.repeats)
+    timed = options.examples or case["cpu"]
+    larger = not options.quick and not options.examples
     return [case.get("bytes", timed) if larger else timed] + [timed] * (options.warm_up + options.repeats)
 
 
-def compare_cases(what, description, script, compare):
-    """A whole benchmark: every case of it compared; with --quick, or without $BENCH_DATA, the demo's data.
+def compare_cases(what, description, script, compare, **more):
+    """A whole benchmark: every case of it compared. Without $BENCH_DATA: on CUDA documents of lognormal
+    length, on a CPU the demo's data.
 
-    Args: compare: function of a Bench: what `measure` calls setup, sides and real_tokens.
+    Args: compare: function of a Bench: what `measure` calls setup, sides and real_tokens. more: further flags
+          of the command line.
     """
-    options = parse(description, dtype="bf16", max_length=0, examples=0)
+    defaults = {"dtype": "bf16", "max_length": 0, "examples": 0, "tokens": 16384, "shape": ""}
+    options = parse(description, **defaults, **more)
     quiet()
     cases, found = CASES[what], []
     if options.quick or not os.environ.get("BENCH_DATA"):
-        cases = {"demo": next(iter(cases.values()))}
+        name = "lognormal" if options.device == "cuda" and not options.quick else "demo"
+        cases = {name: next(iter(cases.values()))}
     with script_run(script, options, bf16=options.dtype == "bf16") as (scratch, args, run):
         pretrained = read_pretrained(args.model_name_or_path)
         for name, case in cases.items():
             if hasattr(args, "max_length"):
-                limit = case.get(f"{options.device}_max_length", MAX_LENGTH)
+                limit = case.get(f"{options.device}_max_length", MAX_LENGTH[options.device])
                 args = replace(args, max_length=options.max_length or limit)
             bench = Bench(options, scratch, args, run, pretrained, name, step_sizes(case, options))
             setup, sides, real_tokens = compare(bench)
             found.append(measure(name, setup, sides, options, real_tokens))
             print(f"{what}: {name} is measured", file=sys.stderr)
-    write(what, options, args.model_name_or_path, found)
+    kind = "_liger" if getattr(options, "liger", 0) else "_large" if options.shape else ""
+    write(what + kind, options, args.model_name_or_path, found)
 
 
 # --- TRL's side ---

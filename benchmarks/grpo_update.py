@@ -45,12 +45,13 @@ TRL_WAYS = {"TRL": True, "TRL, tuned": False}  # whether layers are checkpointed
 def sample_rollouts(bench):
     """The rollout of each step: [(groups as make_batches takes them, rewards (B,)), ..]."""
     tokenizer, options = bench.pretrained.tokenizer, bench.options
-    prompts = data_file(bench.case, options, "prompts.jsonl").read_text().splitlines()
-    answers = data_file("gsm8k_prompt_completion", options, "preferences.jsonl").read_text().splitlines()
+    prompts = answers = bench.lines("prompts.jsonl")
+    if bench.case != "lognormal":
+        answers = data_file("gsm8k_prompt_completion", options, "preferences.jsonl").read_text().splitlines()
     rng, rollouts = np.random.default_rng(0), []
     for size in bench.sizes:
-        groups = []
-        for _ in range(size):
+        groups, left = [], size  # groups, on CUDA tokens that are computed
+        while left > 0:
             prompt = json.loads(prompts[rng.integers(len(prompts))])["prompt"]
             text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
             completions = []
@@ -59,7 +60,9 @@ def sample_rollouts(bench):
                 answer = (answer.get("completion") or answer["chosen"])[-1]["content"]
                 completions.append(tokenizer(answer)["input_ids"] + [tokenizer.eos_token_id])
             groups.append((tokenizer(text)["input_ids"], completions))
-        rollouts.append((groups, torch.from_numpy(rng.random(size * G))))
+            tokens = len(groups[-1][0]) + sum(map(len, completions))
+            left -= tokens if options.device == "cuda" else 1
+        rollouts.append((groups, torch.from_numpy(rng.random(len(groups) * G))))
     return rollouts
 
 
@@ -82,6 +85,8 @@ def our_batches(bench, groups, rewards, shares):
     limit = bench.args.max_completion_length
     denominators = loss_denominators(lengths, G, bench.args.loss_type, limit, bench.run.sum)
     budget = max(len(p) * (1 if shares else G) + sum(map(len, c)) for p, c in groups)
+    if bench.options.device == "cuda":
+        budget = max(budget, bench.options.tokens)
     if not shares:
         groups = [(prompt, [c]) for prompt, completions in groups for c in completions]
     return make_batches(groups, group_advantages(rewards, G), denominators, budget, bench.run)
@@ -94,8 +99,7 @@ def our_step(engine, args, run, batches):
 
 def their_ways(bench, rollouts, longest):
     """GRPOTrainer's steps on rollouts padded, shuffled and split as it does after generating."""
-    num_batches = bench.sizes[-1]
-    settings = trl_options(bench, gradient_accumulation_steps=num_batches, max_completion_length=longest)
+    settings = trl_options(bench, max_completion_length=longest)
     dataset, model = Dataset.from_dict({"prompt": ["never sampled"]}), bench.args.model_name_or_path
     trainer = GRPOTrainer(model, [lambda **_: [0.0]], GRPOConfig(**settings), train_dataset=dataset)
     prepare(trainer)._prepare_inputs = lambda batch: batch  # it would generate, and score
@@ -110,6 +114,10 @@ def their_ways(bench, rollouts, longest):
             rollout[f"{name}_ids"] = pad(sequences, trainer._tokenizer.pad_token_id, side)
             rollout[f"{name}_mask"] = pad([torch.ones_like(ids) for ids in sequences], 0, side)
         torch.manual_seed(0)
+        num_batches = len(groups)
+        if bench.options.device == "cuda":  # as many padded tokens in a forward as ours have
+            padded = sum(rollout[f"{name}_ids"].numel() for name in columns)
+            num_batches = min(-(-padded // bench.options.tokens), len(groups))
         split = split_tensor_dict(shuffle_sequence_dict(rollout), num_batches)
         num_items = rollout["completion_mask"].sum()
         for batch in split:

@@ -11,6 +11,7 @@ import datetime
 import gc
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -25,6 +26,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
 import torch
 from cases import RESULTS, case
 from tables import TABLES
@@ -113,7 +115,7 @@ def model_folder(options, scratch):
             return Path(named)
         config = AutoConfig.from_pretrained(named)
         return random_model(config, scratch / f"random-{Path(named).name}", device, named)
-    shape = "Qwen3-0.6B" if device == "cuda" else "SmolLM2-135M"
+    shape = getattr(options, "shape", "") or ("Qwen3-0.6B" if device == "cuda" else "SmolLM2-135M")
     return random_model(shape, scratch / f"random-{shape}", device)
 
 
@@ -121,6 +123,22 @@ def data_file(name, options, demo):
     """$BENCH_DATA/<name>.jsonl; with --quick, or without that folder, the demo's file `demo`."""
     folder = os.environ.get("BENCH_DATA")
     return ROOT / "demo" / demo if options.quick or not folder else Path(folder) / f"{name}.jsonl"
+
+
+def random_rows(what, count=4000, longest=3000):
+    """Rows of random letters, whose numbers are lognormal as those of real documents are, for a GPU without
+    data beside it. what: "sft", or else conversations with a prompt, a chosen and a rejected answer.
+    """
+    rng = np.random.default_rng(0)
+
+    def message(role, median):
+        size = int(min(longest, 1 + rng.lognormal(math.log(median))))
+        return [{"role": role, "content": bytes(rng.integers(97, 123, size).tolist()).decode()}]
+
+    if what == "sft":
+        return [{"messages": message("user", 40) + message("assistant", 400)} for _ in range(count)]
+    sizes = {"prompt": ("user", 300), "chosen": ("assistant", 150), "rejected": ("assistant", 150)}
+    return [{name: message(*size) for name, size in sizes.items()} for _ in range(count)]
 
 
 def random_batch(lengths, vocabulary=1000, flat=True):
@@ -185,8 +203,12 @@ class Way:
 
 def use(model, args, flat):
     """Let a model that several ways share compute as one of them does."""
-    wrap_layers(model, args.gradient_checkpointing, args.torch_compile)
-    set_kernels(model, args, flat)
+    layers = (args.gradient_checkpointing, args.torch_compile)
+    wanted = (*layers, args.attn_implementation, flat)
+    if getattr(model, "used", None) != wanted:
+        wrap_layers(model, *layers)
+        set_kernels(model, args, flat)
+        model.used = wanted
 
 
 def sft_way(args, run, model, optimizer, steps):
@@ -243,19 +265,36 @@ def measure(name, setup, sides, options, real_tokens=None):
             once[way] = ready.count_bytes(options.device)
             once[way]["peak_bytes"] -= others
         ways |= made
-    steps = {}
+    steps, flops = {}, 0
+    if options.device == "cuda":
+        setup["peak_tflops"] = round(peak_flops() / 1e12)
+        flops = 6 * sum(p.numel() for p in next(iter(ways.values())).model.parameters())
     for way, ready in ways.items():
         numbers = itertools.count(1)
         steps[way] = lambda ready=ready, numbers=numbers: ready.take(next(numbers))
     runs = alternate(steps, options.repeats, options.device, options.warm_up)
     for repetitions in runs.values():
         for repetition, tokens in zip(repetitions, (real_tokens or [])[-options.repeats :]):
-            repetition["real_tokens_per_second"] = tokens / repetition["seconds"]
+            speed = repetition["real_tokens_per_second"] = tokens / repetition["seconds"]
+            if flops:
+                repetition["mfu"] = flops * speed / (setup["peak_tflops"] * 1e12)
     steps.clear()
     free(ways)
     found = case(name, setup, runs, once)
-    results = sorted(next(iter(runs.values()))[0].keys() - {"seconds", "real_tokens_per_second"})
+    results = sorted(next(iter(runs.values()))[0].keys() - {"seconds", "real_tokens_per_second", "mfu"})
     return found | {"disagreement": {each: disagreement(runs, each) for each in results}}
+
+
+def peak_flops(size=8192, repeats=20):
+    """Operations per second of a bf16 matrix product: what model FLOP utilisation is measured against."""
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    for count in (3, repeats):
+        synchronize("cuda")
+        started = time.perf_counter()
+        for _ in range(count):
+            a @ b
+        synchronize("cuda")
+    return repeats * 2 * size**3 / (time.perf_counter() - started)
 
 
 def disagreement(runs, measure):

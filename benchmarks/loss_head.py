@@ -103,7 +103,7 @@ def compare(shape, dtype, options):
     timed = {name: partial(run, way, inputs) for name, way in ways.items()}
     runs = alternate(timed, options.repeats, options.device, options.warm_up)
     name = str(dtype).removeprefix("torch.")
-    setup = {"N": n, "V": vocabulary, "H": size, "dtype": name, "chunk_size": 256}
+    setup = {"N": n, "V": vocabulary, "H": size, "dtype": name}
     # without a GPU, TRL's head folds its tiles in PyTorch
     setup["TRL fused head"] = "Triton kernels" if options.device == "cuda" else "its PyTorch version"
     return case(f"{name}, N {n:,}, V {vocabulary:,}, H {size:,}", setup, runs, once)

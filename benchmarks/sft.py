@@ -1,8 +1,10 @@
 """SFT: padded, padding-free, packed and checkpointed steps of sft_packing.py and of TRL's SFTTrainer.
 
 BENCH_MODEL=<folder> BENCH_DATA=<folder> python benchmarks/sft.py [--device cuda] [--quick]
+    [--tokens 16384] [--shape Qwen3-1.7B] [--liger 1]
 
 Both sides take the same documents in the same steps; each tokenises, joins and packs them in its own way.
+--liger 1: only the ways with Liger's kernels, of both: in one process with the others they would change all.
 """
 
 from dataclasses import replace
@@ -35,6 +37,15 @@ TRL_WAYS = {  # settings of SFTConfig; its defaults: padding, and checkpointing
     "TRL packed": {"packing": True, "gradient_checkpointing": False},
     "TRL packed + checkpointing": {"packing": True},
 }
+ON_A_GPU = {
+    "packed, compiled": {"gradient_checkpointing": False, "torch_compile": True},
+    "packed + checkpointing, compiled": {"torch_compile": True},
+}
+WITH_LIGER = {
+    "packed + Liger": {"gradient_checkpointing": False, "use_liger_kernel": True},
+    "packed + checkpointing + Liger": {"use_liger_kernel": True},
+}
+TRL_PACKED = {name: TRL_WAYS[name] for name in ("TRL packed", "TRL packed + checkpointing")}
 # by itself, for it leaves hooks on its model
 TRL_OFFLOAD = {"TRL packed + checkpointing + offload": {"packing": True}}
 
@@ -49,8 +60,10 @@ def our_ways(bench, file, steps):
         rows = Rows(encoded, chosen, {}, args, bench.pretrained, bench.run.world)
         return rows.batch(np.arange(len(rows)))
 
-    ways = {}
-    for way, flags in WAYS.items():
+    chosen, ways = WITH_LIGER if bench.options.liger else WAYS, {}
+    if bench.options.device == "cuda" and not bench.options.liger:
+        chosen = chosen | ON_A_GPU
+    for way, flags in chosen.items():
         # a CPU has no other memory to offload to
         if bench.options.device == "cuda" or "offload" not in way:
             args = replace(bench.args, **flags)
@@ -92,11 +105,19 @@ def compare(bench):
     rows = load_dataset("json", data_files=file, split="train")
     documents = sft_trainer(bench, rows).train_dataset.select_columns(["input_ids", "labels"])
     theirs = partial(their_ways, bench, documents, steps)
-    sides = [partial(our_ways, bench, file, steps), partial(theirs, TRL_WAYS)]
-    if bench.options.device == "cuda":
-        sides.append(partial(theirs, TRL_OFFLOAD, activation_offloading=True))
+    ours = partial(our_ways, bench, file, steps)
+    if bench.options.liger:
+        sides = [ours, partial(theirs, TRL_PACKED, use_liger_kernel=True)]
+    elif bench.options.device == "cuda":
+        sides = [ours, partial(theirs, TRL_WAYS)]
+        if not bench.options.shape:  # of a larger model, so many do not fit side by side
+            compiled = {f"{name}, compiled": way for name, way in TRL_PACKED.items()}
+            sides.append(partial(theirs, compiled, torch_compile=True))
+            sides.append(partial(theirs, TRL_OFFLOAD, activation_offloading=True))
+    else:
+        sides = [ours, partial(theirs, TRL_WAYS)]
     return bench.setup("documents", max_length=bench.args.max_length), sides, real_tokens
 
 
 if __name__ == "__main__":
-    compare_cases("sft", __doc__, sft_packing, compare)
+    compare_cases("sft", __doc__, sft_packing, compare, liger=0)

@@ -132,9 +132,11 @@ def steps(baselines, document):
         for way, values in found["ways"].items():
             median = values["median"]
             row = [way, median["seconds"], median["real_tokens_per_second"]]
+            row += [f"{median['mfu']:.0%}"] if "mfu" in median else []
             rows.append([*row, *(times(found, way, baseline) for baseline in baselines), gib(values)])
         faster = [f'times faster than "{baseline}"' for baseline in baselines]
-        table = markdown([found["case"], "s/step", "tokens/s", *faster, "peak GiB"], rows)
+        speed = ["s/step", "tokens/s", *(["MFU"] if "mfu" in median else [])]
+        table = markdown([found["case"], *speed, *faster, "peak GiB"], rows)
         apart = ", ".join(f"{name} {x:.1e}" for name, x in found.get("disagreement", {}).items())
         note = f"; largest relative difference between two ways in one step: {apart}" if apart else ""
         parts.append(f"{table}\n\n*{listed(found['setup'])}{note}*")
@@ -166,6 +168,8 @@ DRAWN = {
     "packing": packing,
     "loss_head": loss_head,
     "sft": partial(steps, ["TRL padded", "TRL packed"]),
+    "sft_liger": partial(steps, ["TRL packed + checkpointing", "TRL packed"]),
+    "sft_large": partial(steps, ["TRL packed + checkpointing", "TRL packed"]),
     "dpo": partial(steps, ["TRL padded", "TRL padded, precomputed"]),
     "grpo_update": partial(steps, ["TRL", "TRL, tuned"]),
     "generation": generation,

@@ -54,11 +54,31 @@ def test_ways_take_turns_and_the_warm_up_does_not_count():
 
 
 def test_the_counted_step_comes_first_and_is_larger_on_a_cpu_unless_its_size_was_given():
-    sizes = {"cpu": 2, "cuda": 8, "bytes": 4}
+    sizes = {"cpu": 2, "bytes": 4}
     assert against_trl.step_sizes(sizes, options()) == [4, 2, 2, 2]
     assert against_trl.step_sizes(sizes, options(examples=6)) == [6] * 4
     assert against_trl.step_sizes(sizes, options(quick=True)) == [2] * 4
-    assert against_trl.step_sizes(sizes, options("cuda", warm_up=1)) == [8] * 5
+    assert against_trl.step_sizes(sizes, options("cuda", warm_up=1, tokens=64)) == [64] * 5
+
+
+def test_on_a_gpu_steps_are_filled_with_tokens(tmp_path):
+    given = options("cuda", tokens=2000, warm_up=1, quick=False)
+    sizes = against_trl.step_sizes({}, given)
+    args = SimpleNamespace(max_length=1500)
+    bench = against_trl.Bench(given, tmp_path, args, None, None, "lognormal", sizes)
+
+    def examine(example):
+        tokens = sum(len(message["content"]) for message in example["messages"])
+        return (example, tokens) if tokens <= args.max_length else None
+
+    file, steps, tokens = bench.choose("sft.jsonl", examine)
+    rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
+    assert len(steps) == 5 and sum(steps, []) == list(range(len(rows)))
+    found = [sum(examine(rows[i])[1] for i in step) for step in steps]
+    assert found == tokens and max(tokens) <= 2000 and sum(tokens) > 5000
+    lengths = [examine(row)[1] for row in harness.random_rows("sft") if examine(row)]
+    assert 250 < np.median(lengths) < 600 and max(lengths) > 1400
+    assert set(harness.random_rows("preferences", 1)[0]) == {"prompt", "chosen", "rejected"}
 
 
 def test_a_ratio_is_the_median_of_the_pairs_not_the_ratio_of_the_medians():
@@ -173,10 +193,10 @@ def test_the_pages_say_what_was_measured(tmp_path, monkeypatch):
     assert "headline" in {mark[2] for mark in tables.MARKED.finditer(readme)}
     assert "headline" not in tables.differing(readme, documents)
     assert tables.differing(text, documents) == []
-    # a digit changed by hand is found in each table, and by the command: 1, and 0 once it is written again
+    # a letter changed by hand is found in each table, and by the command: 1, and 0 once it is written again
     for mark in marks:
-        place = next(i for i in range(mark.start(3) - 40, 0, -1) if text[i].isdigit())
-        changed = text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :]
+        place = mark.start(3) - 4
+        changed = text[:place] + "#" + text[place + 1 :]
         assert tables.differing(changed, documents) == [mark[2]]
     page = tmp_path / "page.md"
     page.write_text(changed)

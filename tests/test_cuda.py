@@ -10,6 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+from helpers import documents, tiny_model
+from torch._dynamo.utils import counters
+
+from common.collators import add_scored, flatten
+from common.logps import at_scored, nll_sum
+from common.sharding import wrap_layers
 
 ROOT = Path(__file__).parents[1]
 STEPS = 4
@@ -62,6 +69,22 @@ def test_training_on_cuda(script, way, flags, tmp_path):
         liger = [*flags, "--use_liger_kernel", *(["--liger_cross_entropy"] if way == "packed" else [])]
         assert_same(train(script, tmp_path / "liger", liger)[0], exact, rel=1e-4)
         assert_same(train(script, tmp_path / "liger bf16", [*liger, "--bf16"])[0], half, rel=0.02)
+        compiled = [*flags, "--torch_compile"]
+        assert_same(train(script, tmp_path / "compiled", compiled)[0], exact, rel=1e-4)
+        assert_same(train(script, tmp_path / "compiled bf16", [*compiled, "--bf16"])[0], half, rel=0.02)
+
+
+@pytest.mark.gpu
+def test_a_compiled_layer_is_one_graph_on_cuda():
+    """The kernel of attention inside."""
+    model = tiny_model("llama", num_hidden_layers=4, head_dim=64).to("cuda", torch.bfloat16).train()
+    wrap_layers(model, checkpoints=True, compiles=True)
+    before = counters["stats"]["unique_graphs"]
+    for i in range(10):
+        row = add_scored(flatten(documents(i, [5 + i, 3, 9 + 2 * i])))
+        row = {name: value.cuda() if torch.is_tensor(value) else value for name, value in row.items()}
+        at_scored(model, row, lambda hidden, weight, ids, bias: nll_sum(hidden, weight, ids)).backward()
+    assert counters["stats"]["unique_graphs"] - before == 1
 
 
 @pytest.mark.gpu

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -172,6 +173,9 @@ class Items(Epochs):
     def cut(self, numbers):
         return (numbers[i : i + 2] for i in range(0, len(numbers), 2))
 
+    def batch(self, numbers):
+        return {"items": numbers, "thread": threading.current_thread()}
+
 
 def train(folder, seen=None, terminated_at=None, broken_at=None, data="d", **flags):
     """A loop as the scripts have it; seen: a list that fills with the items."""
@@ -183,7 +187,8 @@ def train(folder, seen=None, terminated_at=None, broken_at=None, data="d", **fla
         items, optimizer = Items(args, world=1), torch.optim.SGD([torch.zeros(1)])
         run.plan(items.count_steps(run.progress))
         run.start({"examples_read": 8, "columns_unused": []})
-        for numbers, _ in items.remaining_steps(run):
+        for numbers, [batch] in items.remaining_steps(run):
+            assert batch["items"].tolist() == numbers.tolist() and batch["thread"] != threading.main_thread()
             with run.step(optimizer, lambda numbers=numbers: f"Items {numbers.tolist()}."):
                 if run.progress["step"] + 1 == terminated_at:
                     os.kill(os.getpid(), signal.SIGTERM)
@@ -231,6 +236,22 @@ def test_a_run_goes_on_where_it_was_stopped_until_nothing_is_left(tmp_path, caps
     (parts / "checkpoint-8/progress.json").write_text('{"steps": 2}')
     with pytest.raises(Refusal, match="checkpoint-8 is of an earlier version of this script"):
         train(parts, max_steps=10, **resumed)
+
+
+def test_a_batch_that_cannot_be_made_ends_the_run_at_its_step(tmp_path, monkeypatch):
+    """Made while the step before is taken, which still ends."""
+    made = []
+
+    def batch(self, numbers):
+        made.append(numbers)
+        if len(made) == 3:
+            raise Refusal("no such item")
+        return {"items": numbers, "thread": threading.current_thread()}
+
+    monkeypatch.setattr(Items, "batch", batch)
+    with pytest.raises(Refusal, match="no such item"):
+        train(tmp_path)
+    assert steps_of(tmp_path) == [1, 2]
 
 
 def test_a_loss_that_is_not_finite_names_step_and_data_and_keeps_the_checkpoints(tmp_path, capsys):

@@ -18,6 +18,7 @@ Sources: arXiv 2402.03300 (GRPO), 2503.14476 (DAPO), 2503.20783 (Dr. GRPO), 1910
 
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -37,6 +38,7 @@ import torch.distributed as dist
 from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, free_param
 from deepspeed.utils import safe_get_full_fp32_param, set_z3_leaf_modules
+from torch.nn.functional import linear
 from tqdm import tqdm
 from transformers import DynamicCache
 from transformers.generation import StopStringCriteria
@@ -287,17 +289,25 @@ def whole_bytes(parameters):
     return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in parameters)
 
 
+def is_small(parameter):
+    """Norms and biases: whole throughout, whatever the budget."""
+    return len(getattr(parameter, "ds_shape", parameter.shape)) < 2
+
+
 def plan_residents(module, budget_bytes):
     """Which weights stay gathered for a whole rollout.
 
-    Args:    budget_bytes: of gathered weights on each rank; None = no limit, 0 = none.
-    Returns: the parameters; bytes gathered per generated token on each rank; the most of these at once.
+    Args:    budget_bytes: of gathered matrices on each rank; None = no limit, 0 = none.
+    Returns: the parameters, norms and biases among them; bytes that are gathered for the prompts on each
+             rank; the most of these at once.
     """
-    resident, room, passing, held = [], math.inf if budget_bytes is None else budget_bytes, [0], 0
+    resident, room = [], math.inf if budget_bytes is None else budget_bytes
+    passing, held = [0], 0
     for parameters, owners in generation_units(module):
-        size = whole_bytes(parameters)
+        small, large = [p for p in parameters if is_small(p)], [p for p in parameters if not is_small(p)]
+        resident, size = resident + small, whole_bytes(large)
         if size <= room:
-            resident, room = resident + parameters, room - size
+            resident, room = resident + large, room - size
         elif len(owners) == 1:
             passing.append(size)
         else:
@@ -306,27 +316,27 @@ def plan_residents(module, budget_bytes):
 
 
 @contextmanager
-def generation_weights(engine, budget_bytes):
-    """Hold as much of a ZeRO-3 model whole as the budget allows; the rest streams in, a layer at a time.
+def generation_weights(engine, budget_bytes, *, places=None):
+    """Hold as much of a ZeRO-3 model whole as the budget allows; compute with the rest where it is.
 
     ZeRO-3 keeps 1/W of every weight on each of W ranks, and its hooks gather a module's weights for its
-    forward. They are made for training: they learn the modules' order, gather in advance, hold on to weights,
-    and cut each one out of a buffer. Here they are taken away, and `streamed` does the little that is needed.
-    None gathers all weights once; 0 streams all of them, for each generated token anew, a decoder layer at a
-    time; a budget gathers once what fits, and streams the rest. Peak: the budget and one layer, and an
-    embedding for which the budget had no room.
+    forward. They are made for training, and are taken away here. None gathers all weights once. With a
+    budget, what fits is gathered once. The rest comes in for the prompts, a decoder layer at a time: one
+    gather serves many tokens. While single tokens are decoded it stays where it is, and activations travel
+    (InPlace); what cannot be computed so is gathered for each token. Peak: the budget and one layer, and an
+    embedding that is the head as well, if the budget had no room for it.
 
     Args:    engine: a DeepSpeed ZeRO-3 engine around a transformers model; budget_bytes: None, 0 or bytes.
-    Yields:  the model, in eval mode (which also turns gradient checkpointing off) and on SDPA, which takes
-             the padding masks that "varlen" refuses.
+             places: a list that keeps what is learned of the model, from one call to the next.
+    Yields:  the model, in eval mode and on SDPA, which takes the padding masks that "varlen" refuses. All
+             ranks have to call it together, for as many sequences.
     After:   whatever happened inside: hooks, mode and attention as before, every weight a shard, and no
              trace: the next training forward records it anew.
     """
     module, offload = engine.module, engine.optimizer.parameter_offload
     coordinator = offload.get_param_coordinator()
     training, attention = module.training, module.config._attn_implementation
-    whole = {id(p) for p in plan_residents(module, budget_bytes)[0]}
-    units = generation_units(module)
+    resident = {id(p) for p in plan_residents(module, budget_bytes)[0]}
     handles = [engine.module_forward_pre_hook, engine.module_forward_post_hook, offload.fwd_pre_hook]
     handles += offload.forward_hooks + offload.backward_hooks
     try:
@@ -335,7 +345,8 @@ def generation_weights(engine, budget_bytes):
         coordinator.release_and_reset_all(module)  # what training kept whole for its next forward
         module.eval()
         module.set_attn_implementation("sdpa")
-        with hooks_taken(handles), streamed(units, whole, engine.device):
+        in_place = InPlace(module, resident, [] if places is None else places)
+        with hooks_taken(handles), streamed(module, resident, in_place, engine.device), in_place:
             yield module
     finally:
         module.set_attn_implementation(attention)
@@ -343,19 +354,31 @@ def generation_weights(engine, budget_bytes):
 
 
 @contextmanager
-def streamed(units, resident, device):
-    """Inside, resident weights are whole; others are from their first owner's forward to their last one's.
+def streamed(module, resident, in_place, device):
+    """Inside, resident weights are whole; the others are while their owners run: from the first one's forward
+    to the last one's, a prompt's; of a single token's, those that in_place leaves over.
 
-    Args: units: as `generation_units` returns them; resident: ids of parameters.
+    Args: resident: ids of parameters.
     """
-    hooks = []
+
+    def before(owner, parameters):
+        wanted = in_place.left_over(owner, parameters)
+        gather([p for p in wanted if p.ds_status != ZeroParamStatus.AVAILABLE], device)
+
+    def after(owner, owners, parameters):
+        if owner is owners[-1] or not in_place.left_over(owners[-1], parameters):
+            release(parameters)
+
+    hooks, units = [], generation_units(module)
     try:
         for parameters, owners in units:
-            if id(parameters[0]) in resident:
-                gather(parameters, device)
-            else:
-                hooks.append(owners[0].register_forward_pre_hook(lambda *_, p=parameters: gather(p, device)))
-                hooks.append(owners[-1].register_forward_hook(lambda *_, p=parameters: release(p)))
+            gather([p for p in parameters if id(p) in resident], device)
+            passing = [p for p in parameters if id(p) not in resident]
+            for owner in owners if passing else ():
+                hooks.append(owner.register_forward_pre_hook(lambda o, *_, p=passing: before(o, p)))
+                hooks.append(
+                    owner.register_forward_hook(lambda o, *_, all=owners, p=passing: after(o, all, p))
+                )
         yield
     finally:
         for hook in hooks:
@@ -364,8 +387,156 @@ def streamed(units, resident, device):
             release(parameters)
 
 
+class InPlace:
+    """Linear layers and embeddings of single tokens, computed where the rows of their weights are.
+
+    Three ranks, a weight of six rows A .. F, and two sequences on each rank:
+
+                   rank 0              rank 1              rank 2
+        holds      A, B                C, D                E, F                 its shard: whole rows
+        has        x0, x1              x2, x3              x4, x5               (B, in)
+        gathers    x0 .. x5            x0 .. x5            x0 .. x5             (W B, in)
+        computes   A, B of x0 .. x5    C, D of x0 .. x5    E, F of x0 .. x5     (W B, out / W)
+        swaps      A .. F of x0, x1    A .. F of x2, x3    A .. F of x4, x5     (B, out)
+
+    Parts that read one tensor (q, k and v; gate and up) share both exchanges. Which do is seen while the
+    first prompts run. Left over are weights whose rows the ranks do not divide, those on the host, and those
+    that are not used by the forward of their module, or not on all tokens (experts).
+    """
+
+    def __init__(self, module, resident, groups):
+        """resident: ids of parameters; groups: lists of parts that read one tensor, [] = not yet known."""
+        self.module, self.groups = module, groups
+        self.rows = {  # of each part: (out / W, in)
+            part: rows
+            for part in module.modules()
+            if type(part) in (torch.nn.Linear, torch.nn.Embedding)
+            if id(part.weight) not in resident and (rows := shard_rows(part.weight)) is not None
+        }
+        self.decodes, self.calls = False, []
+        self.input, self.outputs = None, {}
+
+    def __enter__(self):
+        start = self.module.register_forward_pre_hook(self._start, with_kwargs=True)
+        self.hooks = [start, self.module.register_forward_hook(self._learn)]
+        for part in self.rows:
+            part.forward = partial(self._forward, part, part.forward)
+        return self
+
+    def __exit__(self, *_):
+        for hook in self.hooks:
+            hook.remove()
+        for part in self.rows:
+            del part.forward  # the class's own method shows again
+        self.input, self.outputs = None, {}
+
+    def left_over(self, owner, parameters):
+        """Those of an owner's parameters that have to be whole for the forward at hand."""
+        if not self.decodes:
+            return parameters
+        placed = {part for group in self.groups for part in group if part in self.rows}
+        placed = {id(part.weight) for part in owner.modules() if part in placed}
+        return [parameter for parameter in parameters if id(parameter) not in placed]
+
+    def _start(self, module, args, kwargs):
+        self.decodes = bool(self.groups) and kwargs["input_ids"].shape[1] == 1
+        self.calls, self.size = [], len(kwargs["input_ids"])
+
+    def _learn(self, *_):
+        if not self.groups:
+            of_one_tensor = itertools.groupby(self.calls, lambda call: id(call[1]))
+            self.groups += [[part for part, _ in calls] for _, calls in of_one_tensor]
+        self.calls = []
+
+    def _forward(self, part, plain, x):
+        if not self.decodes:
+            # all tokens, sequence by sequence: every rank has as many
+            if len(x) == self.size and x.dim() == (3 if isinstance(part, torch.nn.Linear) else 2):
+                self.calls.append((part, x))
+            return plain(x)
+        group = next((group for group in self.groups if part in group), None)
+        if group is None:
+            return plain(x)
+        if x is not self.input or part not in self.outputs:
+            self.input, self.outputs = x, exchange(x, {each: self.rows[each] for each in group})
+        return self.outputs.pop(part)
+
+
+def shard_rows(parameter):
+    """This rank's rows of a weight (out, in), as a view of its shard: (out / W, in). None if they are not
+    whole rows, or wait on the host.
+    """
+    world = dist.get_world_size(parameter.ds_process_group)
+    here = parameter.ds_tensor.device == parameter.device
+    if world == 1 or not here or is_small(parameter) or parameter.ds_shape[0] % world:
+        return None
+    return parameter.ds_tensor.view(-1, parameter.ds_shape[1])
+
+
+def exchange(x, rows):
+    """What parts that read one tensor make of it, each of their rows computed where it is.
+
+    Args:    x (B, 1, in), or of an embedding ids (B, 1); rows: {part: this rank's (out / W, in)}.
+    Returns: {part: (B, 1, out)}.
+    """
+    first = next(iter(rows))
+    group, size = first.weight.ds_process_group, len(x)
+    world, rank = dist.get_world_size(group), dist.get_rank(group)
+    inputs = x.new_empty(world * size, *x.shape[2:])  # of all ranks' sequences
+    dist.all_gather_into_tensor(inputs, x[:, 0].contiguous(), group)
+    if isinstance(first, torch.nn.Embedding):
+        [table] = rows.values()
+        ids = inputs - rank * len(table)
+        here = (ids >= 0) & (ids < len(table))
+        outputs = table[ids.where(here, 0)].where(here[:, None], 0)  # zeros for rows that others have
+    else:
+        outputs = torch.cat([linear(inputs, each) for each in rows.values()], dim=1)  # (W B, sum of out / W)
+    swapped = torch.empty_like(outputs)
+    dist.all_to_all_single(swapped, outputs, group=group)
+    swapped = swapped.view(world, size, -1)  # block r: what rank r computed for this rank's sequences
+    if isinstance(first, torch.nn.Embedding):
+        return {first: swapped.sum(0)[:, None]}  # one of them is not zero
+    made = {}
+    for part, columns in zip(rows, swapped.split([len(each) for each in rows.values()], dim=2)):
+        y = columns.transpose(0, 1).reshape(size, 1, -1)  # rank 0's rows, rank 1's, ..
+        made[part] = y if part.bias is None else y + part.bias
+    return made
+
+
+@torch.no_grad()
+def rollout_costs(engine, budget_bytes, places, size):
+    """What a rollout of `size` completions on each rank brings there, in bytes: {name: number}.
+
+    Args: places: as of `generation_weights`; filled here, if it is empty, by a forward over one token.
+    """
+    module, device = engine.module, engine.device
+    resident, prompt_bytes, _ = plan_residents(module, budget_bytes)
+    if prompt_bytes and not places:
+        with generation_weights(engine, budget_bytes, places=places) as model:
+            model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
+    exchanged = 0
+    for group in places:
+        weights, out = [part.weight for part in group], sum(part.weight.ds_shape[0] for part in group)
+        world, width = dist.get_world_size(weights[0].ds_process_group), weights[0].ds_shape[1]
+        if isinstance(group[0], torch.nn.Embedding):  # ids go round, and a row comes from every rank
+            exchanged += size * world * (8 + width * weights[0].element_size())
+        else:
+            exchanged += size * (world * width + out) * weights[0].element_size()
+    placed = {part for group in places for part in group}
+    elsewhere = {id(p) for part in module.modules() if part not in placed for p in part.parameters(False)}
+    left = elsewhere - {id(p) for p in resident}
+    return {
+        "resident_bytes": whole_bytes(resident),
+        "prompt_gathered_bytes": prompt_bytes,
+        "gathered_bytes_per_token": whole_bytes(p for p in module.parameters() if id(p) in left),
+        "exchanged_bytes_per_token": exchanged,
+    }
+
+
 def gather(parameters, device):
     """Make sharded weights whole in one coalesced collective, in which each arrives at its own place."""
+    if not parameters:
+        return
     group = parameters[0].ds_process_group
     ranks = dist.get_world_size(group)
     shards = [p.ds_tensor.to(device) for p in parameters]  # from the host, with --offload_param
@@ -879,15 +1050,16 @@ class Rollouts:
         if args.stop_strings:
             criteria = StopStringCriteria(pretrained.tokenizer, args.stop_strings)
             self.stopped = lambda completion_ids: criteria(completion_ids, None)
-        resident, self.gathered_bytes_per_token, _ = plan_residents(engine.module, budget_bytes(args))
-        self.resident_bytes, self.most_whole_bytes = whole_bytes(resident), 0
+        self.places, self.most_whole_bytes = [], 0
+        size = args.per_device_train_batch_size
+        self.costs = rollout_costs(engine, budget_bytes(args), self.places, size)
         if run.first:
-            all_bytes = whole_bytes(engine.module.parameters())
-            counts = (self.resident_bytes, all_bytes, self.gathered_bytes_per_token)
-            stay, all_of_them, come = (f"{count / 2**20:.1f}" for count in counts)
+            mib = {name: f"{count / 2**20:.1f} MiB" for name, count in self.costs.items()}
             tqdm.write(
-                f"generation: {stay} of {all_of_them} MiB of weights stay gathered on each rank; {come} MiB "
-                f"are gathered for each token, for all {args.per_device_train_batch_size} completions at once"
+                f"generation: {mib['resident_bytes']} of weights stay whole on each rank; "
+                f"{mib['prompt_gathered_bytes']} come in for the prompts; for each token of all "
+                f"{size} completions {mib['gathered_bytes_per_token']} are gathered and "
+                f"{mib['exchanged_bytes_per_token']} exchanged"
             )
 
     def sample(self, numbers):
@@ -902,7 +1074,7 @@ class Rollouts:
         rng = np.random.default_rng([args.seed, run.progress["step"] // args.num_iterations])
         uniform = rng.random((size * run.world, args.max_completion_length), dtype=np.float32)
         uniform = torch.from_numpy(uniform[run.rank * size : (run.rank + 1) * size])
-        weights = generation_weights(self.engine, budget_bytes(args))
+        weights = generation_weights(self.engine, budget_bytes(args), places=self.places)
         # every rollout holds the same weights: the first one shows how many
         measured = nullcontext({}) if self.most_whole_bytes else most_whole(self.engine.module)
         with weights as model, measured as most:
@@ -926,8 +1098,7 @@ class Rollouts:
             "entropy_sum": float(sum(e * n for e, n in zip(entropies, lengths.tolist()))),
             "texts": texts,
             "costs": {
-                "gathered_bytes_per_token": self.gathered_bytes_per_token,
-                "resident_bytes": self.resident_bytes,
+                **self.costs,
                 "gather_seconds": gathered - started,
                 "generation_seconds": seconds,
                 "generation_steps": num_steps,

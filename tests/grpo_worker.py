@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -71,54 +72,71 @@ def state(engine):
         "attention": module.config._attn_implementation,
         "stack": len(FWD_MODULE_STACK),
         "in forward": sum(m._parameters._in_forward for m in module.modules()),
+        "replaced": [name for name, m in module.named_modules() if "forward" in vars(m)],
     }
 
 
 @contextmanager
 def watched(engine, run):
-    """Yields what a rollout gathers once it has begun, what it holds, and how many forwards it takes."""
-    seen = {"forwards": 0, "gathers": 0, "gathered": 0, "peak": 0, "between": []}
-    module, gather = engine.module, grpo_zero3.gather
+    """Yields what a rollout gathers and exchanges once it has begun, by forward; what it holds."""
+    seen = {"forwards": 0, "gathers": [], "gathered": [], "exchanged": [], "peak": 0, "between": []}
+    module, gather, exchange = engine.module, grpo_zero3.gather, grpo_zero3.exchange
 
     def start(*_):
         seen["forwards"] += 1
+        for name in ("gathers", "gathered", "exchanged"):
+            seen[name].append(0)
 
     def note(*_):
         seen["peak"] = max(seen["peak"], whole_bytes(available(module)))
 
     def count(parameters, device):
-        if seen["forwards"]:  # what is gathered before is resident
-            seen["gathers"] += 1
-            seen["gathered"] += whole_bytes(parameters)
+        if seen["forwards"] and parameters:  # what is gathered before is resident
+            seen["gathers"][-1] += 1
+            seen["gathered"][-1] += whole_bytes(parameters)
         gather(parameters, device)
+
+    def collective(function, output, *args, **kwargs):
+        seen["exchanged"][-1] += output.nbytes
+        return function(output, *args, **kwargs)
+
+    def count_exchange(*args):
+        with pytest.MonkeyPatch.context() as inner:
+            for name in ("all_gather_into_tensor", "all_to_all_single"):
+                inner.setattr(torch.distributed, name, partial(collective, getattr(torch.distributed, name)))
+            return exchange(*args)
 
     hooks = [m.register_forward_hook(note) for m in module.modules()]
     hooks.append(module.register_forward_pre_hook(start))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grpo_zero3, "gather", count)
+        patch.setattr(grpo_zero3, "exchange", count_exchange)
         patch.setattr(run, "watch", lambda phase: seen["between"].append(whole_bytes(available(module))))
         yield seen
     for hook in hooks:
         hook.remove()
 
 
-def rollout(engine, run, budget, limit=LIMIT):
+def rollout(engine, run, budget, limit=LIMIT, places=None):
     args = Arguments(num_generations=2, max_completion_length=limit, temperature=0.0)
-    with generation_weights(engine, budget) as model:
+    with generation_weights(engine, budget, places=places) as model:
         return generate(model, prompt_ids(run.rank), args, run, end_ids=[257])
 
 
 def budgets(engine):
-    total = sum(whole_bytes(parameters) for parameters, _ in grpo_zero3.generation_units(engine.module))
+    total = whole_bytes(p for p in engine.module.parameters() if not grpo_zero3.is_small(p))
     return {"all": None, "none": 0, "half": total // 2, "exact": total, "byte": 1}
 
 
 def check_mode(engine, run, mode):
-    before, budget = state(engine), budgets(engine)[mode]
+    before, budget, places = state(engine), budgets(engine)[mode], []
     resident, streamed, largest = grpo_zero3.plan_residents(engine.module, budget)
     with watched(engine, run) as seen:
-        completions, finished, _, steps = rollout(engine, run, budget)
+        completions, finished, _, steps = rollout(engine, run, budget, places=places)
+    costs = grpo_zero3.rollout_costs(engine, budget, places, len(completions))
     return seen | {
+        "costs": costs,
+        "small": whole_bytes(p for p in engine.module.parameters() if grpo_zero3.is_small(p)),
         "completions": completions,
         "finished": finished,
         "steps": steps,
@@ -139,7 +157,8 @@ def raised(engine, run, budget, error):
             raise error
 
     def fail(parameters, device):
-        gather(parameters, "nowhere" if error is RuntimeError and next(calls) == 3 else device)
+        third = error is RuntimeError and parameters and next(calls) == 3
+        gather(parameters, "nowhere" if third else device)
 
     hook = layer.register_forward_pre_hook(crash)
     with pytest.MonkeyPatch.context() as patch:
@@ -168,6 +187,38 @@ def check_hooks(engine, run, answers):
     with pytest.MonkeyPatch.context() as patch, watched(engine, run) as answers["hooks stay"]:
         patch.setattr(grpo_zero3, "hooks_taken", lambda handles: nullcontext())
         rollout(engine, run, budgets(engine)["half"], 4)
+
+
+def check_three_ranks(run, folder, answers):
+    """Models whose rows three ranks divide: biases, grouped queries, an untied head; windows, a tied one."""
+    for name in ("qwen2", "mistral"):
+        engine = engine_of(run, model_name_or_path=str(folder / name))
+        for mode in budgets(engine):
+            answers[f"{name}, {mode}"] = check_mode(engine, run, mode)
+        for mutation in (other_ranks_rows, stale_inputs):
+            with pytest.MonkeyPatch.context() as patch:
+                mutation(patch)
+                answers[f"{name}, {mutation.__name__}"] = rollout(engine, run, 0)[0]
+
+
+def other_ranks_rows(patch):
+    exchange = grpo_zero3.exchange
+
+    def swapped(x, rows):
+        made = exchange(x, rows)
+        return {part: y.unflatten(-1, (3, -1)).flip(-2).flatten(-2) for part, y in made.items()}
+
+    patch.setattr(grpo_zero3, "exchange", swapped)
+
+
+def stale_inputs(patch):
+    """Of each part what it gave first."""
+    exchange, first = grpo_zero3.exchange, {}
+
+    def stale(x, rows):
+        return {part: first.setdefault(part, y) for part, y in exchange(x, rows).items()}
+
+    patch.setattr(grpo_zero3, "exchange", stale)
 
 
 # --- Updates ---
@@ -385,6 +436,10 @@ if __name__ == "__main__":
     answers = {"launcher's words": sys.argv[1:-1]}
     # once: a second group from the launcher's store would meet the addresses of the first
     torch.distributed.init_process_group("gloo")
+    if torch.distributed.get_world_size() == 3:
+        in_a_run(check_three_ranks, folder, answers, timeout=120.0)
+        (folder / f"rank{rank}.json").write_text(json.dumps(answers))
+        sys.exit()
     in_a_run(check_all, folder, answers, timeout=120.0)
     for name, job in json.loads((folder / "jobs.json").read_text()).items():
         answers[f"job {name}"] = run_job(job, rank)

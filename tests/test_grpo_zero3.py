@@ -157,6 +157,20 @@ def naive_logps(prompt, completion, temperature):
     return found.log_prob(torch.tensor(completion))
 
 
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """The same of three ranks, about generation alone."""
+    folder = tmp_path_factory.mktemp("three")
+    shutil.copytree(DEMO_MODEL, folder / "model")
+    sizes = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 96}
+    write_model(folder / "qwen2", "qwen2", **sizes)
+    write_model(folder / "mistral", "mistral", **sizes, tie_word_embeddings=True)
+    returncode, output = launched(folder, ranks=3)
+    assert returncode == 0, output[-6000:]
+    answers = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(3)]
+    return Worker(answers, folder, None, output)
+
+
 @functools.cache
 def unsharded(rank, name):
     """Greedy completions of plain transformers, each prompt alone; twice, as num_generations is 2."""
@@ -186,24 +200,54 @@ def test_every_mode_gives_the_unsharded_models_tokens_and_puts_all_back(mode, wo
         assert answers["padded"] > 0 and answers["on host"]
 
 
+THREE = [f"{name}, {mode}" for name in ("qwen2", "mistral") for mode in ("all", "none", "half", "byte")]
+
+
+@pytest.mark.parametrize("mode", THREE)
+def test_on_three_ranks_too(mode, three):
+    """Which divide all rows of these models, embedding and head among them: nothing is left over."""
+    name = mode.split(",")[0]
+    for rank, answers in enumerate(three.answers):
+        answer, expected = answers[mode], unsharded(rank, str(three.folder / name))
+        assert answer["completions"] == expected and answer["restored"]
+        assert_as_planned(answer)
+        assert sum(answer["gathered"][1:]) == 0
+        assert (answer["exchanged"][1] > 0) == (not mode.endswith("all"))
+        for mutation in (grpo_worker.other_ranks_rows, grpo_worker.stale_inputs):
+            assert answers[f"{name}, {mutation.__name__}"] != expected
+
+
+def assert_as_planned(answer):
+    """The bytes counted at the collectives are those that were announced."""
+    costs, (prompt, *tokens) = answer["costs"], answer["gathered"]
+    assert prompt == answer["streamed"] == costs["prompt_gathered_bytes"]
+    assert set(tokens) == {costs["gathered_bytes_per_token"]}
+    assert answer["exchanged"][0] == 0
+    assert set(answer["exchanged"][1:]) == {costs["exchanged_bytes_per_token"]}
+    assert set(answer["between"]) == {answer["resident"]} == {costs["resident_bytes"]}
+    assert answer["budget"] is None or answer["resident"] - answer["small"] <= answer["budget"]
+    assert answer["peak"] == answer["resident"] + answer["largest"]
+
+
 @pytest.mark.parametrize("mode", MODES)
-def test_what_is_planned_is_whole_and_gathered(mode, worker):
+def test_what_is_planned_is_whole_and_travels(mode, worker):
     layer = 4 * sum(p.numel() for p in model().model.layers[0].parameters())
-    # one gather for each of 5 layers, the last norm, and the embedding, kept for the head
-    gathers = {"demo, none": 5 + 1 + 1, "demo, all": 0, "demo, exact": 0}
+    # for the prompts one gather for each of 5 layers and the embedding, kept for the head; two ranks do not
+    # divide its 261 rows: it is gathered for each token
+    gathers = {"demo, none": [5 + 1, 1], "demo, all": [0, 0], "demo, exact": [0, 0]}
     for answer in (answers[mode] for answers in worker.answers):
-        assert set(answer["between"]) == {answer["resident"]}
-        assert answer["budget"] is None or answer["resident"] <= answer["budget"]
-        assert answer["peak"] == answer["resident"] + answer["largest"]
+        assert_as_planned(answer)
+        assert mode not in gathers or answer["gathers"][:2] == gathers[mode]
+        # the odd model's shards are on the host: they are gathered
+        assert (answer["exchanged"][1] > 0) == (mode in ("demo, none", "demo, half", "demo, byte"))
         # the odd model's embedding and head are larger than a layer
         assert (
             mode in ("demo, none", "demo, byte", *MODES[5:]) or answer["peak"] <= answer["resident"] + layer
         )
-        assert answer["gathered"] == answer["streamed"] * answer["forwards"]
-        assert mode not in gathers or answer["gathers"] == gathers[mode] * answer["forwards"]
     resident = {mode: worker.answers[0][mode]["resident"] for mode in MODES}
     assert resident["demo, all"] == resident["demo, exact"] > 4_000_000
-    assert 0 == resident["demo, byte"] < resident["demo, half"] < resident["demo, all"]
+    assert worker.answers[0]["demo, none"]["small"] == resident["demo, byte"] < resident["demo, half"]
+    assert resident["demo, half"] < resident["demo, all"]
 
 
 @pytest.mark.parametrize("error, mode", grpo_worker.BREAKS)
@@ -326,9 +370,12 @@ def test_bf16_follows_fp32(worker):
 def test_the_metrics_tell_the_ways_apart(worker):
     names = ("two", "budget", "streamed")
     first = [read_run(worker.folder / name).metrics[0] for name in names]
-    gathered, resident = ([s[name] for s in first] for name in ("gathered_bytes_per_token", "resident_bytes"))
-    assert 0 == gathered[0] < gathered[1] < gathered[2]
-    assert resident[0] > 5e-5 * 2**30 >= resident[1] > resident[2] == 0
+    gathered, exchanged, resident = (
+        [s[name] for s in first]
+        for name in ("prompt_gathered_bytes", "exchanged_bytes_per_token", "resident_bytes")
+    )
+    assert 0 == gathered[0] < gathered[1] < gathered[2] and 0 == exchanged[0] < exchanged[1] < exchanged[2]
+    assert resident[0] > 5e-5 * 2**30 + resident[2] >= resident[1] > resident[2] > 0
     for name, stay in zip(names, resident):
         whole = helpers.bytes_of(summary_of(worker.folder / name))["rollout_weights"]
         assert stay + (name != "two") <= whole <= 4 * NUM_TINY

@@ -203,7 +203,7 @@ def _logps_by_kernel(logits, target_ids, temperature, factors):
     _logps_kernel[(len(logits),)](
         logits,
         logits.stride(0),
-        target_ids,
+        target_ids.contiguous(),
         logps if factors is None else factors.contiguous(),  # not read, where there are none
         logps,
         logits.shape[1],
@@ -235,7 +235,7 @@ if triton is not None:
         target = tl.load(target_ids + row)
         of_target = tl.load(logits + target).to(tl.float32) * inverse_temperature
         # softmax's maximum and sum so far: a larger maximum scales down what is summed already
-        largest, total = -float("inf"), 0.0
+        largest, total = -3.4e38, 0.0  # finite: a whole block may be ruled out
         for start in range(0, vocab_size, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             x = tl.load(logits + columns, columns < vocab_size, -float("inf")).to(tl.float32)

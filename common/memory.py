@@ -391,9 +391,9 @@ def dry_run(args, check, count, changes, length_flag, most):
         fitting = bisect.bisect_right(lengths, available, key=peak_at)
         longest = lengths[fitting - 1] if fitting else 0
         verdict = "fits into" if fits else "does not fit into"
-        lines.append(
-            f"{verdict} {args.gpu_memory_gib:g} GiB; longest --{length_flag} that fits: {longest or 'none'}"
-        )
+        limit = " (all that the model takes)" if longest == most else ""
+        fitting = f"longest --{length_flag} that fits: {longest or 'none'}{limit}"
+        lines.append(f"{verdict} {args.gpu_memory_gib:g} GiB; {fitting}")
     lines.append(
         "leave room for what is not counted: CUDA context, NCCL, gaps between the allocator's blocks"
     )

@@ -192,7 +192,7 @@ def read_weights(name):
     if files == [None]:
         index = cached_file(name, "model.safetensors.index.json", **options)
         if index is None:
-            raise OSError("it has no model.safetensors (of older formats, save it anew by save_pretrained).")
+            raise OSError("it has no model.safetensors: load an older format by transformers, and save it.")
         files = get_checkpoint_shard_files(name, index)[0]
     return {key: tensor for file in files for key, tensor in load_file(file).items()}
 

@@ -48,7 +48,7 @@ from common.data import (
     text_ids,
     unused_columns,
 )
-from common.exactness import NUM_TOKENS, check_exact, logps_alone, proof_tokens
+from common.exactness import NUM_TOKENS, check_exact, logps_alone, nothing_random, proof_tokens
 from common.logps import at_scored, liger_nll_sum, nll_sum
 from common.memory import MemoryMeter, count_step, dry_run, pretend, single_changes
 from common.offload import OffloadActivations
@@ -535,13 +535,12 @@ def train_step(model, optimizer, batches, args, run, offload=None):
 @torch.no_grad()
 def evaluate(model, rows, args, run):
     """Mean negative log-likelihood per scored token over all rows and ranks."""
-    model.eval()
     tally = Tally()
     for batch in rows.micro_batches(rows.in_order(), run):
         run.watch("evaluation")
-        _, metrics = batch_loss(model, run.to_device(batch), args)
+        with nothing_random(model):
+            _, metrics = batch_loss(model, run.to_device(batch), args)
         tally.add({**metrics, "scored": len(batch["score_ids"])})
-    model.train()
     sums = tally.of_all_ranks(run)
     loss = sums["nll"] / max(sums["scored"], 1)
     check_finite(loss)

@@ -130,7 +130,7 @@ def compare_cases(what, description, script, compare, **more):
                 args = replace(args, max_length=options.max_length or limit)
             bench = Bench(options, scratch, args, run, pretrained, name, step_sizes(case, options))
             setup, sides, real_tokens = compare(bench)
-            found.append(measure(name, setup, sides, options, real_tokens))
+            found.append(measure(name, setup, sides, options, real_tokens, mfu=what == "sft"))
             print(f"{what}: {name} is measured", file=sys.stderr)
     kind = "_liger" if getattr(options, "liger", 0) else "_large" if options.shape else ""
     write(what + kind, options, args.model_name_or_path, found)

@@ -23,7 +23,7 @@ from trl.trainer.utils import pad, shuffle_sequence_dict, split_tensor_dict
 
 import grpo_zero3
 from common.attention import register_varlen_attention
-from common.sharding import load_model
+from common.sharding import load_model, wrap_layers
 from grpo_zero3 import (
     Unsharded,
     group_advantages,
@@ -93,6 +93,7 @@ def our_batches(bench, groups, rewards, shares):
 
 
 def our_step(engine, args, run, batches):
+    wrap_layers(engine.module, args.gradient_checkpointing, args.torch_compile)
     sums, grad_norm = train_step(engine, batches, args, run)
     return {"loss": sums["loss"], "grad_norm": grad_norm}
 
@@ -117,7 +118,9 @@ def their_ways(bench, rollouts, longest):
         num_batches = len(groups)
         if bench.options.device == "cuda":  # as many padded tokens in a forward as ours have
             padded = sum(rollout[f"{name}_ids"].numel() for name in columns)
-            num_batches = min(-(-padded // bench.options.tokens), len(groups))
+            fewest, size = -(-padded // bench.options.tokens), len(groups) * G
+            # TRL drops what is over where they do not divide the completions
+            num_batches = next(n for n in range(min(fewest, len(groups)), size + 1) if size % n == 0)
         split = split_tensor_dict(shuffle_sequence_dict(rollout), num_batches)
         num_items = rollout["completion_mask"].sum()
         for batch in split:

@@ -166,7 +166,7 @@ def refusals_of(model, remedy):
         if Path(transformers.__file__).parent not in raised_in.parents:
             raise
         raise Refusal(f"{type(model).__name__} refuses this run's rows: {error} {remedy}") from error
-    except torch._dynamo.exc.TorchDynamoException as error:
+    except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
         raise Refusal(f"--torch_compile cannot compile the layers: {error} Drop the flag.") from error
     except Exception as error:
         # no compiler, an old GPU, an operation that Triton's interpreter lacks: any type

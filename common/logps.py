@@ -39,10 +39,10 @@ def token_logps(hidden, weight, target_ids, *, bias=None, temperature=1.0, chunk
              None = as many as CHUNK_BYTES allows. N = 0 is fine. The products run in hidden's dtype, softmax
              and sums in fp32.
     Returns: (N,) float32, with gradients for hidden, weight and bias.
-    Raises:  ValueError for shapes that do not fit, or a chunk below 1.
+    Raises:  ValueError for shapes that do not fit, a chunk below 1, or a temperature of 0.
     Memory:  chunk_size * V elements of hidden's dtype beyond inputs and gradients.
     """
-    chunk_size = _check(hidden, weight, target_ids, chunk_size)
+    chunk_size = _check(hidden, weight, target_ids, chunk_size, temperature)
     return _TokenLogps.apply(hidden, weight, bias, target_ids, temperature, chunk_size)
 
 
@@ -54,16 +54,19 @@ def nll_sum(hidden, weight, target_ids, *, weights=None, bias=None, temperature=
     logits are there, and backward only multiplies by that factor. Hence backward runs once: retain_graph is
     refused.
 
-    Args:    weights (N,) float32, without a gradient, None = 1 for each token; others as for `token_logps`.
+    Args:    weights (N,), without a gradient, None = 1 for each token; others as for `token_logps`.
     Returns: () float32, with gradients for hidden, weight and bias. Divide it by the number of items
              yourself.
     Memory:  chunk_size * V elements of hidden's dtype, and from forward to backward the gradients themselves:
              N * H in hidden's dtype and V * H in weight's (fp32 until the last chunk is done).
     Source:  the idea of Liger's fused linear cross entropy, arXiv 2410.10989.
     """
-    chunk_size = _check(hidden, weight, target_ids, chunk_size)
+    chunk_size = _check(hidden, weight, target_ids, chunk_size, temperature)
     if weights is None:
         weights = torch.ones_like(target_ids, dtype=torch.float32)
+    if weights.shape != target_ids.shape or weights.requires_grad:
+        raise ValueError(f"weights {tuple(weights.shape)} must be one per target, without a gradient.")
+    weights = weights.float()
     options = temperature, chunk_size, torch.is_grad_enabled()
     return _NllSum.apply(hidden, weight, bias, target_ids, weights, *options)
 
@@ -136,7 +139,7 @@ def at_scored(model, batch, compute):
         return model(**inputs, use_cache=False).logits
 
 
-def _check(hidden, weight, target_ids, chunk_size):
+def _check(hidden, weight, target_ids, chunk_size, temperature=1.0):
     """Raise ValueError for what does not fit. Returns the chunk size, chosen if it is None."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
@@ -146,6 +149,8 @@ def _check(hidden, weight, target_ids, chunk_size):
         raise ValueError(
             f"target_ids {tuple(target_ids.shape)} must be one per hidden state: ({hidden.shape[0]},)."
         )
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; give a number above 0.")
     if chunk_size is None:
         # a dry run's tensors are on a pretended CPU, and stand for a GPU's
         device = "cpu" if hidden.device.type == "cpu" and not isinstance(hidden, FakeTensor) else "cuda"
@@ -203,7 +208,7 @@ def _logps_by_kernel(logits, target_ids, temperature, factors):
     _logps_kernel[(len(logits),)](
         logits,
         logits.stride(0),
-        target_ids,
+        target_ids.contiguous(),
         logps if factors is None else factors.contiguous(),  # not read, where there are none
         logps,
         logits.shape[1],
@@ -233,9 +238,10 @@ if triton is not None:
         row = tl.program_id(0).to(tl.int64)  # a row's place may be beyond 2^31
         logits += row * row_stride
         target = tl.load(target_ids + row)
-        of_target = tl.load(logits + target).to(tl.float32) * inverse_temperature
+        known = (target >= 0) & (target < vocab_size)  # no other row is read for a wrong one: NaN
+        of_target = tl.load(logits + target, known, float("nan")).to(tl.float32) * inverse_temperature
         # softmax's maximum and sum so far: a larger maximum scales down what is summed already
-        largest, total = -float("inf"), 0.0
+        largest, total = -3.4e38, 0.0  # finite: a whole block may be ruled out
         for start in range(0, vocab_size, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             x = tl.load(logits + columns, columns < vocab_size, -float("inf")).to(tl.float32)

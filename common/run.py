@@ -96,7 +96,7 @@ class RunArguments:
     )
     loss_chunk_size: int | None = flag(
         None,
-        "tokens per chunk of the loss head; default: 320 MiB of logits",
+        "tokens per chunk of the loss head; default: 320 MiB of logits (on a CPU 48)",
         MEMORY,
         at_least=1,
     )
@@ -285,7 +285,7 @@ class Run:
         self.checkpoint, self.progress = None, {"step": 0, "updates": 0, "epoch": 0, "done": 0}
         self.metrics = {}  # of the latest step; a resumed run may have none left
         self.totals = {"seconds": 0.0, "num_tokens": 0, "padding": 0, "real_tokens": 0}
-        self.bar, self.says_compiled = None, False
+        self.bar, self.num_graphs = None, 0
         self.wait_began = None  # when the loop asked for the step's batches
 
     def __enter__(self):
@@ -469,6 +469,7 @@ class Run:
         metrics |= {"tokens_per_second": tokens / seconds, "step_seconds": seconds}
         metrics["peak_memory_bytes"] = peak_bytes or peak_memory_bytes(self.device)
         self.metrics = {name: int(x) if name.startswith("num_") else x for name, x in metrics.items()}
+        counts = not self._compiled() and counts
         if counts or not self.unfinished and not self.totals["seconds"]:  # the only step is better than none
             real_tokens = tokens - padding if real_tokens is None else real_tokens
             done = {"seconds": seconds, "num_tokens": tokens, "padding": padding, "real_tokens": real_tokens}
@@ -478,11 +479,6 @@ class Run:
         with open(Path(self.args.output_dir) / "metrics.jsonl", "a") as file:
             file.write(json.dumps(self.metrics) + "\n")
         self.bar.update()
-        if self.args.torch_compile and not self.says_compiled:
-            self.says_compiled = True
-            seconds = torch._dynamo.utils.calculate_time_spent().get("total_wall_time", 0.0)
-            graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-            tqdm.write(f"torch_compile: the layers became {graphs} graphs in {seconds:.0f} s")
         evaluated = [f"{name} {x:.4f}" for name, x in metrics.items() if name.startswith("eval_")]
         if evaluated:
             tqdm.write(f"step {metrics['step']}: {'  '.join(evaluated)}")
@@ -490,6 +486,15 @@ class Run:
             memory = f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB"
             shown = {"loss": f"{metrics['loss']:.4f}", "tok/s": f"{tokens / seconds:.0f}", "mem": memory}
             self.bar.set_postfix(shown)
+
+    def _compiled(self):
+        """Whether torch.compile has made graphs since the step before; says so."""
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] if self.args.torch_compile else 0
+        new, self.num_graphs = graphs - self.num_graphs, graphs
+        if new and self.first:
+            took = torch._dynamo.utils.calculate_time_spent().get("total_wall_time", 0.0)
+            tqdm.write(f"torch_compile: {new} graphs more; {took:.0f} s of compiling so far")
+        return new > 0
 
     def save_when_due(self, write, stop_every=1):
         """Write a checkpoint every --save_steps steps and after SIGTERM. Returns whether the run has to stop.

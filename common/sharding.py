@@ -39,6 +39,7 @@ from transformers import (
 )
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.initialization import no_init_weights
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import cached_file, is_flash_attn_2_available
 from transformers.utils.hub import get_checkpoint_shard_files
 
@@ -191,7 +192,7 @@ def read_weights(name):
     if files == [None]:
         index = cached_file(name, "model.safetensors.index.json", **options)
         if index is None:
-            raise OSError("it has no model.safetensors (of older formats, save it anew by save_pretrained).")
+            raise OSError("it has no model.safetensors: load an older format by transformers, and save it.")
         files = get_checkpoint_shard_files(name, index)[0]
     return {key: tensor for file in files for key, tensor in load_file(file).items()}
 
@@ -342,9 +343,8 @@ def shard(model, mesh, bf16):
 
 
 def decoder_layers(model):
-    """The model's repeated blocks, in order, before and after FSDP2 has given them a class of its own."""
-    names = model._no_split_modules or ()
-    return [m for m in model.modules() if type(m).__name__.removeprefix("FSDP") in names]
+    """The model's repeated blocks, in order: those that transformers itself can checkpoint."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def wrap_layers(model, checkpoints, compiles=False):
@@ -353,9 +353,12 @@ def wrap_layers(model, checkpoints, compiles=False):
     Each layer's own forward is replaced; its hooks, FSDP2's or ZeRO-3's, stay around it. All layers share one
     compiled code, for rows of any length. A second call replaces the first one's work.
     """
-    # else layers of too many kinds would run as if not compiled, and nobody would know
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    for layer in decoder_layers(model):
+    layers = decoder_layers(model)
+    gone = f"{type(model).__name__} has no layers that could be checkpointed or compiled: add "
+    refuse((checkpoints or compiles) and not layers, gone + "--no_gradient_checkpointing.")
+    if compiles:  # else layers of too many kinds would run as if not compiled, and nobody would know
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+    for layer in layers:
         vars(layer).pop("forward", None)
         plain = layer.forward
         if compiles or checkpoints:
@@ -365,7 +368,7 @@ def wrap_layers(model, checkpoints, compiles=False):
 
 def _run_layer(plain, compiled, checkpoints, *args, **kwargs):
     generates = any(isinstance(each, Cache) for each in (*args, *kwargs.values()))
-    forward = compiled if compiled and not generates else plain
+    forward = compiled if compiled and args and not generates else plain
     if torch.is_grad_enabled() and checkpoints:
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
     if torch.is_grad_enabled() or forward is plain:

@@ -89,7 +89,12 @@ def test_our_kernel_computes_what_pytorchs_operations_do(dtype, size, monkeypatc
     generator = torch.Generator().manual_seed(0)
     wider = 9 * torch.randn(6, size + 3, generator=generator).to(dtype)
     wider[:, 2] = -torch.inf  # a token that is ruled out
-    logits, targets = wider[:, :size], torch.tensor([0, size - 1, 1, 5, size // 2, 3])
+    wider[0, 9 : 9 + 8192] = -torch.inf
+    wider[0, :9] = -torch.inf if size > 9000 else 0.5  # of a row a whole block
+    every_second = torch.tensor(
+        [size - 2 if size > 9000 else 0, 0, size - 1, 0, 1, 0, 5, 0, size // 2, 0, 3, 0]
+    )
+    logits, targets = wider[:, :size], every_second[::2]
     factors, results = torch.linspace(-1, 1, 6), []
     assert logps._kernel_runs(False)
     for runs in (True, False):

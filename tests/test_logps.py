@@ -176,6 +176,7 @@ def test_only_what_needs_a_gradient_gets_one(monkeypatch):
         ({"weight": torch.zeros(V, H + 1)}, "weight"),
         ({"target_ids": torch.zeros(N + 1, dtype=torch.int64)}, "target_ids"),
         ({"chunk_size": 0}, "chunk_size is 0"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
     ],
 )
 def test_refuses_what_does_not_fit(change, message):
@@ -183,6 +184,13 @@ def test_refuses_what_does_not_fit(change, message):
     for function in (token_logps, nll_sum):
         with pytest.raises(ValueError, match=message):
             function(**{"hidden": hidden, "weight": weight, "target_ids": targets, **change})
+
+
+@pytest.mark.parametrize("weights", [torch.ones(N + 1), torch.ones(N, 1), torch.ones(N, requires_grad=True)])
+def test_refuses_weights_that_do_not_fit(weights):
+    hidden, weight, _, targets = make()
+    with pytest.raises(ValueError, match="must be one per target, without a gradient"):
+        nll_sum(hidden, weight, targets, weights=weights)
 
 
 # --- Memory ---

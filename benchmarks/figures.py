@@ -36,18 +36,12 @@ def packing(document):
 
 
 def generation(document):
-    """Seconds of each token: with the share of the weights that stays whole, and with the batch."""
-    share, y = {}, {"y": "seconds per token"}
+    """Seconds of each token, for each number of sequences."""
+    panels, y = [], "seconds per token"
     for found in document["cases"]:
-        held = [values for values in found["ways"].values() if "resident_share" in values]
-        points = sorted((v["resident_share"], v["median"]["seconds_per_token"]) for v in held)
-        share |= {found["case"]: points} if points else {}
-    batch = curves(document, "sequences", "seconds_per_token")
-    batch = {way: points for way, points in batch.items() if len(points) > 1}
-    return [
-        {"title": "Weights held", "x": "resident share", "curves": share, **y},
-        {"title": "Batch", "x": "sequences per rank", "curves": batch, **y},
-    ]
+        bars = {way: values["median"]["seconds_per_token"] for way, values in found["ways"].items()}
+        panels.append({"title": found["case"], "y": y, "bars": bars})
+    return panels
 
 
 def steps(document):

@@ -107,7 +107,8 @@ def cache_errors_named():
         yield
     except Exception as error:
         for cause in (error, error.__cause__, error.__context__):
-            if isinstance(cause, OSError) and cause.errno:  # those about a dataset come without a number
+            # those about a dataset come without a number, and lost connections are those of its processes
+            if isinstance(cause, OSError) and cause.errno and not isinstance(cause, ConnectionError):
                 folder, remedy = datasets.config.HF_DATASETS_CACHE, "set HF_DATASETS_CACHE to another one."
                 raise Refusal(
                     f"the cache of datasets {folder} cannot be written: {cause}; {remedy}"

@@ -1,9 +1,11 @@
 """GRPO under ZeRO-3: generate with all of the weights gathered, with none, or with a budget of them.
 
 ZeRO-3 keeps 1/W of all P weights on each of W ranks. Training gathers a layer once for thousands of tokens;
-generation gathers it for every token. This script holds `--gather_budget_gib` of the weights whole during a
-rollout (all: c P bytes; none: 0) and streams the rest, one gather per layer and token: the peak is the budget
-plus one layer (and an embedding that is the head as well, if it does not fit), and the tokens are the same.
+generation would gather it for every token, c P bytes each. This script holds `--gather_budget_gib` of the
+weights whole during a rollout. The rest comes in for the prompts, a layer at a time; for single tokens it stays
+where it is, and activations travel: for a linear layer and B sequences a rank, c B (W in + out) bytes. The peak
+is the budget plus one layer (and an embedding that is the head as well, if it does not fit), and the tokens are
+the same.
 The update computes each prompt once for its G completions: P + sum(C_i) tokens instead of G P + sum(C_i).
 Dropout is off: the rollout that an update is compared with, and the reference, are computed without.
 Left out to stay readable: vLLM, LoRA, vision inputs, tools, several updates from parts of one rollout.
@@ -24,7 +26,7 @@ import math
 import os
 import time
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -246,7 +248,7 @@ class Prompts(Epochs):
         return call_rewards(functions, prompts, completions, columns, completion_ids), list(zip(asked, texts))
 
 
-def prepare_data(args, pretrained, run):
+def load_prompts(args, pretrained, run):
     """Returns the prompts, and {name: reward function}, each of which has been tried."""
     prompts = Prompts(args, pretrained.tokenizer, run.world)
     check_token_ids(prompts.examples, pretrained.vocab_size, args.dataset_name)
@@ -261,6 +263,17 @@ def prepare_data(args, pretrained, run):
     except Refusal as error:
         raise Refusal(f"before the first rollout, for a made-up completion: {error}") from error
     return prompts, functions
+
+
+def prepare_data(args, pretrained, run):
+    """Returns prompts, those of the evaluation (None without --eval_dataset_name), and reward functions."""
+    prompts, functions = load_prompts(args, pretrained, run)
+    if not args.eval_dataset_name:
+        return prompts, None, functions
+    names = {"dataset_name": args.eval_dataset_name, "dataset_train_split": args.dataset_test_split}
+    eval_prompts, _ = load_prompts(replace(args, **names, num_generations=1), pretrained, run)
+    prompts.data["eval"] = eval_prompts.data
+    return prompts, eval_prompts, functions
 
 
 # --- 3. The technique ---
@@ -1105,6 +1118,27 @@ class Rollouts:
             },
         }
 
+    def evaluate(self, prompts):
+        """Means over held-out prompts, of one greedy completion of each."""
+        args, run = replace(self.args, temperature=0.0, num_generations=1), self.run
+        size = min(args.per_device_train_batch_size, math.ceil(len(prompts) / run.world))
+        sums = Counter()
+        for start in range(run.rank * size, len(prompts) + run.rank * size, size * run.world):
+            # ranks generate equally many: after the last prompt they begin anew, and do not count those
+            numbers = [place % len(prompts) for place in range(start, start + size)]
+            with generation_weights(self.engine, budget_bytes(args), places=self.places) as model:
+                prompt_ids, options = prompts.examples[numbers]["input_ids"], {"stopped": self.stopped}
+                completions, finished, _, _ = generate(
+                    model, prompt_ids, args, run, end_ids=self.end_ids, **options
+                )
+            with run.together():
+                rewards, _ = prompts.judge(self.functions, numbers, completions)
+            kept = max(0, min(size, len(prompts) - start))
+            sums["reward"] += sum(sum(values[:kept]) for values in rewards.values())
+            sums["completions/mean_length"] += sum(map(len, completions[:kept]))
+            sums["completions/clipped_ratio"] += kept - sum(finished[:kept])
+        return {f"eval_{name}": total / len(prompts) for name, total in run.sum(sums).items()}
+
 
 @contextmanager
 def most_whole(module):
@@ -1250,7 +1284,7 @@ def main(args):
         limits = "--max_prompt_length + --max_completion_length"
         pretrained = read_pretrained(args.model_name_or_path, longest, limits, dropout=False)
         check_cache(pretrained.config)
-        prompts, functions = run.on_each_machine(prepare_data, args, pretrained, run)
+        prompts, eval_prompts, functions = run.on_each_machine(prepare_data, args, pretrained, run)
         run.resume()
         run.match("data", prompts.fingerprint(), "Use its dataset, max_prompt_length and seed.")
         ranks = run.progress.get("world_size")
@@ -1287,6 +1321,8 @@ def main(args):
                 "num_scored_tokens": sums["num_scored_tokens"],
                 "update_seconds": update_seconds,
             }
+            if eval_prompts and (run.due(args.eval_steps) or not run.unfinished):
+                metrics |= rollouts.evaluate(eval_prompts)
             run.log(metrics, real_tokens=sums["real_tokens"])
             if run.first and run.due(args.log_completions_steps):
                 show_completions(run.progress["step"], rollout, args.num_generations)

@@ -72,6 +72,8 @@ class RunArguments:
     model_name_or_path: str = flag(str(ROOT / "demo/model"), "Hub name or folder of a causal LM", DATA)
     dataset_name: str = flag("", "Hub name, file, or folder written by save_to_disk", DATA)
     dataset_train_split: str = flag("train", "split of a Hub dataset to train on", DATA)
+    eval_dataset_name: str | None = flag(None, "dataset for evaluation, named like dataset_name", DATA)
+    dataset_test_split: str = flag("test", "split of a Hub dataset to evaluate on", DATA)
     dataset_num_proc: int | None = flag(None, "processes that tokenise", DATA, at_least=1)
 
     learning_rate: float = flag(1e-4, "peak of the schedule", TRAINING, at_least=0)
@@ -113,6 +115,9 @@ class RunArguments:
         None, "newest checkpoints that are kept; None = all", FILES, at_least=1
     )
     resume_from_checkpoint: str | None = flag(None, "path of a folder checkpoint-<step>, or latest", FILES)
+    eval_steps: int | None = flag(
+        None, "evaluate every so many steps as well as at the end", FILES, at_least=1
+    )
     check_exact: bool = flag(
         True, "prove on a few tokens that this run computes what transformers does", FILES
     )
@@ -145,6 +150,7 @@ def check_run_arguments(args):
             wanted = " and ".join(f"{n.replace('_', ' ')} {at}" for n, at in bounds.items())
             raise Refusal(f"--{each.name} is {value}; it must be finite, and {wanted}.")
     refuse(args.max_steps == 0, "--max_steps 0: give a number >= 1, or -1 for num_train_epochs.")
+    refuse(args.eval_steps and not args.eval_dataset_name, "--eval_steps needs --eval_dataset_name.")
     constant = args.warmup_steps and args.lr_scheduler_type == "constant"
     refuse(constant, f"--warmup_steps {args.warmup_steps} needs --lr_scheduler_type constant_with_warmup.")
     both = args.overwrite_output_dir and args.resume_from_checkpoint

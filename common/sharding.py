@@ -46,7 +46,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from common import Refusal, refuse
 from common.attention import register_varlen_attention
 from common.folders import commit_files, fresh_folder
-from common.run import DATA, FILES, MEMORY, TRAINING, RunArguments, check_run_arguments, flag
+from common.run import FILES, MEMORY, TRAINING, RunArguments, check_run_arguments, flag
 
 
 @dataclass
@@ -55,11 +55,6 @@ class ShardedArguments(RunArguments):
 
     attn_implementation: Literal["varlen", "sdpa", "eager", "flash_attention_2"] | None = flag(
         None, "default: varlen for flat rows, sdpa for padded ones", MEMORY
-    )
-    eval_dataset_name: str | None = flag(None, "dataset for evaluation, named like dataset_name", DATA)
-    dataset_test_split: str = flag("test", "split of a Hub dataset to evaluate on", DATA)
-    eval_steps: int | None = flag(
-        None, "evaluate every so many steps as well as at the end", FILES, at_least=1
     )
     gradient_accumulation_steps: int = flag(
         1, "forwards and backwards per optimizer step", TRAINING, at_least=1
@@ -78,7 +73,6 @@ def check_sharded_arguments(args, flat):
     refuse(masked, "--attn_implementation varlen is for flat rows: drop --no_padding_free, or choose sdpa.")
     fp32_flash = attention == "flash_attention_2" and not args.bf16
     refuse(fp32_flash, "--attn_implementation flash_attention_2 rejects fp32: add --bf16.")
-    refuse(args.eval_steps and not args.eval_dataset_name, "--eval_steps needs --eval_dataset_name.")
     twice = args.measure_memory and torch.cuda.is_available()
     refuse(twice, "--measure_memory is for CPUs: on CUDA every step is measured, drop it.")
     both = args.torch_compile and args.use_liger_kernel

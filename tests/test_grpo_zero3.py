@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import grpo_cases
 import grpo_worker
 import helpers
 import pytest
@@ -102,6 +103,8 @@ def base(tmp_path_factory):
         "lr_scheduler_type": "cosine",
         "loss_chunk_size": 5,
         "max_steps": 4,
+        "eval_dataset_name": write_jsonl(folder / "eval.jsonl", [rows[i] for i in (1, 5, 6, 8, 11)]),
+        "eval_steps": 3,
     }
 
 
@@ -349,6 +352,21 @@ def test_two_ranks_are_one_rank(worker, earlier_run):
     one, two = read_run(earlier_run), read_run(worker.folder / "two")
     assert len(one.metrics) == 4 and len(set(values(one, "reward"))) > 1
     helpers.assert_same_curve(two, one)
+
+
+def test_an_evaluation_is_the_mean_reward_of_greedy_completions(base, earlier_run):
+    """Of five prompts, which two ranks do not divide (they are one rank's, above)."""
+    steps = read_run(earlier_run).metrics
+    assert ["eval_reward" in step for step in steps] == [False, False, True, True]
+    trained, tokenizer = model(name=str(earlier_run)), AutoTokenizer.from_pretrained(earlier_run)
+    rows, texts = [json.loads(line) for line in open(base["eval_dataset_name"])], []
+    for row in rows:
+        ids = torch.tensor([tokenizer(row["prompt"])["input_ids"]])
+        out = trained.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=257)[0, ids.shape[1] :]
+        texts.append((len(out), tokenizer.decode(out, skip_special_tokens=True)))
+    rewards = grpo_cases.upper([row["prompt"] for row in rows], [text for _, text in texts])
+    assert steps[-1]["eval_reward"] == pytest.approx(sum(rewards) / 5)
+    assert steps[-1]["eval_completions/mean_length"] == sum(length for length, _ in texts) / 5
 
 
 @pytest.mark.parametrize("name", ["streamed", "budget", "offloaded"])

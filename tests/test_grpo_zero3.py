@@ -241,8 +241,7 @@ def test_what_is_planned_is_whole_and_travels(mode, worker):
     for answer in (answers[mode] for answers in worker.answers):
         assert_as_planned(answer)
         assert mode not in gathers or answer["gathers"][:2] == gathers[mode]
-        # the odd model's shards are on the host: they are gathered
-        assert (answer["exchanged"][1] > 0) == (mode in ("demo, none", "demo, half", "demo, byte"))
+        assert (answer["exchanged"][1] > 0) == (mode not in ("demo, all", "demo, exact"))
         # the odd model's embedding and head are larger than a layer
         assert (
             mode in ("demo, none", "demo, byte", *MODES[5:]) or answer["peak"] <= answer["resident"] + layer
@@ -392,7 +391,7 @@ def test_the_metrics_tell_the_ways_apart(worker):
         [s[name] for s in first]
         for name in ("prompt_gathered_bytes", "exchanged_bytes_per_token", "resident_bytes")
     )
-    assert 0 == gathered[0] < gathered[1] < gathered[2] and 0 == exchanged[0] < exchanged[1] < exchanged[2]
+    assert 0 == gathered[0] < gathered[1] < gathered[2] and 0 == exchanged[0] < exchanged[1] <= exchanged[2]
     assert resident[0] > 5e-5 * 2**30 + resident[2] >= resident[1] > resident[2] > 0
     for name, stay in zip(names, resident):
         whole = helpers.bytes_of(summary_of(worker.folder / name))["rollout_weights"]
@@ -794,7 +793,8 @@ def test_what_a_rollout_is_given_and_gives(base, rollouts, tmp_path, monkeypatch
     folder = shutil.copytree(base["model_name_or_path"], tmp_path / "model")
     GenerationConfig(eos_token_id=ends).save_pretrained(folder)
     flags = {"reward_funcs": "grpo_cases:large,grpo_cases:upper,grpo_cases:equal", "log_completions_steps": 2}
-    first, _ = run(tmp_path / "out", base, model_name_or_path=str(folder), max_steps=2, **flags).metrics
+    flags |= {"eval_dataset_name": None, "eval_steps": None, "model_name_or_path": str(folder)}
+    first, _ = run(tmp_path / "out", base, max_steps=2, **flags).metrics
     expected = [ids for _, ids in completions_of(rollouts[0])]
     assert not any(token in ends for ids in expected for token in ids[:-1])
     assert rollouts[0]["finished"].sum() > 6
@@ -1023,6 +1023,7 @@ def test_a_dry_run_counts_its_flags(ways, tmp_path, monkeypatch):
 METRICS = (
     "step epoch loss reward rewards/grpo_cases:upper/mean reward_std frac_reward_zero_std "
     "completions/mean_length completions/clipped_ratio entropy gathered_bytes_per_token resident_bytes "
+    "prompt_gathered_bytes exchanged_bytes_per_token "
     "gather_seconds generation_seconds generation_steps kl clip_ratio grad_norm learning_rate num_tokens "
     "num_scored_tokens tokens_per_second step_seconds update_seconds peak_memory_bytes"
 )
@@ -1031,7 +1032,8 @@ SUMMARY = "args versions device world_size data throughput ledger activation_off
 
 def test_what_a_run_leaves_behind(base, earlier_run):
     done, summary = read_run(earlier_run), summary_of(earlier_run)
-    assert [sorted(step) for step in done.metrics] == [sorted(METRICS.split())] * 4
+    found = [sorted(name for name in step if not name.startswith("eval_")) for step in done.metrics]
+    assert found == [sorted(METRICS.split())] * 4
     assert list(summary) == SUMMARY.split()
     assert summary["final_metrics"] == done.metrics[-1]
     args, throughput = summary["args"], summary["throughput"]

@@ -2,10 +2,10 @@
 
 ZeRO-3 keeps 1/W of all P weights on each of W ranks. Training gathers a layer once for thousands of tokens;
 generation would gather it for every token, c P bytes each. This script holds `--gather_budget_gib` of the
-weights whole during a rollout. The rest comes in for the prompts, a layer at a time; for single tokens it stays
-where it is, and activations travel: for a linear layer and B sequences a rank, c B (W in + out) bytes. The peak
-is the budget plus one layer (and an embedding that is the head as well, if it does not fit), and the tokens are
-the same.
+weights whole during a rollout. The rest comes in for the prompts, a layer at a time; for single tokens it
+stays where it is, and activations travel: for a linear layer and B sequences a rank, c B (W in + out) bytes.
+The peak is the budget plus one layer (and an embedding that is the head as well, if it does not fit), and the
+tokens are the same.
 The update computes each prompt once for its G completions: P + sum(C_i) tokens instead of G P + sum(C_i).
 Dropout is off: the rollout that an update is compared with, and the reference, are computed without.
 Left out to stay readable: vLLM, LoRA, vision inputs, tools, several updates from parts of one rollout.

@@ -428,6 +428,12 @@ class InPlace:
         }
         self.decodes, self.calls = False, []
         self.input, self.outputs = None, {}
+        self.prompted = False  # a prompt of one token is no token that is decoded: other ranks' may be longer
+        self._know()
+
+    def _know(self):
+        self.group_of = {part: group for group in self.groups for part in group if part in self.rows}
+        self.wanted = {}  # owner -> which of its parameters have to be whole for a single token
 
     def __enter__(self):
         start = self.module.register_forward_pre_hook(self._start, with_kwargs=True)
@@ -447,31 +453,34 @@ class InPlace:
         """Those of an owner's parameters that have to be whole for the forward at hand."""
         if not self.decodes:
             return parameters
-        placed = {part for group in self.groups for part in group if part in self.rows}
-        placed = {id(part.weight) for part in owner.modules() if part in placed}
-        return [parameter for parameter in parameters if id(parameter) not in placed]
+        if owner not in self.wanted:
+            placed = {id(part.weight) for part in owner.modules() if part in self.group_of}
+            self.wanted[owner] = [p for p in parameters if id(p) not in placed]
+        return self.wanted[owner]
 
     def _start(self, module, args, kwargs):
-        self.decodes = bool(self.groups) and kwargs["input_ids"].shape[1] == 1
-        self.calls, self.size = [], len(kwargs["input_ids"])
+        self.decodes = self.prompted and bool(self.groups) and kwargs["input_ids"].shape[1] == 1
+        self.prompted, self.calls, self.size = True, [], len(kwargs["input_ids"])
 
     def _learn(self, *_):
         if not self.groups:
             of_one_tensor = itertools.groupby(self.calls, lambda call: id(call[1]))
             self.groups += [[part for part, _ in calls] for _, calls in of_one_tensor]
+            self._know()
         self.calls = []
 
     def _forward(self, part, plain, x):
         if not self.decodes:
             # all tokens, sequence by sequence: every rank has as many
-            if len(x) == self.size and x.dim() == (3 if isinstance(part, torch.nn.Linear) else 2):
+            whole = len(x) == self.size and x.dim() == (3 if isinstance(part, torch.nn.Linear) else 2)
+            if whole and not self.groups:
                 self.calls.append((part, x))
             return plain(x)
-        group = next((group for group in self.groups if part in group), None)
-        if group is None:
+        if part not in self.group_of:
             return plain(x)
         if x is not self.input or part not in self.outputs:
-            self.input, self.outputs = x, exchange(x, {each: self.rows[each] for each in group})
+            rows = {each: self.rows[each] for each in self.group_of[part] if each in self.rows}
+            self.input, self.outputs = x, exchange(x, rows)
         return self.outputs.pop(part)
 
 
@@ -492,6 +501,7 @@ def exchange(x, rows):
     Args:    x (B, 1, in), or of an embedding ids (B, 1); rows: {part: this rank's (out / W, in)}.
     Returns: {part: (B, 1, out)}.
     """
+    assert x.shape[1] == 1, "a single token of each sequence"
     first = next(iter(rows))
     group, size = first.weight.ds_process_group, len(x)
     world, rank = dist.get_world_size(group), dist.get_rank(group)
@@ -520,13 +530,14 @@ def exchange(x, rows):
 def rollout_costs(engine, budget_bytes, places, size):
     """What a rollout of `size` completions on each rank brings there, in bytes: {name: number}.
 
-    Args: places: as of `generation_weights`; filled here, if it is empty, by a forward over one token.
+    Args: places: as of `generation_weights`; filled here, if it is empty, by a forward over a few tokens.
     """
     module, device = engine.module, engine.device
     resident, prompt_bytes, _ = plan_residents(module, budget_bytes)
     if prompt_bytes and not places:
         with generation_weights(engine, budget_bytes, places=places) as model:
-            model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
+            # with a cache, as a rollout's: else layers would be compiled, if training's are
+            model(input_ids=torch.zeros(2, 3, dtype=torch.int64, device=device), use_cache=True)
     exchanged = 0
     for group in places:
         weights, out = [part.weight for part in group], sum(part.weight.ds_shape[0] for part in group)
@@ -1121,7 +1132,8 @@ class Rollouts:
     def evaluate(self, prompts):
         """Means over held-out prompts, of one greedy completion of each."""
         args, run = replace(self.args, temperature=0.0, num_generations=1), self.run
-        size = min(args.per_device_train_batch_size, math.ceil(len(prompts) / run.world))
+        # as many prompts as a rollout has: that it fits into memory is known
+        size = self.args.per_device_train_batch_size // self.args.num_generations
         sums = Counter()
         for start in range(run.rank * size, len(prompts) + run.rank * size, size * run.world):
             # ranks generate equally many: after the last prompt they begin anew, and do not count those

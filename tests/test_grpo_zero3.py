@@ -216,6 +216,7 @@ def test_on_three_ranks_too(mode, three):
         assert_as_planned(answer)
         assert sum(answer["gathered"][1:]) == 0
         assert (answer["exchanged"][1] > 0) == (not mode.endswith("all"))
+        assert answers[f"{name}, short prompts"]
         for mutation in (grpo_worker.other_ranks_rows, grpo_worker.stale_inputs):
             assert answers[f"{name}, {mutation.__name__}"] != expected
 

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import documents, tiny_model
+from helpers import documents, tiny_model, write_jsonl, write_model
 from torch._dynamo.utils import counters
 
+import sft_packing
 from common.collators import add_scored, flatten
 from common.logps import at_scored, nll_sum
+from common.run import parse_arguments
 from common.sharding import wrap_layers
 
 ROOT = Path(__file__).parents[1]
@@ -107,3 +109,21 @@ def test_grpo_on_cuda_samples_the_same_tokens_however_it_gathers(tmp_path):
             found, expected, 1e-3, ("loss", "grad_norm", "reward", "entropy", "completions/mean_length")
         )
     assert any(row["grad_norm"] > 0 for row in expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("flags", [[], ["--bf16"], ["--bf16", "--no_gradient_checkpointing"]], ids=str)
+def test_a_dry_run_foretells_what_the_allocator_holds(flags, tmp_path):
+    """A model large enough that kernels' workspaces do not count."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 8, "head_dim": 64}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 8, "max_position_embeddings": 4096}
+    model = write_model(tmp_path / "model", **sizes, **heads)
+    rows = [{"text": "a" * 4000} for _ in range(16)]
+    flags = ["--model_name_or_path", model, "--max_length", "4000", *flags]
+    data = ["--dataset_name", write_jsonl(tmp_path / "rows.jsonl", rows)]
+    _, summary = train("sft_packing.py", tmp_path / "real", [*flags, *data])
+    foretold = sft_packing.main(parse_arguments(sft_packing.Arguments, [*flags, "--dry_run"]))
+    peaks = [
+        row["bytes"] for ledger in (summary, foretold) for row in ledger["ledger"] if row["name"] == "peak"
+    ]
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.1)

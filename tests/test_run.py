@@ -61,7 +61,7 @@ BOUNDED = [
 def test_bounded_numbers_are_finite_and_end_at_their_bound(name, bound, limit):
     inside, outside = (limit + difference for difference in EDGES[bound])
     flags = {"dry_run": name in ("dry_run_world_size", "gpu_memory_gib")}
-    flags["lr_scheduler_type"] = "constant_with_warmup"
+    flags |= {"lr_scheduler_type": "constant_with_warmup", "eval_dataset_name": "rows.jsonl"}
     check_run_arguments(Arguments(**{**flags, name: inside}))
     for value in (outside, math.nan, math.inf, -math.inf):
         message = f"--{name} is {value}; it must be finite, and .*{bound.replace('_', ' ')} {limit}"
@@ -77,6 +77,7 @@ CONSTANT = {"lr_scheduler_type": "constant", "warmup_steps": 3}
     [
         ({"ways": "three"}, "--ways is 'three'; choose one of one, two"),
         ({"max_steps": 0}, "--max_steps 0: give a number >= 1, or -1"),
+        ({"eval_steps": 3}, "--eval_steps needs --eval_dataset_name"),
         (CONSTANT, "--warmup_steps 3 needs .*constant_with_warmup"),
         ({"overwrite_output_dir": True, "resume_from_checkpoint": "latest"}, "drop one of the two"),
         ({"dry_run_world_size": 2}, "add --dry_run"),

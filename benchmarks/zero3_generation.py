@@ -6,7 +6,7 @@ torchrun --standalone --nproc_per_node 2 benchmarks/zero3_generation.py [--devic
 at a time. "hooks per module" is what generation without gathering was before: transformers' own generate on
 DeepSpeed's hooks, which gather matrix by matrix, and release each after its use. What DeepSpeed's default
 settings let it hold and gather in advance is scaled by this model's size to an 8B model's, of which they hold
-an eighth. Without --quick, also with 32 sequences on each rank, "hooks per module" aside.
+an eighth. Without --quick, also with --larger 32 sequences on each rank (0 = not), "hooks per module" aside.
 """
 
 import json
@@ -26,7 +26,6 @@ from common.sharding import read_pretrained
 from grpo_zero3 import deepspeed_groups, generate, generation_weights, load_engine, whole_bytes
 
 SHARES = {"all": 1, "half": 0.5, "none": 0, "streamed": 0}  # of the weights, held whole throughout
-LARGER = 32  # sequences on each rank, beside --sequences
 # DeepSpeed's defaults, in elements: what it may hold, for how long, and gather in advance
 HELD = {
     "stage3_max_live_parameters": 10**9,
@@ -172,7 +171,7 @@ def compare(setup, ways, args, run, options):
 
 
 def main():
-    options = parse(__doc__, tokens=12, sequences=8, dtype="bf16")
+    options = parse(__doc__, tokens=12, sequences=8, larger=32, dtype="bf16")
     flags = {"bf16": options.dtype == "bf16", "max_completion_length": options.tokens, "num_generations": 1}
     run_of_script = script_run(grpo_zero3, options, temperature=0.0, **flags)
     with run_of_script as (_, args, run), deepspeed_groups(run):
@@ -180,7 +179,7 @@ def main():
         engine, hooked = load_engines(args, run, pretrained)
         total = whole_bytes(engine.module.parameters())
         file = data_file("gsm8k_prompts", options, "prompts.jsonl")
-        most = max(options.sequences, LARGER)
+        most = max(options.sequences, options.larger)
         lines = file.read_text().splitlines()[run.rank * most :][:most]
         rows = [json.loads(line)["prompt"] for line in lines]
         prompts = pretrained.tokenizer.apply_chat_template(rows, add_generation_prompt=True)["input_ids"]
@@ -192,8 +191,8 @@ def main():
         ways = {name: held(name, options.sequences) for name in SHARES}
         by_hooks = partial(rollout_by_transformers, hooked, prompts[: options.sequences], args, run)
         batches = {options.sequences: ways | {"hooks per module": (hooked, by_hooks)}}
-        if not options.quick:
-            batches[LARGER] = {name: held(name, LARGER) for name in SHARES}
+        if options.larger and not options.quick:
+            batches[options.larger] = {name: held(name, options.larger) for name in SHARES}
         setup = {"ranks": run.world, "dtype": options.dtype, "weights_bytes": total, "tokens": options.tokens}
         cases = [
             compare({**setup, "sequences": n}, chosen, args, run, options) for n, chosen in batches.items()

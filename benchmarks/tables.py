@@ -149,8 +149,9 @@ def generation(document):
         for way, values in found["ways"].items():
             row = [found["case"], way, values["median"]["seconds_per_token"]]
             row += [times(found, way, "hooks per module", "seconds_per_token"), values["median"]["seconds"]]
-            exchanged = values.get("exchanged_bytes_per_token", 0)
-            row += [values["gathered_bytes_per_token"] / 2**20, exchanged / 2**20]
+            exchanged = values.get("exchanged_bytes_per_token")
+            row.append(values["gathered_bytes_per_token"] / 2**20)
+            row.append(MISSING if exchanged is None else exchanged / 2**20)
             row.append(values["peak_whole_bytes"] / 2**20)
             rows.append([*row, "yes" if values["same_tokens_on_all_ranks"] else "NO"])
     header = ["case", "way", "s/token", 'times faster than "hooks per module", per token', "s, whole rollout"]

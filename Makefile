@@ -40,7 +40,10 @@ bench: benchmarks/.venv/.installed
 
 # on one GPU: its tests, then the benchmarks that a GPU decides
 gpu: benchmarks/.venv/.installed
-	PYTHON=$(BENCH)/python bash benchmarks/on_a_gpu.sh benchmarks/results
+	PYTHON=$(BENCH)/python bash benchmarks/on_a_gpu.sh outputs/gpu
+	cp outputs/gpu/*.json benchmarks/results/
+	$(BENCH)/python benchmarks/tables.py
+	$(BENCH)/python benchmarks/figures.py
 
 # leaves pages, results and figures alone
 bench-quick: benchmarks/.venv/.installed

@@ -793,18 +793,18 @@ def main(args):
 def pretend_batch(args):
     """A batch of pairs that computes as many tokens as the flags allow.
 
-    That is: completions as long as they may be, and the prompt what --max_length leaves of them.
+    That is: completions as long as they may be, and the prompt what --max_length leaves of them. The prompts
+    differ from their first token on: nothing of them is shared.
     """
     prompt, completion, cost = largest_pair(args)
-
-    def pair(length):
-        return {name: [0] * count for name, count in zip(TOKENS, (prompt, length, prompt, length))}
-
     size, budget = args.per_device_train_batch_size or 4, args.max_tokens_per_batch
-    pairs = [pair(completion)] * (size if budget is None else budget // cost)
+    lengths = [completion] * (size if budget is None else budget // cost)
     rest = 0 if budget is None else (budget % cost - (cost - 2 * completion)) // 2
-    if rest >= 1 and args.padding_free:
-        pairs.append(pair(rest))
+    lengths += [rest] if rest >= 1 and args.padding_free else []
+    pairs = [
+        {name: [i] * count for name, count in zip(TOKENS, (prompt, tokens, prompt, tokens))}
+        for i, tokens in enumerate(lengths)
+    ]
     batch = collate(pairs, args)
     if not args.padding_free:
         batch["attention_mask"][0, -1] = 0  # one token of padding, so that there is a mask

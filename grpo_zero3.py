@@ -1381,10 +1381,11 @@ def largest_batch(args):
     prompt, length, group = args.max_prompt_length, args.max_completion_length, args.num_generations
     longest, most = longest_group(args), args.per_device_train_batch_size // group
     budget = args.max_tokens_per_batch or longest
-    groups = [([0] * prompt, [[0] * length] * group)] * min(most, budget // longest)
+    lengths = [length] * min(most, budget // longest)
     rest = (budget % longest - prompt) // group  # room for one more group, of shorter completions
-    if rest >= 1 and len(groups) < most:
-        groups.append(([0] * prompt, [[0] * rest] * group))
+    lengths += [rest] if rest >= 1 and len(lengths) < most else []
+    # prompts that differ from their first token on: nothing of them is shared
+    groups = [([i] + [0] * (prompt - 1), [[0] * tokens] * group) for i, tokens in enumerate(lengths)]
     ones = torch.ones(len(groups) * group)
     [batch] = make_batches(groups, ones, ones, math.inf, PretendedRun(1, None))
     return batch, len(groups) == most

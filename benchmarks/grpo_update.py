@@ -12,6 +12,7 @@ the gradient's norm tells, best in fp32 (--dtype fp32).
 import json
 from dataclasses import replace
 from functools import partial
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import pad, shuffle_sequence_dict, split_tensor_dict
 
 import grpo_zero3
+from common import collators
 from common.attention import register_varlen_attention
 from common.sharding import load_model, wrap_layers
 from grpo_zero3 import (
@@ -87,9 +89,12 @@ def our_batches(bench, groups, rewards, shares):
     budget = max(len(p) * (1 if shares else G) + sum(map(len, c)) for p, c in groups)
     if bench.options.device == "cuda":
         budget = max(budget, bench.options.tokens)
-    if not shares:
-        groups = [(prompt, [c]) for prompt, completions in groups for c in completions]
-    return make_batches(groups, group_advantages(rewards, G), denominators, budget, bench.run)
+    make = partial(make_batches, budget=budget, run=bench.run)
+    if shares:
+        return make(groups, group_advantages(rewards, G), denominators)
+    groups = [(prompt, [c]) for prompt, completions in groups for c in completions]
+    with patch.object(collators, "_root_length", lambda prompts: 0):  # else they would share it as a root
+        return make(groups, group_advantages(rewards, G), denominators)
 
 
 def our_step(engine, args, run, batches):

@@ -1,5 +1,7 @@
 """Sequences -> the batch that the model sees: padded (the baseline), or one flat row without padding."""
 
+import os
+
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -94,16 +96,27 @@ def count_padding(batch):
     return (batch["attention_mask"] == 0).sum() if "attention_mask" in batch else 0
 
 
+def _root_length(prompts):
+    """How many tokens all prompts begin with; each keeps one of its own, and a single one keeps all."""
+    # in spite of its name, commonprefix takes lists of anything
+    return len(os.path.commonprefix([prompt[:-1] for prompt in prompts])) if len(prompts) > 1 else 0
+
+
 def flatten_shared_prompt(groups):
     """Lay each prompt out once, before its G completions: P + sum(C_i) tokens instead of G*P + sum(C_i).
 
-    Query segments: prompt, c1, .., cG. Key segments: prompt, prompt+c1, .., prompt+cG, picked by kv_index.
-    With causal masks aligned bottom-right, each completion sees its prompt and itself, and nothing else.
+    The row is a tree. Each segment of queries is a node; its keys are those of the nodes above it and its
+    own, picked by kv_index, and with causal masks aligned bottom-right it sees nothing else:
 
-    A completion's first token is predicted by the prompt's last token, which lies up to sum(C_i) tokens back
+        root  r                  keys r            what all prompts begin with: a system prompt, examples
+          prompt  p              keys r, p         the rest of each prompt, one token at least
+            completion  c        keys r, p, c
+
+    A completion's first token is predicted by its prompt's last token, which lies up to sum(C_i) tokens back
     in the row: labels shifted by one cannot say so. Use score_index, and read labels only for what is scored.
 
-    Args:    groups: [(prompt_ids, [completion_ids, ..]), ..]; P >= 1, G >= 1, each C_i >= 1.
+    Args:    groups: [(prompt_ids, [completion_ids, ..]), ..]; P >= 1, G >= 1, each C_i >= 1. One group has no
+             root: all of its prompt is its own.
     Returns: the keys of `flatten`, with kv_index (Nk,) int64; labels (1, N) int64, -100 on prompts;
              position_ids of a completion start at P;
              score_index (M,) int64: the row position whose hidden state predicts the m-th completion token;
@@ -115,32 +128,37 @@ def flatten_shared_prompt(groups):
     ([[1, 2, 3, 4, 5]], [[0, 1, 2, 3, 2]], [0, 1, 0, 1, 2, 3, 0, 1, 4])
     >>> row["score_index"].tolist(), row["score_ids"].tolist()
     ([1, 2, 1], [3, 4, 5])
+    >>> flatten_shared_prompt([([1, 2], [[3]]), ([1, 4], [[5]])])["input_ids"].tolist()
+    [[1, 2, 3, 4, 5]]
     """
     if len(groups) == 0:
         raise ValueError("no groups: a row needs at least one prompt with its completions.")
     input_ids, labels, position_ids, kv_index, score_index = [], [], [], [], []
     lengths_q, lengths_k, completion_lengths = [], [], []
-    for g, (prompt_ids, completions) in enumerate(groups):
+
+    def lay_out(ids, above, scored=False):
+        """Add a node below the row positions `above`. Returns these and its own."""
+        own = range(len(input_ids), len(input_ids) + len(ids))
+        input_ids.extend(ids)
+        labels.extend(ids if scored else [IGNORE] * len(ids))
+        position_ids.extend(range(len(above), len(above) + len(ids)))
+        seen = [*above, *own]
+        kv_index.extend(seen)
+        lengths_q.append(len(ids))
+        lengths_k.append(len(seen))
+        return seen
+
+    prompts = [list(prompt_ids) for prompt_ids, _ in groups]
+    shared = _root_length(prompts)
+    root = lay_out(prompts[0][:shared], []) if shared else []
+    for g, (prompt_ids, (_, completions)) in enumerate(zip(prompts, groups)):
         if len(prompt_ids) == 0 or len(completions) == 0 or any(len(c) == 0 for c in completions):
             raise ValueError(f"group {g} has an empty prompt or completion, or no completions.")
-        prompt_start, prompt_length = len(input_ids), len(prompt_ids)
-        prompt = range(prompt_start, prompt_start + prompt_length)
-        input_ids += list(prompt_ids)
-        labels += [IGNORE] * prompt_length
-        position_ids += range(prompt_length)
-        kv_index += prompt
-        lengths_q.append(prompt_length)
-        lengths_k.append(prompt_length)
+        prompt = lay_out(prompt_ids[shared:], root)
         for completion_ids in completions:
-            start, length = len(input_ids), len(completion_ids)
-            input_ids += list(completion_ids)
-            labels += list(completion_ids)
-            position_ids += range(prompt_length, prompt_length + length)
-            kv_index += [*prompt, *range(start, start + length)]
-            score_index += [prompt[-1], *range(start, start + length - 1)]
-            lengths_q.append(length)
-            lengths_k.append(prompt_length + length)
-            completion_lengths.append(length)
+            seen = lay_out(completion_ids, prompt, scored=True)
+            score_index += seen[len(prompt) - 1 : -1]
+            completion_lengths.append(len(completion_ids))
     labels = torch.tensor(labels)
     return {
         "input_ids": torch.tensor(input_ids)[None],

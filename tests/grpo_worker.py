@@ -338,7 +338,7 @@ def count_bytes(run, flags):
     """ZeRO-3: the peaks of a rollout and of an update with its optimizer's step; what is held throughout."""
     engine, args = engine_of(run, **flags), Arguments(**flags)
     size, group = args.per_device_train_batch_size, args.num_generations
-    prompts = [[5] * args.max_prompt_length for _ in range(size // group)]
+    prompts = [[5 + i] * args.max_prompt_length for i in range(size // group)]  # without a common beginning
     completions = [[7] * args.max_completion_length for _ in range(group)]
 
     def update():

@@ -28,10 +28,18 @@ def documents_row():
     return flatten(sequences), slice(None), [(s["input_ids"], slice(None)) for s in sequences]
 
 
-def shared_row():
-    row = flatten_shared_prompt(GROUPS)
-    alone = [(prompt + c, slice(len(prompt) - 1, -1)) for prompt, completions in GROUPS for c in completions]
+def shared_row(groups=GROUPS):
+    row = flatten_shared_prompt(groups)
+    alone = [(prompt + c, slice(len(prompt) - 1, -1)) for prompt, completions in groups for c in completions]
     return row, row["score_index"], alone
+
+
+def rooted_row():
+    """All prompts begin with 20 tokens that stand once."""
+    root = documents(7, [20])[0]["input_ids"]
+    row, positions, alone = shared_row([(root + prompt, completions) for prompt, completions in GROUPS])
+    assert row["input_ids"].shape[1] == shared_row()[0]["input_ids"].shape[1] + 20
+    return row, positions, alone
 
 
 def alone_logits(model, sequences):
@@ -40,7 +48,7 @@ def alone_logits(model, sequences):
 
 
 families = pytest.mark.parametrize("family", FAMILIES)
-rows = pytest.mark.parametrize("make_row", [documents_row, shared_row])
+rows = pytest.mark.parametrize("make_row", [documents_row, shared_row, rooted_row])
 
 
 # --- Equality with the naive path ---
@@ -96,11 +104,14 @@ def test_a_sliding_window_ignored_or_off_by_one_is_seen(family, change, make_row
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])  # one with windows
 @torch.no_grad()
 def test_changing_one_sequence_moves_no_other(make_row, family):
-    """Of a row of shared prompts, the prompt moves its completions: they alone are changed."""
+    """Of a row of shared prompts, the prompts move their completions: three of these alone are changed."""
     row, model = make_row()[0], tiny_model(family)
     before, bounds = row_logits(model, row), row["cu_seq_lens_q"].tolist()
     segments = list(zip(bounds[:-1], bounds[1:]))
-    for start, stop in segments[1:4] if make_row is shared_row else segments:
+    if make_row is not documents_row:
+        above = 1 if make_row is shared_row else 2  # the first prompt, and the root
+        segments = segments[above : above + 3]
+    for start, stop in segments:
         ids = row["input_ids"].clone()
         ids[0, start:stop] = (ids[0, start:stop] + 1) % VOCAB
         moved = (row_logits(model, {**row, "input_ids": ids}) - before).abs().amax(1)

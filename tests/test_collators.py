@@ -97,17 +97,29 @@ def test_what_is_no_row_is_refused(collate, given, message):
 
 # --- shared prompts ---
 
+groups = st.lists(st.tuples(ids, st.lists(ids, min_size=1, max_size=4)), min_size=1, max_size=4)
 
-@given(st.lists(st.tuples(ids, st.lists(ids, min_size=1, max_size=4)), min_size=1, max_size=4))
-def test_shared_prompt_layout_is_consistent(groups):
+
+@given(st.lists(st.integers(0, 63), max_size=5), groups)
+def test_shared_prompt_layout_is_consistent(root, groups):
+    """Of prompts that begin with `root` it stands once, and with them whatever else they all begin with."""
+    groups = [(root + prompt, completions) for prompt, completions in groups]
     row = unchanged(flatten_shared_prompt, groups)
     tokens, positions = row["input_ids"][0], row["position_ids"][0]
     bounds_q, bounds_k = row["cu_seq_lens_q"].tolist(), row["cu_seq_lens_k"].tolist()
-    assert len(tokens) == sum(len(p) + sum(map(len, cs)) for p, cs in groups) == bounds_q[-1]
+    shared = 0
+    if len(groups) > 1:  # the most that all prompts have in common, of which none is all
+        while all(p[: shared + 1] == groups[0][0][: shared + 1] and len(p) > shared + 1 for p, _ in groups):
+            shared += 1
+    assert shared >= len(root) * (len(groups) > 1)
+    once = sum(len(p) - shared + sum(map(len, cs)) for p, cs in groups)
+    assert len(tokens) == shared + once == bounds_q[-1]
     assert len(row["kv_index"]) == bounds_k[-1]
-    # key segments, read through kv_index: prompt, prompt + c1, .., prompt + cG, at positions 0, 1, ..
+    # key segments, read through kv_index: root, prompt, prompt + c1, .., prompt + cG, at positions 0, 1, ..
     wholes = [whole for p, cs in groups for whole in (p, *(p + c for c in cs))]
-    queries = [part for p, cs in groups for part in (p, *cs)]
+    queries = [part for p, cs in groups for part in (p[shared:], *cs)]
+    if shared:
+        wholes, queries = [groups[0][0][:shared], *wholes], [groups[0][0][:shared], *queries]
     assert len(bounds_q) == len(bounds_k) == len(wholes) + 1
     for i, (whole, query) in enumerate(zip(wholes, queries)):
         keys = row["kv_index"][bounds_k[i] : bounds_k[i + 1]]

@@ -75,6 +75,7 @@ from common.sharding import (
     check_sharded_arguments,
     decoder_layers,
     frozen_names,
+    is_sharded,
     load_model,
     load_training_state,
     max_positions,
@@ -754,7 +755,7 @@ def main(args):
         run.start(data, keep=[REFERENCE] if reference else [])
         if run.first and reference:
             write_reference(args.output_dir, *reference)
-        options = args.measure_memory, run.counted_step, offload, [reference_model]
+        options = args.measure_memory, run.counted_step, offload, [reference_model], args.offload_param
         meter = MemoryMeter(model, optimizer, run.device, *options)
 
         for numbers, batches in pairs.remaining_steps(run):
@@ -815,22 +816,25 @@ def pretend_step(args, pretrained):
     """The bytes that one optimizer step holds on a rank, with as many tokens as the flags allow: {name:
     bytes}, and when the peak is.
     """
-    batches = [pretend_batch(args)] * min(args.gradient_accumulation_steps, 2)  # later ones hold no more
-    with pretend(args) as run:
+    # later micro-batches hold what the second does
+    batches = [pretend_batch(args)] * (2 if args.gradient_accumulation_steps > 1 or args.offload_param else 1)
+    with pretend(args, is_sharded(args, args.dry_run_world_size)) as run:
         model = load_model(args, run, pretrained)
         set_kernels(model, args, args.padding_free, pretends=True)
         reference_model = load_reference_model(args, run, pretrained)
         optimizer, offload = prepare_training(model, args, run)
         step = partial(train_step, model, optimizer, batches, args, run, offload, reference_model)
-        return count_step(step, batches, model, optimizer, offload, [reference_model])
+        others = [reference_model]
+        return count_step(step, batches, model, optimizer, offload, others, args.offload_param)
 
 
 def explore(args):
     """Count the bytes of one step, those that single flags would save, and the longest pairs that fit."""
     pretrained = read_pretrained(args.model_name_or_path, args.max_length, dropout=False, config_only=True)
-    switches = ("bf16", "gradient_checkpointing", "activation_offloading", "padding_free", "share_prompt")
+    switches = ("bf16", "gradient_checkpointing", "activation_offloading", "offload_param", "padding_free")
+    switches += ("share_prompt", "precompute_ref_log_probs")
     halved = ("per_device_train_batch_size", "max_length", "max_tokens_per_batch")
-    changes = single_changes(args, (*switches, "precompute_ref_log_probs"), halved)
+    changes = single_changes(args, switches, halved)
     most = max_positions(pretrained.config)[0] or args.max_length
     if args.max_tokens_per_batch:  # which has to hold a pair
 

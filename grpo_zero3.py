@@ -62,6 +62,7 @@ from common.data import (
 from common.exactness import NUM_TOKENS, check_exact, logps_alone, proof_tokens
 from common.logps import at_scored, nll_sum, token_logps
 from common.memory import ByteCounter, PretendedRun, count_step, dry_run, ledger, peak_memory_bytes, pretend
+from common.offload import OffloadActivations
 from common.rewards import call_rewards, check_answers, columns_read, load_reward_funcs
 from common.run import (
     DATA,
@@ -81,6 +82,7 @@ from common.run import (
 )
 from common.sharding import (
     check_flat,
+    check_liger,
     decoder_layers,
     empty_model,
     frozen_names,
@@ -88,6 +90,7 @@ from common.sharding import (
     max_positions,
     parameter_groups,
     read_pretrained,
+    set_liger_kernels,
     trained,
     try_to_write,
     wrap_layers,
@@ -153,6 +156,9 @@ def check_arguments(args):
         refuse(count > 0 and count % every, mid)
     host = "--offload_param keeps shards on the host, where the optimizer must be: add --offload_optimizer."
     refuse(args.offload_param and not args.offload_optimizer, host)
+    kept = "--activation_offloading would keep the weights that ZeRO-3 gathers for layers that are not "
+    kept += "checkpointed: drop --no_gradient_checkpointing."
+    refuse(args.activation_offloading and not args.gradient_checkpointing, kept)
 
 
 def longest_group(args):
@@ -864,10 +870,10 @@ def make_batches(groups, advantages, denominators, budget, run):
     return [run.to_device(batch) for batch in batches]
 
 
-def train_step(engine, batches, args, run):
+def train_step(engine, batches, args, run, offload=None):
     """One optimizer step over this rank's micro-batches; where no token is scored it changes nothing.
 
-    Args:    engine: DeepSpeed's, or an Unsharded model.
+    Args:    engine: DeepSpeed's, or an Unsharded model; offload: an OffloadActivations, or None.
     Returns: sums over all ranks: num_scored_tokens, num_tokens (computed), real_tokens (of the data), and
              those of `batch_loss`; the norm of the gradient before it was clipped.
     Raises:  FloatingPointError if loss or gradient are not finite: DeepSpeed has skipped the update.
@@ -884,10 +890,13 @@ def train_step(engine, batches, args, run):
     for i, batch in enumerate(batches):
         run.watch(f"micro-batch {i + 1} of {len(batches)}")
         engine.set_gradient_accumulation_boundary(i == len(batches) - 1)
-        loss, metrics = batch_loss(engine, batch, args)
+        with offload or nullcontext():
+            loss, metrics = batch_loss(engine, batch, args)
         # DeepSpeed averages gradients over ranks: times world cancels that; and micro-batches are summed
         engine.backward(loss * run.world, scale_wrt_gas=False)
         tally.add(metrics)
+    if offload:
+        offload.end_step()
     run.watch("optimizer step")
     engine.step()
     grad_norm = run.value(engine.get_global_grad_norm())
@@ -955,10 +964,15 @@ def prepare_training(model, args, run):
     return torch.optim.AdamW(groups, fused=True, **options)
 
 
+def prepare_offloading(model, args, run):
+    """What sends layers' inputs to the host until backward; None without --activation_offloading."""
+    return OffloadActivations(model, decoder_layers(model), run.device) if args.activation_offloading else None
+
+
 def load_engine(args, run, pretrained, trainable=True):
     """The model in a ZeRO-3 engine: no rank but the first ever holds more of it than its shards.
 
-    It attends as transformers has it; what is not trainable, a reference, as the update does.
+    It computes as transformers has it; what is not trainable, a reference, as the update does.
     """
     run.watch("loading the model")
     register_varlen_attention()
@@ -973,7 +987,7 @@ def load_engine(args, run, pretrained, trainable=True):
     # For training, too: a leaf module's weights come in one coalesced gather, not one for each matrix in it.
     set_z3_leaf_modules(model, list({type(layer) for layer in decoder_layers(model)}))
     if not trainable:
-        model.set_attn_implementation("varlen")
+        set_kernels(model, args)
         return deepspeed.initialize(model=model.requires_grad_(False).eval(), config=config)[0]
     optimizer = prepare_training(model.train(), args, run)
     if run.first:  # of what leaves as it came, where the shards hold a rounded copy
@@ -1016,8 +1030,15 @@ def ask_for_an_inputs_gradient(layers):
             return
 
 
+def set_kernels(model, args):
+    """Let a model compute as updates do."""
+    model.set_attn_implementation("varlen")
+    if args.use_liger_kernel:
+        set_liger_kernels(model)
+
+
 def set_kernels_and_prove(engine, prompts, args, run):
-    """Set the attention, and prove on two prompts that the update computes what transformers does.
+    """Set the kernels, and prove on two prompts that the update computes what transformers does.
 
     There are no completions yet: the beginning and the end of one prompt follow the other.
     """
@@ -1030,7 +1051,7 @@ def set_kernels_and_prove(engine, prompts, args, run):
         groups.append((prompt, [other[:num_scored], other[-num_scored:]]))
     sequences = [(prompt + ids, len(ids)) for prompt, completions in groups for ids in completions]
     expected = logps_alone(model, sequences, run.device) if args.check_exact else None
-    model.set_attn_implementation("varlen")
+    set_kernels(model, args)
     if args.check_exact:
         batch = run.to_device(flatten_shared_prompt(groups))
         check_exact(
@@ -1296,6 +1317,8 @@ def main(args):
         limits = "--max_prompt_length + --max_completion_length"
         pretrained = read_pretrained(args.model_name_or_path, longest, limits, dropout=False)
         check_cache(pretrained.config)
+        if args.use_liger_kernel:
+            check_liger(pretrained.config.model_type)
         prompts, eval_prompts, functions = run.on_each_machine(prepare_data, args, pretrained, run)
         run.resume()
         run.match("data", prompts.fingerprint(), "Use its dataset, max_prompt_length and seed.")
@@ -1305,6 +1328,7 @@ def main(args):
         run.plan(prompts.count_steps(run.progress))
 
         engine, reference = load_engines(args, run, pretrained, prompts)
+        offload = prepare_offloading(engine.module, args, run)
         rollouts = Rollouts(args, run, engine, prompts, pretrained, functions)
         run.start(prompts.data)
 
@@ -1318,7 +1342,7 @@ def main(args):
                     sampled = rollout_metrics(rollout, args, run)
                     epoch = prompts.advance(run.progress, numbers)
                 update_started = time.perf_counter()
-                sums, grad_norm = train_step(engine, batches, args, run)
+                sums, grad_norm = train_step(engine, batches, args, run, offload)
                 update_seconds = time.perf_counter() - update_started
             scored = max(sums["num_scored_tokens"], 1)
             run.progress["updates"] += sums["num_scored_tokens"] > 0
@@ -1346,7 +1370,7 @@ def main(args):
         moments = {"rollout_weights": rollouts.most_whole_bytes, "peak": peak_memory_bytes(run.device)}
         rows = ledger(held_bytes(engine) | moments, "allocated on CUDA, resident on a CPU")
         lines = [describe_rewards(args.output_dir)] if run.first else []
-        return run.finish(prompts.data, rows, lines=lines)
+        return run.finish(prompts.data, rows, offload and offload.report(), lines)
 
 
 # --- 6. Memory before the GPU ---
@@ -1428,8 +1452,10 @@ def pretend_step(args, pretrained):
         optimizer = prepare_training(model.train(), args, run)
         for parameter in trained(model):  # ZeRO-3 takes a gradient away as soon as it is there
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        offload = prepare_offloading(model, args, run)
         engine = Unsharded(model, optimizer, args.max_grad_norm)
-        update, _ = count_step(partial(train_step, engine, [batch], args, run), [batch], model, optimizer)
+        step = partial(train_step, engine, [batch], args, run, offload)
+        update, _ = count_step(step, [batch], model, optimizer, offload)
 
     zero, world = deepspeed_config(args)["zero_optimization"], args.dry_run_world_size
     weights, num_trained = whole_bytes(model.parameters()), sum(p.numel() for p in trained(model))
@@ -1457,7 +1483,7 @@ def pretend_step(args, pretrained):
         "in the update's forward and backward": update["peak"],
         "in the optimizer's step": held["gradients"],  # once more, as the optimizer wants them
     }
-    counts = held | {name: update[name] for name in ("activations", "loss_head")}
+    counts = held | {name: update[name] for name in ("activations", "loss_head", "on_host") if name in update}
     counts |= {"rollout_weights": gathered["rollout"], "kv_cache": kv_cache}
     if args.beta:
         counts["reference_on_host"] = weights // world
@@ -1478,6 +1504,7 @@ def explore(args):
     changes = {
         "--bf16": {"bf16": True},
         "--gradient_checkpointing": {"gradient_checkpointing": True},
+        "--activation_offloading": {"activation_offloading": True},
         "--no_ds3_gather_for_generation": {"ds3_gather_for_generation": False, "gather_budget_gib": None},
         "--gather_budget_gib 1": {"gather_budget_gib": 1.0, "ds3_gather_for_generation": True},
         "--offload_optimizer": {"offload_optimizer": True},

@@ -59,6 +59,7 @@ from common.sharding import (
     check_sharded_arguments,
     decoder_layers,
     frozen_names,
+    is_sharded,
     load_model,
     load_training_state,
     max_positions,
@@ -585,7 +586,8 @@ def main(args):
             load_training_state(run, model, optimizer)
         try_to_write(run, model, pretrained)  # what cannot be written shows now, not after the last step
         run.start(data)
-        meter = MemoryMeter(model, optimizer, run.device, args.measure_memory, run.counted_step, offload)
+        options = {"offload": offload, "state_on_host": args.offload_param}
+        meter = MemoryMeter(model, optimizer, run.device, args.measure_memory, run.counted_step, **options)
 
         for numbers, batches in rows.remaining_steps(run):
             with run.step(optimizer, partial(rows.name, numbers)), meter.step(batches):
@@ -623,19 +625,20 @@ def pretend_step(args, pretrained):
     batch = add_scored(flatten(documents) if is_flat(args) else pad(documents, 0))
     if not is_flat(args):
         batch["attention_mask"][0, -1] = 0  # one token of padding, so that there is a mask
-    with pretend(args) as run:
+    # later micro-batches hold what the second does
+    batches = [batch] * (2 if args.gradient_accumulation_steps > 1 or args.offload_param else 1)
+    with pretend(args, is_sharded(args, args.dry_run_world_size)) as run:
         model = load_model(args, run, pretrained)
         set_kernels(model, args, is_flat(args), pretends=True)
         optimizer, offload = prepare_training(model, args, run)
-        batches = [batch] * min(args.gradient_accumulation_steps, 2)  # later ones hold what the second does
         step = partial(train_step, model, optimizer, batches, args, run, offload)
-        return count_step(step, batches, model, optimizer, offload)
+        return count_step(step, batches, model, optimizer, offload, (), args.offload_param)
 
 
 def explore(args):
     """Count the bytes of one step, those that single flags would save, and the longest rows that fit."""
     pretrained = read_pretrained(args.model_name_or_path, args.max_length, config_only=True)
-    switches = ("bf16", "gradient_checkpointing", "activation_offloading", "padding_free")
+    switches = ("bf16", "gradient_checkpointing", "activation_offloading", "offload_param", "padding_free")
     halved = ("per_device_train_batch_size", "max_length")
     changes = single_changes(args, switches, halved)
     longest = max_positions(pretrained.config)[0] or args.max_length

@@ -43,12 +43,22 @@ def _bytes(tensors):
     return sum(_local(t).numel() * t.element_size() for t in tensors)
 
 
+def is_fsdp(module):
+    return hasattr(module, "_get_fsdp_state")
+
+
 def _gather_buffer_bytes(model):
     """What FSDP2's latest gather came in: it lives until the next one."""
-    if not hasattr(model, "_get_fsdp_state"):
+    if not is_fsdp(model):
         return 0
     latest = model._get_fsdp_state()._comm_ctx.all_gather_state
     return latest.all_gather_result.all_gather_output.untyped_storage().nbytes() if latest else 0
+
+
+def _largest_visit(model):
+    """Bytes of the shards that FSDP2 gathers at once, of the largest unit."""
+    units = [module._get_fsdp_state()._fsdp_param_group for module in model.modules() if is_fsdp(module)]
+    return max(_bytes(each.sharded_param for each in unit.fsdp_params) for unit in units)
 
 
 class ByteCounter(MemTracker):
@@ -83,15 +93,28 @@ class MemoryMeter:
     Args:    model, optimizer; device: where the model runs; track: count on a CPU as well (slows that step).
              track_step: which call of `step` MemTracker watches; the second one finds the optimizer's state
              there. offload: an OffloadActivations, for on_host. others: further, frozen models, or None.
+             state_on_host: whether weights, gradients and optimizer states wait there.
     After:   measured: the most that any measured step held, in bytes of this rank: parameters, gradients,
              optimizer, and if steps were measured activations (held when the loss head starts), loss_head
              (its own peak beyond that) and peak; peak_moment: in which part of the step it was.
     """
 
-    def __init__(self, model, optimizer, device, track=False, track_step=2, offload=None, others=()):
+    def __init__(
+        self,
+        model,
+        optimizer,
+        device,
+        track=False,
+        track_step=2,
+        offload=None,
+        others=(),
+        state_on_host=False,
+    ):
         self.model, self.optimizer, self.device, self.offload = model, optimizer, device, offload
         self.track, self.track_step, self.calls = track and device.type == "cpu", track_step, 0
         self.others, self.tracker = [model for model in others if model is not None], None
+        # on a CPU, the device and its host are one
+        self.state_on_host = state_on_host and device.type == "cuda"
         self.measured, self.peak_moment = {}, ""
         self.counting = False  # whether MemTracker watched the latest step
 
@@ -142,7 +165,8 @@ class MemoryMeter:
 
     def ledger(self):
         """Rows for summary.json and the screen."""
-        return ledger(self.measured, self.peak_moment)
+        counts = move_state(self.measured) if self.state_on_host else self.measured
+        return ledger(counts, self.peak_moment)
 
     def _before_update(self, now):
         now["gradients"] = _bytes(p.grad for p in self.model.parameters() if p.grad is not None)
@@ -215,11 +239,19 @@ WORDS = {
     "optimizer": ("fp32 states of the trained weights", "more ranks, frozen layers"),
     "activations": ("kept for backward when the head starts", "checkpointing, offloading, shorter rows"),
     "loss_head": ("a chunk's logits, the head's gradient", "--loss_chunk_size"),
+    "state_on_host": ("weights, gradients and optimizer states", "more ranks"),
     "on_host": ("activations that waited on the host", ""),
     "rollout_weights": ("whole at once in a rollout", "--gather_budget_gib"),
     "kv_cache": ("keys and values of all completions", "fewer or shorter completions"),
     "reference_on_host": ("the reference's shards", "more ranks"),
 }
+
+
+def move_state(counts):
+    """Weights, gradients and optimizer states in one row, that of the host."""
+    state = ("parameters", "reference", "gradients", "optimizer")
+    moved = sum(counts[name] for name in state if name in counts)
+    return {name: n for name, n in counts.items() if name not in state} | {"state_on_host": moved}
 
 
 def ledger(counts, peak_moment):
@@ -287,24 +319,22 @@ def plans_uncounted():
 
 
 @contextmanager
-def pretend(args, sharded=None):
+def pretend(args, sharded):
     """Inside, new tensors are pretended ones, on a pretended CPU. Yields a PretendedRun.
 
     Real tensors may join them, and those that Python has to read (a row's boundaries) should stay real.
 
-    Args:   sharded: whether FSDP2 shards on args.dry_run_world_size ranks; None = as load_model decides.
+    Args:   sharded: whether FSDP2 shards on args.dry_run_world_size ranks.
     Raises: ValueError for a model that looks at its tensors' values to decide what to compute.
     """
-    world = args.dry_run_world_size
-    sharded = world > 1 or args.bf16 if sharded is None else sharded
-    mesh = None
+    world, mesh = args.dry_run_world_size, None
     if sharded:
         dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
         mesh = init_device_mesh("cpu", (world,))
     try:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         # The cache, which makes the rest twice as fast, would keep each storage alive that offloading sets.
-        mode.cache_enabled = not getattr(args, "activation_offloading", False)
+        mode.cache_enabled = not args.activation_offloading
         with plans_uncounted(), two_chunks_only(), mode:
             yield PretendedRun(world, mesh)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -321,9 +351,11 @@ def pretend(args, sharded=None):
             dist.destroy_process_group()
 
 
-def count_step(step, batches, model, optimizer, offload=None, others=()):
+def count_step(step, batches, model, optimizer, offload=None, others=(), state_on_host=False):
     """Count step(), an optimizer step over batches, on pretended tensors or on real ones.
 
+    Args:    state_on_host: count for a device on which weights, gradients and optimizer states are not. They
+             are here, so that they are taken off the peak: with two batches, all gradients are a part of it.
     Returns: {name: bytes}, and the moment of the peak.
     """
     for parameter in model.parameters():  # the first step makes AdamW's moments: count a later one
@@ -335,7 +367,13 @@ def count_step(step, batches, model, optimizer, offload=None, others=()):
     meter = MemoryMeter(model, optimizer, device, True, 1, offload, others)
     with meter.step(batches), refusals_of(model, "The dry run cannot go on."):
         step()
-    return meter.measured, meter.peak_moment
+    counts = meter.measured
+    if state_on_host:
+        assert len(batches) > 1
+        counts = move_state(counts)
+        # a layer's shards visit the device in fp32, before they are cast and gathered
+        counts["peak"] += _largest_visit(model) - counts["state_on_host"]
+    return counts, meter.peak_moment
 
 
 def single_changes(args, switches, halved):

@@ -28,6 +28,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor  # a dry run's
 from torch.autograd.graph import saved_tensors_hooks
 from torch.cuda._pin_memory_utils import pin_memory, unpin_memory
+from torch.nn import Parameter
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -150,6 +151,8 @@ class OffloadActivations(saved_tensors_hooks):
         return storage in self.weights or storage.nbytes() < MIN_BYTES
 
     def _pack(self, tensor):
+        if isinstance(tensor, Parameter):  # itself: ZeRO-3 takes its values away, and brings them again
+            return partial(self._unpack_kept, self.group, tensor, tensor._version)
         if self._stays(tensor):
             # Not the tensor itself: if it is its node's own output, it would hold itself, and never be freed.
             # detach() shares the storage, and the version, which grows with each change in place.

@@ -96,6 +96,8 @@ class RunArguments:
     torch_compile: bool = flag(
         False, "compile the decoder layers: faster on a GPU, after a minute or so at the start", MEMORY
     )
+    activation_offloading: bool = flag(False, "activations wait for backward in the host's memory", MEMORY)
+    use_liger_kernel: bool = flag(False, "Liger's rotary embedding, norms and gated MLP, on a GPU", MEMORY)
     loss_chunk_size: int | None = flag(
         None,
         "tokens per chunk of the loss head; default: 320 MiB of logits (on a CPU 48)",
@@ -160,6 +162,10 @@ def check_run_arguments(args):
     refuse(counts and not args.dry_run, alone)
     compiled = "--dry_run cannot look into compiled layers: drop --torch_compile."
     refuse(args.dry_run and args.torch_compile, compiled)
+    both = args.torch_compile and args.use_liger_kernel
+    refuse(both, "--torch_compile cannot compile what --use_liger_kernel has patched: drop one of the two.")
+    triton = args.dry_run and args.use_liger_kernel
+    refuse(triton, "--dry_run cannot look into Triton's kernels: drop --use_liger_kernel.")
     launched = args.dry_run and int(os.environ.get("WORLD_SIZE", 1)) > 1
     refuse(launched, "--dry_run is one process: start it with python; --dry_run_world_size names the ranks.")
 
@@ -304,9 +310,10 @@ class Run:
             alone = {} if "WORLD_SIZE" in os.environ else alone
             # longer than the watchdog's limit, which knows the phase
             timeout = timedelta(seconds=2 * self.args.collective_timeout_s + 60)
-            dist.init_process_group(
-                "nccl" if self.device.type == "cuda" else "gloo", timeout=timeout, **alone
-            )
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            if backend == "nccl" and getattr(self.args, "offload_param", False):
+                backend = "cpu:gloo,cuda:nccl"  # the gradients' norm is summed over ranks on the host
+            dist.init_process_group(backend, timeout=timeout, **alone)
         self.sigterm = []
         self.previous_handler = signal.signal(signal.SIGTERM, lambda *_: self.sigterm.append(True))
         self.watchdog = Watchdog(self.args.collective_timeout_s, self.rank)

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     set_model_state_dict,
 )
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -60,8 +60,9 @@ class ShardedArguments(RunArguments):
         1, "forwards and backwards per optimizer step", TRAINING, at_least=1
     )
     padding_free: bool = flag(True, "join a batch's sequences into one flat row, without padding", MEMORY)
-    activation_offloading: bool = flag(False, "activations wait for backward in the host's memory", MEMORY)
-    use_liger_kernel: bool = flag(False, "Liger's rotary embedding, norms and gated MLP, on a GPU", MEMORY)
+    offload_param: bool = flag(
+        False, "weights, gradients and optimizer states wait in the host's memory, where AdamW runs", MEMORY
+    )
     measure_memory: bool = flag(False, "without CUDA: count every byte of one (slower) step", FILES)
 
 
@@ -75,10 +76,6 @@ def check_sharded_arguments(args, flat):
     refuse(fp32_flash, "--attn_implementation flash_attention_2 rejects fp32: add --bf16.")
     twice = args.measure_memory and torch.cuda.is_available()
     refuse(twice, "--measure_memory is for CPUs: on CUDA every step is measured, drop it.")
-    both = args.torch_compile and args.use_liger_kernel
-    refuse(both, "--torch_compile cannot compile what --use_liger_kernel has patched: drop one of the two.")
-    triton = args.dry_run and args.use_liger_kernel
-    refuse(triton, "--dry_run cannot look into Triton's kernels: drop --use_liger_kernel.")
 
 
 # --- A pretrained model by name ---
@@ -269,17 +266,23 @@ def freeze_others(model):
 # --- The model on its ranks ---
 
 
+def is_sharded(args, world):
+    """Whether FSDP2 is at work, on one rank too."""
+    return world > 1 or args.bf16 or args.offload_param
+
+
 def load_model(args, run, pretrained):
-    """The model in fp32, sharded by FSDP2 if there are several ranks or if it computes in bf16.
+    """The model in fp32, sharded by FSDP2 if there are several ranks, if it computes in bf16, or if its shards
+    wait on the host.
 
     It attends as transformers has it: `set_kernels` changes that. In a dry run it has no weights.
     """
     run.watch("loading the model")
-    sharded, config = run.world > 1 or args.bf16, pretrained.model_config
+    sharded, config = is_sharded(args, run.world), pretrained.model_config
     if run.pretends:
         model = empty_model(config, dtype=torch.float32)
         if sharded:
-            shard(model, run.mesh, args.bf16)
+            shard(model, run.mesh, args)
     elif not sharded:
         model = load_whole(pretrained, run, torch.float32).to(run.device)
     else:
@@ -287,18 +290,19 @@ def load_model(args, run, pretrained):
         whole = load_whole(pretrained, run, torch.float32)
         with torch.device("meta"):
             model = empty_model(config, dtype=torch.float32)
-        shard(model, run.mesh, args.bf16)
-        hand_out(whole, model, run.device)
+        shard(model, run.mesh, args)
+        hand_out(whole, model, torch.device("cpu") if args.offload_param else run.device, run.device)
     wrap_layers(model, args.gradient_checkpointing, args.torch_compile)
     return model.train()
 
 
-def hand_out(whole, model, device):
+def hand_out(whole, model, shards_device, device):
     """Give the ranks' shards the first one's weights; whole: the model there, None on the others."""
-    model.to_empty(device=device)
+    model.to_empty(device=shards_device)
     spread = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, whole.state_dict() if whole is not None else {}, options=spread)
     for name, buffer in model.named_buffers():  # rotary frequencies and the like, which no state dict holds
+        buffer.data = buffer.data.to(device)  # they are used where the model computes
         if whole is not None:
             buffer.copy_(whole.get_buffer(name))
         dist.broadcast(buffer, src=0)
@@ -323,17 +327,23 @@ def model_fingerprint(model):
     return hashlib.sha256(json.dumps([names, sums.tolist()]).encode()).hexdigest()
 
 
-def shard(model, mesh, bf16):
+def shard(model, mesh, args):
     """FSDP2: each rank keeps a slice of the weights in fp32 and gathers a layer's while the layer runs.
 
     In bf16, a layer's weights are cast as they are gathered. So the hidden states are bf16 too; autocast
     would keep them, and with them the layers' inputs that wait for backward, in fp32.
+    With --offload_param slices wait on the host, and visit the device when they are gathered; gradients
+    leave it as soon as they are reduced, so that the optimizer finds both on the host, and its states too.
     """
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if args.bf16 else MixedPrecisionPolicy()
+    pinned = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+    offload_policy = pinned if args.offload_param else OffloadPolicy()
     for module in [*decoder_layers(model), model]:
         # True for the outermost as well: after a forward without backward (checks, evaluation) its weights
         # would stay gathered, and the optimizer and the checkpoints would take those for the shards.
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        fully_shard(
+            module, mesh=mesh, mp_policy=policy, offload_policy=offload_policy, reshard_after_forward=True
+        )
 
 
 def decoder_layers(model):
@@ -404,15 +414,20 @@ def set_kernels(model, args, flat, pretends=False):
     if attention is not None:
         model.set_attn_implementation(attention)
     if args.use_liger_kernel:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+        set_liger_kernels(model)
 
-        # By the model's type alone; whether this configuration computes something else, check_exact sees. The
-        # rotary embedding is a function of the family's module: it changes for all models of this process.
-        _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
-        forwards = [vars(module).get("forward") for module in model.modules()]
-        replaced = [f for f in forwards if getattr(f, "__module__", "").startswith("liger_kernel.")]
-        name = type(model).__name__
-        refuse(not replaced, f"--use_liger_kernel replaced nothing in {name}: drop the flag.")
+
+def set_liger_kernels(model):
+    """Let Liger compute rotary embeddings, norms and MLPs; raise Refusal where it replaces nothing."""
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    # By the model's type alone; whether this configuration computes something else, check_exact sees. The
+    # rotary embedding is a function of the family's module: it changes for all models of this process.
+    _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+    forwards = [vars(module).get("forward") for module in model.modules()]
+    replaced = [f for f in forwards if getattr(f, "__module__", "").startswith("liger_kernel.")]
+    name = type(model).__name__
+    refuse(not replaced, f"--use_liger_kernel replaced nothing in {name}: drop the flag.")
 
 
 def check_liger(model_type=None):

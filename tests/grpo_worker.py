@@ -28,6 +28,7 @@ from helpers import freeze_first
 from safetensors.torch import save_file
 
 import grpo_zero3
+from common import offload
 from common.memory import ByteCounter
 from common.run import Run
 from common.sharding import decoder_layers, read_pretrained
@@ -384,6 +385,7 @@ def run_job(job, rank):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grpo_zero3, "generate", interrupted)
+        patch.setattr(offload, "MIN_BYTES", 1)
         if job.get("freeze"):
             freeze_first(grpo_zero3, patch)
         try:

@@ -28,12 +28,13 @@ from helpers import (
 )
 
 import common.offload
+import grpo_zero3
 import sft_packing
 from common import Refusal, logps
 from common.collators import IGNORE, add_scored, flatten
 from common.exactness import check_exact, logps_alone
 from common.logps import at_scored, liger_nll_sum, nll_sum, token_logps
-from common.sharding import check_liger, set_kernels
+from common.sharding import check_liger, set_kernels, set_liger_kernels
 
 LIGER = SimpleNamespace(attn_implementation="varlen", use_liger_kernel=True)
 
@@ -223,7 +224,7 @@ def test_what_liger_does_not_know_is_refused(monkeypatch):
         prove(tiny_model("llama"))
 
 
-# --- The script ---
+# --- The scripts ---
 
 
 def test_runs_with_liger_are_runs_without(tmp_path, monkeypatch):
@@ -249,3 +250,24 @@ def test_runs_with_liger_are_runs_without(tmp_path, monkeypatch):
     assert_same_bits(offloaded, liger)
     assert offloaded.returned["activation_offloading"]["offloaded_bytes"] > 0
     assert_same_curve(run(sft_packing, tmp_path / "with its loss", flags, liger_cross_entropy=True), plain)
+
+
+def test_grpo_with_liger_is_grpo_without(tmp_path, monkeypatch):
+    """Rollout, reference and update; the proof at start-up compares them with plain transformers."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    flags = {
+        "model_name_or_path": write_model(tmp_path / "model"),
+        "dataset_name": write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "ab"}]),
+        "reward_funcs": "grpo_cases:spread",
+        "num_generations": 2,
+        "max_prompt_length": 8,
+        "per_device_train_batch_size": 2,
+        "max_completion_length": 2,
+        "max_steps": 2,
+        "beta": 0.1,
+        "learning_rate": 1e-3,
+    }
+    plain, replaced = run(grpo_zero3, tmp_path / "plain", flags), []
+    monkeypatch.setattr(grpo_zero3, "set_liger_kernels", lambda model: replaced.append(set_liger_kernels(model)))
+    assert_same_curve(run(grpo_zero3, tmp_path / "liger", flags, use_liger_kernel=True), plain)
+    assert len(replaced) == 2  # the policy's and the reference's

@@ -17,6 +17,7 @@ from helpers import assert_same_bits, assert_same_curve, read_run, run, values, 
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import common.sharding
 import dpo_padding_free
 import sft_packing
 from common.folders import list_checkpoints
@@ -288,6 +289,7 @@ def two_ranks(tmp_path_factory):
         # steps of 4 rows or pairs, 2 x 1 on each rank: 9 rows are 4 + 4 + 1, where one rank gets a dummy in
         # the end; 10 pairs are 4 + 4 + 2, where there is nothing to accumulate
         jobs[name] = [script.__name__, {**flags, **dict(zip(SIZES, (1, 2)))}]
+        jobs[f"{name} on the host"] = [script.__name__, {**jobs[name][1], "offload_param": True}]
         jobs[f"{name} missing"] = [script.__name__, {**flags, "dataset_name": "none.jsonl"}]
     # uneven batches by tokens, where one rank runs one without a pair; and the reference beside the policy
     tokens = {
@@ -310,7 +312,8 @@ def test_two_ranks_are_one_rank(name, two_ranks, tmp_path, monkeypatch):
     assert_same_curve(two, one, tolerance=1e-5 if name == "SFT" else 1e-4)
     assert values(one, "loss") == pytest.approx(values(two, "loss"), abs=1e-5)
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["world_size"] == 2 and summary["data"] == one.returned["data"]
+    counts = [each["data"] | {"computed_fraction": None} for each in (summary, one.returned)]  # of other rows
+    assert summary["world_size"] == 2 and counts[0] == counts[1]
     if name == "SFT":
         dummies = [a - b for a, b in zip(values(two, "num_tokens"), values(one, "num_tokens"))]
         assert dummies == [0, 0, 2, 0, 0, 2]
@@ -323,6 +326,11 @@ def test_two_ranks_are_one_rank(name, two_ranks, tmp_path, monkeypatch):
     resumed = run(script, cut, flags, **dict(zip(SIZES, (4, 1))), **RESUME)
     assert_same_curve(resumed, two, tolerance=1e-5 if name == "SFT" else 1e-4)
     assert values(resumed, "loss")[:2] == values(two, "loss")[:2]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_two_ranks_whose_shards_wait_on_the_host_are_the_same(name, two_ranks):
+    assert_same_bits(*(read_run(two_ranks[0] / each) for each in (name, f"{name} on the host")))
 
 
 def test_two_ranks_with_a_second_model_and_batches_by_tokens(two_ranks, tmp_path):
@@ -434,6 +442,28 @@ def test_offloading_changes_only_where_activations_wait(script, flags, evaluated
     assert kept.returned["activation_offloading"] is None
     report = offloaded.returned["activation_offloading"]
     assert report["peak_host_bytes"] >= report["offloaded_bytes"] > 0
+
+
+@pytest.mark.parametrize("flags", [{}, {"bf16": True, "activation_offloading": True}], ids=str)
+def test_shards_that_wait_on_the_host_change_no_bit(script, flags, dropout, tmp_path, monkeypatch):
+    """Over accumulated batches; and a run without them goes on with the checkpoint of one with them."""
+    policies, fully_shard = set(), common.sharding.fully_shard
+
+    def noted(module, offload_policy, **options):
+        policies.add(type(offload_policy).__name__)
+        return fully_shard(module, offload_policy=offload_policy, **options)
+
+    monkeypatch.setattr(common.sharding, "fully_shard", noted)
+    monkeypatch.setattr("common.offload.MIN_BYTES", 1)
+    flags = {**dropout, **flags, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    kept = run(script, tmp_path / "kept", flags)
+    assert policies == ({"OffloadPolicy"} if "bf16" in flags else set())
+    policies.clear()
+    host = run(script, tmp_path / "host", flags, offload_param=True, save_steps=4)
+    assert policies == {"CPUOffloadPolicy"}
+    assert_same_bits(host, kept)
+    cut = helpers.cut_after(tmp_path / "host", 4, tmp_path / "cut")
+    assert_same_bits(run(script, cut, flags, save_steps=4, **RESUME), kept)
 
 
 TEXTS = [{"text": "a" * length} for length in (10, 14, 199, 20, 24, 12, 18, 22)]

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.generation import StopStringCriteria
 
 import grpo_zero3
-from common import Refusal
+from common import Refusal, offload
 from common.folders import list_checkpoints
 from common.run import Run, parse_arguments
 from common.sharding import read_pretrained
@@ -58,6 +58,7 @@ JOBS = {
     "reference": {"beta": 0.2, "max_steps": 3},
     "masked": {"mask_truncated_completions": True, "max_completion_length": 1, "max_steps": 2},
     "offloaded": {"offload_optimizer": True, "offload_param": True, "max_steps": 2},
+    "activations on the host": {"activation_offloading": True, "max_steps": 2},
     "broken reward": {"reward_funcs": "grpo_cases:raises_on_the_second_rank"},
     "broken start": {"reward_funcs": "grpo_cases:not_on_the_first_rank"},
     "bf16": {"bf16": True, "max_steps": 1},
@@ -376,6 +377,15 @@ def test_wherever_the_weights_are_the_steps_are_the_same(name, worker):
     for metric in ("loss", "reward", "entropy"):
         assert values(found, metric) == pytest.approx(values(two, metric)[:2], abs=1e-5)
     assert values(found, "grad_norm") == pytest.approx(values(two, "grad_norm")[:2], rel=1e-4)
+
+
+def test_activations_that_wait_on_the_host_change_no_bit(worker):
+    name = "activations on the host"
+    found, two = read_run(worker.folder / name), read_run(worker.folder / "two")
+    for metric in ("loss", "grad_norm", "reward"):
+        assert values(found, metric) == values(two, metric)[:2]
+    # the input of one of two layers, and the angles of the rotary embedding
+    assert summary_of(worker.folder / name)["activation_offloading"]["offloaded_bytes"] > 0
 
 
 def test_bf16_follows_fp32(worker):
@@ -889,6 +899,9 @@ BAD_FLAGS = [  # of bounds, an example of each
     ({"save_steps": 3, "num_iterations": 2}, "--save_steps 3 .* multiple of --num_iterations 2"),
     ({"max_steps": 5, "num_iterations": 2}, "--max_steps 5 .* multiple of --num_iterations 2"),
     ({"offload_param": True}, "add --offload_optimizer"),
+    ({"activation_offloading": True, "gradient_checkpointing": False}, "drop --no_gradient_checkpointing"),
+    ({"use_liger_kernel": True, "torch_compile": True}, "drop one of the two"),
+    ({"use_liger_kernel": True}, "drop --use_liger_kernel"),
     ({"reward_funcs": "best"}, "--reward_funcs best: choose last_word, last_number"),
     ({"reward_funcs": "grpo_cases:returns_nothing"}, "made-up .* returned None; wanted: a list"),
     ({"max_prompt_length": 300}, r"max_prompt_length \+ --max_completion_length 306 is over the model's 256"),
@@ -1006,6 +1019,10 @@ def test_a_dry_run_counts_its_flags(ways, tmp_path, monkeypatch):
     assert count(dry_run_world_size=2)["rollout_weights"] == weights
     assert count(max_tokens_per_batch=200)["activations"] > one["activations"]  # 112 tokens, and 88 more
     assert count(beta=0.1)["reference_on_host"] == weights
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(offload, "MIN_BYTES", 1)
+        moved = count(activation_offloading=True)
+    assert 0 < moved["on_host"] and moved["activations"] < one["activations"]
     offloaded = count(offload_optimizer=True, offload_param=True)
     assert offloaded["parameters"] == offloaded["gradients"] == offloaded["optimizer"] == 0
     with pytest.MonkeyPatch.context() as patch:

@@ -210,6 +210,19 @@ def test_a_dry_run_foretells_the_bytes_of_a_step(way, model, tmp_path):
     assert moment.startswith("in ") and not torch.distributed.is_initialized()
 
 
+def test_what_waits_on_the_host_is_no_part_of_the_peak(model, tmp_path):
+    """Here the host is the device: a real step's peak holds all of it."""
+    flags = {"model_name_or_path": model, "max_length": 256, "check_exact": False, "offload_param": True}
+    args = Arguments(**flags, bf16=True)
+    found, _ = sft_packing.pretend_step(args, read_pretrained(model, config_only=True))
+    args.gradient_accumulation_steps = 2
+    measured = counted(args, tmp_path)
+    state = sum(measured.pop(name) for name in ("parameters", "gradients", "optimizer"))
+    # outside of the layers: embedding and head in one, and a norm
+    visit = 4 * (SIZES["vocab_size"] + 1) * SIZES["hidden_size"]
+    assert_close(found, measured | {"state_on_host": state, "peak": measured["peak"] - state + visit})
+
+
 def test_what_is_frozen_has_neither_gradients_nor_moments(model, tmp_path, monkeypatch):
     args = Arguments(model_name_or_path=model, max_length=256, bf16=True, check_exact=False)
     pretrained = read_pretrained(model, config_only=True)
@@ -275,7 +288,7 @@ def test_a_line_that_reads_a_value_is_named(monkeypatch):
     with pytest.raises(Refusal, match=r"this line reads one .*\n.*test_memory.py:\d+: print\(nll.item\(\)\)"):
         sft_packing.main(Arguments(dry_run=True, max_length=64))
     with pytest.raises(Refusal, match="this line reads one .*\n.*: torch.ones\\(3\\).nonzero"):
-        with pretend(Arguments()):
+        with pretend(Arguments(), sharded=False):
             torch.ones(3).nonzero()
 
 

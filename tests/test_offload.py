@@ -166,6 +166,21 @@ def test_weights_buffers_and_their_views_stay():
     loss.backward()
 
 
+def test_a_weight_may_lose_its_values_between_forward_and_backward():
+    """ZeRO-3 takes them away after a forward, and brings them again for the backward."""
+    x, weight = leaf(6, 4), torch.nn.Parameter(leaf(4).detach())
+    whole, offload = weight.data, offloader()
+    with offload:
+        loss = (x * weight).sum()
+    gone = weakref.ref(whole.untyped_storage())
+    weight.data, values = torch.empty(0), whole.clone()
+    del whole
+    assert gone() is None
+    weight.data = values
+    loss.backward()
+    assert torch.equal(x.grad, values.expand(6, 4))
+
+
 def test_small_storages_integers_and_what_is_elsewhere_stay_and_masks_move(monkeypatch):
     monkeypatch.setattr("common.offload.MIN_BYTES", 100)
     x, offload = leaf(6, 4), offloader()

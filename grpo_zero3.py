@@ -966,7 +966,9 @@ def prepare_training(model, args, run):
 
 def prepare_offloading(model, args, run):
     """What sends layers' inputs to the host until backward; None without --activation_offloading."""
-    return OffloadActivations(model, decoder_layers(model), run.device) if args.activation_offloading else None
+    return (
+        OffloadActivations(model, decoder_layers(model), run.device) if args.activation_offloading else None
+    )
 
 
 def load_engine(args, run, pretrained, trainable=True):

@@ -268,6 +268,8 @@ def test_grpo_with_liger_is_grpo_without(tmp_path, monkeypatch):
         "learning_rate": 1e-3,
     }
     plain, replaced = run(grpo_zero3, tmp_path / "plain", flags), []
-    monkeypatch.setattr(grpo_zero3, "set_liger_kernels", lambda model: replaced.append(set_liger_kernels(model)))
+    monkeypatch.setattr(
+        grpo_zero3, "set_liger_kernels", lambda model: replaced.append(set_liger_kernels(model))
+    )
     assert_same_curve(run(grpo_zero3, tmp_path / "liger", flags, use_liger_kernel=True), plain)
     assert len(replaced) == 2  # the policy's and the reference's

@@ -267,13 +267,12 @@ def freeze_others(model):
 
 
 def is_sharded(args, world):
-    """Whether FSDP2 is at work, on one rank too."""
+    """Whether FSDP2 is at work: for several ranks, and for what it does on one rank as well."""
     return world > 1 or args.bf16 or args.offload_param
 
 
 def load_model(args, run, pretrained):
-    """The model in fp32, sharded by FSDP2 if there are several ranks, if it computes in bf16, or if its shards
-    wait on the host.
+    """The model in fp32, sharded by FSDP2 if `is_sharded`.
 
     It attends as transformers has it: `set_kernels` changes that. In a dry run it has no weights.
     """

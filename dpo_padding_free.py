@@ -54,7 +54,7 @@ from common.data import (
 from common.exactness import NUM_TOKENS, check_exact, logps_alone, proof_tokens
 from common.folders import commit_files, fresh_folder
 from common.logps import at_scored, token_logps
-from common.memory import MemoryMeter, count_step, dry_run, pretend, single_changes
+from common.memory import DryRun, MemoryMeter, count_step, dry_run, pretend, single_changes
 from common.offload import OffloadActivations
 from common.run import (
     DATA,
@@ -729,7 +729,8 @@ def main(args):
     check_arguments(args)
     if args.dry_run:
         return explore(args)
-    with Run(args, "DPO", unfinished=[REFERENCE]) as run:
+    shown = ("loss", "rewards/margins", "rewards/accuracies")
+    with Run(args, "DPO", unfinished=[REFERENCE], shown=shown) as run:
         pretrained = read_pretrained(args.model_name_or_path, args.max_length, dropout=False)
         if args.use_liger_kernel:
             check_liger(pretrained.config.model_type)
@@ -829,12 +830,11 @@ def pretend_step(args, pretrained):
 
 
 def explore(args):
-    """Count the bytes of one step, those that single flags would save, and the longest pairs that fit."""
+    """Count the bytes of one step; say whether it fits, what would help, and the longest pairs that fit."""
     pretrained = read_pretrained(args.model_name_or_path, args.max_length, dropout=False, config_only=True)
-    switches = ("bf16", "gradient_checkpointing", "activation_offloading", "offload_param", "padding_free")
-    switches += ("share_prompt", "precompute_ref_log_probs")
-    halved = ("per_device_train_batch_size", "max_length", "max_tokens_per_batch")
-    changes = single_changes(args, switches, halved)
+    size = 1 if args.max_tokens_per_batch else args.per_device_train_batch_size or 4
+    switches = ("bf16", "padding_free", "share_prompt", "precompute_ref_log_probs", "gradient_checkpointing")
+    changes, others = single_changes(args, switches, size, ["max_length", "max_tokens_per_batch"])
     most = max_positions(pretrained.config)[0] or args.max_length
     if args.max_tokens_per_batch:  # which has to hold a pair
 
@@ -842,8 +842,17 @@ def explore(args):
             return largest_pair(replace(args, max_length=length))[2]
 
         most = bisect_right(range(most + 1), args.max_tokens_per_batch, lo=2, key=cost) - 1
-    count = partial(pretend_step, pretrained=pretrained)
-    return dry_run(args, check_arguments, count, changes, "max_length", most)
+    prompt, completion, _ = largest_pair(args)
+    num_pairs = len(pretend_batch(args)["completion_lengths"]) // 2
+    return dry_run(
+        DryRun(args, check_arguments, partial(pretend_step, pretrained=pretrained)),
+        changes,
+        others,
+        what=f"{num_pairs} pairs of a prompt of {prompt} tokens and completions of {completion}",
+        host_flag="--offload_param",
+        length_flag="max_length",
+        most=most,
+    )
 
 
 if __name__ == "__main__":

@@ -30,14 +30,16 @@ from collections import Counter, defaultdict
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from pickle import UnpicklingError
 from typing import Literal
 
 import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero import GatheredParameters
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, free_param
 from deepspeed.utils import safe_get_full_fp32_param, set_z3_leaf_modules
 from torch.nn.functional import linear
@@ -61,8 +63,19 @@ from common.data import (
 )
 from common.exactness import NUM_TOKENS, check_exact, logps_alone, proof_tokens
 from common.logps import at_scored, nll_sum, token_logps
-from common.memory import ByteCounter, PretendedRun, count_step, dry_run, ledger, peak_memory_bytes, pretend
+from common.memory import (
+    ByteCounter,
+    DryRun,
+    PretendedRun,
+    count_step,
+    dry_run,
+    ledger,
+    more_ranks,
+    peak_memory_bytes,
+    pretend,
+)
 from common.offload import OffloadActivations
+from common.plot import read_metrics
 from common.rewards import call_rewards, check_answers, columns_read, load_reward_funcs
 from common.run import (
     DATA,
@@ -1103,7 +1116,7 @@ class Rollouts:
         if run.first:
             mib = {name: f"{count / 2**20:.1f} MiB" for name, count in self.costs.items()}
             tqdm.write(
-                f"generation: {mib['resident_bytes']} of weights stay whole on each rank; "
+                f"rollouts  {mib['resident_bytes']} of weights stay whole on each rank; "
                 f"{mib['prompt_gathered_bytes']} come in for the prompts; for each token of all "
                 f"{size} completions {mib['gathered_bytes_per_token']} are gathered and "
                 f"{mib['exchanged_bytes_per_token']} exchanged"
@@ -1243,12 +1256,11 @@ def show_completions(step, rollout, num_generations):
 
 
 def describe_rewards(output_dir):
-    """One line: the mean reward of the first and of the last tenth of the run's rollouts."""
-    lines = [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
-    rewards = [line["reward"] for line in lines]
+    """A line: the mean reward of the first and of the last tenth of the run's rollouts."""
+    rewards = [step["reward"] for step in read_metrics(output_dir)]
     part = max(1, len(rewards) // 10)
     first, last = (sum(values) / part for values in (rewards[:part], rewards[-part:]))
-    return f"reward    {first:.3f} in the first {part} steps, {last:.3f} in the last {part}"
+    return "reward", f"{first:.3f} in the first {part} steps, {last:.3f} in the last {part}"
 
 
 def save_training_state(folder, engine):
@@ -1264,10 +1276,18 @@ def save_training_state(folder, engine):
 def load_training_state(folder, engine):
     """Restore weights, moments and this rank's random states."""
     decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
+    # DeepSpeed's files are pickled: read from them tensors, plain values and these two, and run no other code
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     # not strict: what is frozen is not in there, and the run has seen that nothing else is missing
-    _, state = engine.load_checkpoint(
-        str(folder), "zero3", load_module_strict=False, load_lr_scheduler_states=False
-    )
+    options = {"load_module_strict": False, "load_lr_scheduler_states": False}
+    try:
+        with torch.serialization.safe_globals([ZeroStageEnum, LossScaler]):
+            _, state = engine.load_checkpoint(str(folder), "zero3", **options)
+    except (UnpicklingError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+        raise Refusal(f"{folder} cannot be read: {reason} Take another checkpoint.") from error
+    finally:
+        del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
     for group, weight_decay in zip(engine.optimizer.param_groups, decays):
         group["weight_decay"] = weight_decay  # this run's flag, not that of the run which wrote it
     torch.set_rng_state(state["random_states"]["cpu"])
@@ -1313,7 +1333,7 @@ def main(args):
     check_arguments(args)
     if args.dry_run:
         return explore(args)
-    with Run(args, "GRPO") as run, deepspeed_groups(run):
+    with Run(args, "GRPO", shown=["reward"]) as run, deepspeed_groups(run):
         torch.manual_seed(args.seed + run.rank)  # order and sampling have generators of their own
         longest = args.max_prompt_length + args.max_completion_length
         limits = "--max_prompt_length + --max_completion_length"
@@ -1495,36 +1515,40 @@ def pretend_step(args, pretrained):
 
 
 def explore(args):
-    """Count the bytes of a rollout and its update, those that single flags would save, and what fits."""
+    """Count the bytes of a rollout and its update; say whether they fit, what would help, and what fits."""
     longest, limits = (
         args.max_prompt_length + args.max_completion_length,
         "--max_prompt_length + --max_completion_length",
     )
     pretrained = read_pretrained(args.model_name_or_path, longest, limits, dropout=False, config_only=True)
     check_cache(pretrained.config)
-    world, size, group = args.dry_run_world_size, args.per_device_train_batch_size, args.num_generations
-    changes = {
+    size, group, length = args.per_device_train_batch_size, args.num_generations, args.max_completion_length
+    none = {"ds3_gather_for_generation": False, "gather_budget_gib": None}
+    changes = {  # the cheapest first
         "--bf16": {"bf16": True},
+        "--loss_chunk_size 128": {"loss_chunk_size": 128},
         "--gradient_checkpointing": {"gradient_checkpointing": True},
         "--activation_offloading": {"activation_offloading": True},
-        "--no_ds3_gather_for_generation": {"ds3_gather_for_generation": False, "gather_budget_gib": None},
-        "--gather_budget_gib 1": {"gather_budget_gib": 1.0, "ds3_gather_for_generation": True},
+        "--no_ds3_gather_for_generation": none,
         "--offload_optimizer": {"offload_optimizer": True},
         "--offload_optimizer --offload_param": {"offload_optimizer": True, "offload_param": True},
-        "--loss_chunk_size 128": {"loss_chunk_size": 128},
+        **more_ranks(args),
+    }
+    others = {
+        "--gather_budget_gib 1": {"gather_budget_gib": 1.0, "ds3_gather_for_generation": True},
         f"--per_device_train_batch_size {group}": {"per_device_train_batch_size": min(size, group)},
-        f"{2 * world} ranks": {"dry_run_world_size": 2 * world},
     }
     most = (max_positions(pretrained.config)[0] or 2**17) - args.max_prompt_length
     if args.max_tokens_per_batch:  # which has to hold a group
         most = min(most, (args.max_tokens_per_batch - args.max_prompt_length) // group)
     return dry_run(
-        args,
-        check_arguments,
-        lambda changed: pretend_step(changed, pretrained),
+        DryRun(args, check_arguments, partial(pretend_step, pretrained=pretrained)),
         changes,
-        "max_completion_length",
-        most,
+        others,
+        what=f"{size} completions of {length} tokens, {group} of each prompt of {args.max_prompt_length},",
+        host_flag="--offload_optimizer --offload_param",
+        length_flag="max_completion_length",
+        most=most,
     )
 
 

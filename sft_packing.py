@@ -50,7 +50,7 @@ from common.data import (
 )
 from common.exactness import NUM_TOKENS, check_exact, logps_alone, nothing_random, proof_tokens
 from common.logps import at_scored, liger_nll_sum, nll_sum
-from common.memory import MemoryMeter, count_step, dry_run, pretend, single_changes
+from common.memory import DryRun, MemoryMeter, count_step, dry_run, pretend, single_changes
 from common.offload import OffloadActivations
 from common.run import DATA, FILES, ROOT, Epochs, Run, Tally, check_finite, clip_gradients, flag, run_script
 from common.sharding import (
@@ -636,14 +636,20 @@ def pretend_step(args, pretrained):
 
 
 def explore(args):
-    """Count the bytes of one step, those that single flags would save, and the longest rows that fit."""
+    """Count the bytes of one step; say whether it fits, what would help, and the longest rows that fit."""
     pretrained = read_pretrained(args.model_name_or_path, args.max_length, config_only=True)
-    switches = ("bf16", "gradient_checkpointing", "activation_offloading", "offload_param", "padding_free")
-    halved = ("per_device_train_batch_size", "max_length")
-    changes = single_changes(args, switches, halved)
-    longest = max_positions(pretrained.config)[0] or args.max_length
-    count = partial(pretend_step, pretrained=pretrained)
-    return dry_run(args, check_arguments, count, changes, "max_length", longest)
+    size = args.per_device_train_batch_size
+    switches = ("bf16", "padding_free", "gradient_checkpointing")
+    changes, others = single_changes(args, switches, size, ["max_length"])
+    return dry_run(
+        DryRun(args, check_arguments, partial(pretend_step, pretrained=pretrained)),
+        changes,
+        others,
+        what=f"{size} times {args.max_length} tokens in a forward",
+        host_flag="--offload_param",
+        length_flag="max_length",
+        most=max_positions(pretrained.config)[0] or args.max_length,
+    )
 
 
 if __name__ == "__main__":

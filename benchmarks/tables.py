@@ -167,6 +167,28 @@ def ladder(document):
     return markdown(["model", "switch", "tokens", "s/step", "peak GiB"], rows, texts=2)
 
 
+def reliability(document):
+    """What happened to runs, how often, and whether all was as it has to be; then each bad input."""
+    rows = [
+        [
+            found["case"],
+            found["count"],
+            found.get("runs", ""),
+            "; ".join(map(str, found["wrong"])) or "nothing",
+        ]
+        for found in document["cases"]
+    ]
+    inputs = [each for found in document["cases"] for each in found.get("inputs", ())]
+    refused = [[f"`{each['script']}.py`", f"`{each['input']}`", cut(each["message"])] for each in inputs]
+    table = markdown(["what happened", "times", "runs", "what was wrong"], rows)
+    return f"{table}\n\n{markdown(['script', 'bad input', 'its message'], refused, texts=3)}"
+
+
+def cut(text, length=120):
+    text = text.replace("|", "\\|")
+    return text if len(text) <= length else f"{text[:length]} .."
+
+
 DRAWN = {
     "packing": packing,
     "loss_head": loss_head,
@@ -177,6 +199,7 @@ DRAWN = {
     "grpo_update": partial(steps, ["TRL", "TRL, tuned"]),
     "generation": generation,
     "ladder": ladder,
+    "reliability": reliability,
 }
 TABLES = {"headline": headline, **{what: partial(measured, what, draw) for what, draw in DRAWN.items()}}
 

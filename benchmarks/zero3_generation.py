@@ -194,11 +194,11 @@ def main():
         if options.larger and not options.quick:
             batches[options.larger] = {name: held(name, options.larger) for name in SHARES}
         setup = {"ranks": run.world, "dtype": options.dtype, "weights_bytes": total, "tokens": options.tokens}
-        cases = [
-            compare({**setup, "sequences": n}, chosen, args, run, options) for n, chosen in batches.items()
-        ]
-        if run.first:
-            write("generation", options, args.model_name_or_path, cases)
+        cases = []
+        for n, chosen in batches.items():
+            cases.append(compare({**setup, "sequences": n}, chosen, args, run, options))
+            if run.first:  # case by case: the larger one takes its time
+                write("generation", options, args.model_name_or_path, cases)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ LEFTOVER = re.compile(r"(checkpoint-\d+|model|reference)\.(tmp|deleted)")  # wha
 PROGRESS = "progress.json"  # in each checkpoint, by which it is known as one of ours
 RECORD = "run_files.json"  # in output_dir: the names of the files in it that runs wrote
 # Files that a run writes, besides its checkpoints; those of the model go by what transformers may write.
-RUN_FILES = ("metrics.jsonl", "summary.json")
+RUN_FILES = ("metrics.jsonl", "summary.json", "training.png")
 MODEL_FILES = ("*.safetensors*", "*config.json", "tokenizer*", "*chat_template*", "vocab*", "merges.txt")
 MODEL_FILES += ("special_tokens_map.json", "added_tokens.json", "*.model")
 

@@ -5,8 +5,11 @@ run does.
 """
 
 import bisect
+import math
 import resource
+import shutil
 import sys
+import textwrap
 import traceback
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
@@ -32,6 +35,7 @@ from common.exactness import refusals_of
 from common.logps import two_chunks_only
 
 GIB = 2**30
+WIDTH = 110  # of the ledger's lines
 
 
 def _local(tensor):
@@ -247,11 +251,13 @@ WORDS = {
 }
 
 
+STATE = ("parameters", "reference", "gradients", "bucket", "optimizer")  # held throughout a step
+
+
 def move_state(counts):
-    """Weights, gradients and optimizer states in one row, that of the host."""
-    state = ("parameters", "reference", "gradients", "optimizer")
-    moved = sum(counts[name] for name in state if name in counts)
-    return {name: n for name, n in counts.items() if name not in state} | {"state_on_host": moved}
+    """The state in one row, that of the host."""
+    moved = sum(counts.get(name, 0) for name in STATE)
+    return {name: n for name, n in counts.items() if name not in STATE} | {"state_on_host": moved}
 
 
 def ledger(counts, peak_moment):
@@ -265,14 +271,19 @@ def ledger(counts, peak_moment):
 
 
 def format_ledger(title, rows):
-    """The table that a run ends with."""
-    lines = [f"memory ledger  {title}", f"{'':<18}{'GiB':>10}   {'decided by':<40}made smaller by"]
+    """The table that a run ends with; on a narrow terminal in two lines for each row."""
+    wide = shutil.get_terminal_size((WIDTH, 24)).columns >= WIDTH
+    between = "" if wide else f"\n{'':<31}smaller by: "
+    lines = [f"memory ledger  {title}"]
+    lines.append(f"{'':<18}{'GiB':>10}   {'decided by':<40}{'made smaller by' if wide else ''}".rstrip())
     for row in rows:
         name, gib = row["name"].replace("_", " "), row["bytes"] / GIB
         shown = f"{gib:.2f}" if gib >= 0.1 else f"{gib:.4f}"  # of a model of a few megabytes
-        lines.append(f"{name:<18}{shown:>10}   {row['decided_by']:<40}{row['made_smaller_by']}".rstrip())
+        smaller = row["made_smaller_by"] and between + row["made_smaller_by"]
+        lines.append(f"{name:<18}{shown:>10}   {row['decided_by']:<{40 if wide else 0}}{smaller}".rstrip())
     if not any(row["name"] == "peak" for row in rows):
-        lines.append("activations and peak: not measured; on a CPU --measure_memory counts one, slower, step")
+        lines.append("activations and peak: not measured; on a CPU --measure_memory counts one,")
+        lines.append("slower, step")
     return "\n".join(lines)
 
 
@@ -376,65 +387,171 @@ def count_step(step, batches, model, optimizer, offload=None, others=(), state_o
     return counts, meter.peak_moment
 
 
-def single_changes(args, switches, halved):
-    """{what one would type: {flag: value}} for `dry_run`: switches on, numbers halved, ranks doubled, and a
-    small chunk of the loss head.
+def single_changes(args, switches, size, others):
+    """What `dry_run` may change: {what one would type: {flag: value}}.
+
+    Args:    switches: flags to turn on, the cheapest first; the host's memory and more ranks come last.
+             size: sequences in a forward. others: numbers to halve.
+    Returns: changes that leave the step what it is, the cheapest first; and those that do not.
     """
+    last = ("activation_offloading", "offload_param")
     changes = {f"--{name}": {name: True} for name in switches}
-    halves = {name: getattr(args, name) // 2 for name in halved if getattr(args, name)}
-    changes |= {f"--{name} {half}": {name: half} for name, half in halves.items()}
     changes["--loss_chunk_size 128"] = {"loss_chunk_size": 128}
+    if size > 1:  # the same step, of more forwards
+        forwards = size * args.gradient_accumulation_steps
+        text = f"--per_device_train_batch_size 1 --gradient_accumulation_steps {forwards}"
+        changes[text] = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": forwards}
+    changes |= {f"--{name}": {name: True} for name in last}
+    halves = {name: getattr(args, name) // 2 for name in others if getattr(args, name)}
+    return changes | more_ranks(args), {f"--{name} {half}": {name: half} for name, half in halves.items()}
+
+
+def more_ranks(args):
     ranks = 2 * args.dry_run_world_size
-    return changes | {f"{ranks} ranks": {"dry_run_world_size": ranks}}
+    return {f"{ranks} ranks": {"dry_run_world_size": ranks}}
 
 
-def dry_run(args, check, count, changes, length_flag, most):
-    """Print the ledger of a pretended step, what single flags would save of its peak, and what fits.
+# What `dry_run` leaves free of a card for what it does not count: a guess, not a measurement.
+CONTEXT_BYTES, GAPS = GIB, 0.05  # CUDA context and NCCL; gaps between the allocator's blocks
 
-    Args:    args: the script's Arguments. check: raises ValueError for wrong ones; count: function of
-             Arguments: {name: bytes} of one rank, among them "peak", and when the peak is. changes: {what one
-             would type: {flag: value}}. length_flag: the flag whose largest fitting value --gpu_memory_gib
-             asks for; most: its largest value.
-    Returns: args, ledger; savings: {what one would type: bytes less at the peak}, the largest first, without
-             what is refused or changes less than a thousandth; length_flag; fits, longest: None without
-             --gpu_memory_gib.
+
+class DryRun:
+    """Counts pretended steps, each of them once.
+
+    Args: args: the script's Arguments. check: raises Refusal for wrong ones. count: function of Arguments:
+          {name: bytes} of one rank, among them "peak", and when the peak is.
     """
-    counts, moment = count(args)
-    rows, peak = ledger(counts, moment), counts["peak"]
-    print(
-        format_ledger(f"{Path(args.model_name_or_path).name}  dry run  world {args.dry_run_world_size}", rows)
-    )
-    savings, fits, longest = {}, None, None
-    for text, change in tqdm(changes.items(), "Flags that may save memory", leave=False):
-        changed = replace(args, **change)
+
+    def __init__(self, args, check, count):
+        self.args, self.check, self.count, self.known = args, check, count, {}
+        self.usable = None
+        if args.gpu_memory_gib is not None:
+            self.usable = args.gpu_memory_gib * GIB * (1 - GAPS) - CONTEXT_BYTES
+
+    def counts(self, change):
+        """counts and moment with {flag: value} changed; None where that is refused, or changes nothing."""
+        changed = replace(self.args, **change)
         try:
-            check(changed)
+            self.check(changed)
         except Refusal:
-            continue
-        saved = peak - count(changed)[0]["peak"] if changed != args else 0
-        if abs(saved) > peak / 1000:
-            savings[text] = saved
-    savings = dict(sorted(savings.items(), key=lambda item: -item[1]))
-    lines = ["single changes, at the peak (GiB)"] if savings else []
-    for text, saved in savings.items():
-        lines.append(f"{text:<67}{'saves' if saved >= 0 else 'costs'} {abs(saved) / GIB:10.4f}")
-    if args.gpu_memory_gib is not None:
-        available = int(args.gpu_memory_gib * GIB)
-        fits = peak <= available
+            return None
+        if change and changed == self.args:
+            return None
+        key = repr(changed)
+        if key not in self.known:
+            self.known[key] = self.count(changed)
+        return self.known[key]
+
+    def peak(self, change):
+        return self.counts(change)[0]["peak"]
+
+    def savings(self, changes):
+        """{what one would type: bytes less at the peak}, without what changes less than a thousandth."""
+        peak, found = self.peak({}), {}
+        for text, change in tqdm(changes.items(), "Flags that may save memory", leave=False):
+            if self.counts(change) and abs(peak - self.peak(change)) > peak / 1000:
+                found[text] = peak - self.peak(change)
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+    def cheapest_set(self, changes):
+        """The first of `changes`, from the cheapest on, that fit together; without those that need not be.
+
+        Returns: what one would type; None where all of them do not fit.
+        """
+
+        def together(texts):
+            return {name: value for text in texts for name, value in changes[text].items()}
+
+        def fits(texts):
+            return self.counts(together(texts)) and self.peak(together(texts)) <= self.usable
+
+        taken = []
+        for text in tqdm(changes, "Sets of flags", leave=False):
+            if self.counts(together([*taken, text])):
+                taken.append(text)
+                if fits(taken):
+                    break
+        else:
+            return None
+        for text in reversed(taken[:-1]):
+            fewer = [each for each in taken if each != text]
+            taken = fewer if fits(fewer) else taken
+        return taken
+
+    def longest(self, flag, most):
+        """The largest value of `flag`, up to `most`, with which a step fits; 0 for none."""
         lengths = [*range(64, most, 64), most]  # growing, and the peak with them
 
         def peak_at(length):
-            return count(replace(args, **{length_flag: length}))[0]["peak"]
+            return self.count(replace(self.args, **{flag: length}))[0]["peak"]
 
-        fitting = bisect.bisect_right(lengths, available, key=peak_at)
-        longest = lengths[fitting - 1] if fitting else 0
-        verdict = "fits into" if fits else "does not fit into"
-        limit = " (all that the model takes)" if longest == most else ""
-        fitting = f"longest --{length_flag} that fits: {longest or 'none'}{limit}"
-        lines.append(f"{verdict} {args.gpu_memory_gib:g} GiB; {fitting}")
+        fitting = bisect.bisect_right(lengths, self.usable, key=peak_at)
+        return lengths[fitting - 1] if fitting else 0
+
+
+def gibibytes(num_bytes):
+    """In both units: what a card is called by is not always what it has."""
+    return f"{num_bytes / GIB:.2f} GiB ({num_bytes / 1e9:.1f} GB)"
+
+
+def answer(found, counts, moment, what, host_flag):
+    """Sentences: what a step takes, whether that fits, and what cannot be made smaller.
+
+    Args: found: a DryRun; host_flag: what moves the state to the host.
+    """
+    args, world = found.args, found.args.dry_run_world_size
+    lines = [f"A step over {what} takes {gibibytes(counts['peak'])} on each of {world} ranks, {moment}."]
+    if found.usable is None:
+        return lines
+    room = args.gpu_memory_gib * GIB - found.usable
+    verdict = "fits into" if counts["peak"] <= found.usable else "does not fit into"
     lines.append(
-        "leave room for what is not counted: CUDA context, NCCL, gaps between the allocator's blocks"
+        f"It {verdict} {gibibytes(args.gpu_memory_gib * GIB)}, of which {room / GIB:.1f} GiB are left free "
+        "for what is not counted: CUDA context, NCCL, gaps between the allocator's blocks (a guess)."
     )
+    state = sum(counts.get(name, 0) for name in STATE)
+    if state > found.usable:
+        ranks = math.ceil(state * world / found.usable)
+        lines.append(
+            f"Weights, gradients and optimizer alone take {gibibytes(state)}, whatever else is changed: "
+            f"{ranks} ranks at least, or {host_flag}."
+        )
+    return lines
+
+
+def dry_run(found, changes, others, *, what, host_flag, length_flag, most):
+    """Print what a step takes, whether that fits, and what would help; then the ledger, single changes, and
+    the longest sequences that fit.
+
+    Args:    found: a DryRun. changes, others: {what one would type: {flag: value}}, the cheapest first, that
+             leave the step what it is, and that do not. what: the batch that is counted. host_flag: what
+             moves the state to the host. length_flag: the flag whose largest fitting value --gpu_memory_gib
+             asks for; most: its largest value.
+    Returns: args, ledger; savings: see DryRun; length_flag; fits, cheapest_set, longest: None without
+             --gpu_memory_gib.
+    """
+    args, usable = found.args, found.usable
+    counts, moment = found.counts({})
+    rows, fits, cheapest, longest = ledger(counts, moment), None, None, None
+    lines = answer(found, counts, moment, what, host_flag)
+    if usable is not None:
+        fits = counts["peak"] <= usable
+        if not fits:
+            cheapest = found.cheapest_set(changes)
+            lines.append(f"Cheapest flags with which it fits: {' '.join(cheapest) if cheapest else 'none'}.")
+        longest = found.longest(length_flag, most)
+        limit = " (all that the model takes)" if longest == most else ""
+        lines.append(
+            f"Longest --{length_flag} that fits with the flags as they are: {longest or 'none'}{limit}."
+        )
+    width = shutil.get_terminal_size((WIDTH, 24)).columns
+    print("\n".join(textwrap.fill(line, width) for line in lines))
+    name = Path(args.model_name_or_path).name
+    print(format_ledger(f"{name}  dry run  world {args.dry_run_world_size}", rows))
+    savings = found.savings(changes | others)
+    lines = ["single changes, at the peak (GiB)"] if savings else []
+    for text, saved in savings.items():
+        lines.append(f"{text:<67}{'saves' if saved >= 0 else 'costs'} {abs(saved) / GIB:10.4f}")
     print("\n".join(lines))
-    found = {"savings": savings, "length_flag": length_flag, "fits": fits, "longest": longest}
-    return {"args": asdict(args), "ledger": rows, **found}
+    answers = {"fits": fits, "cheapest_set": cheapest, "longest": longest}
+    return {"args": asdict(args), "ledger": rows, "savings": savings, "length_flag": length_flag, **answers}

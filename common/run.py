@@ -5,21 +5,25 @@ step computes.
 """
 
 import faulthandler
+import importlib
+import importlib.util
 import itertools
 import json
 import math
 import operator
 import os
 import platform
+import shutil
 import signal
 import sys
+import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -44,6 +48,7 @@ from common.folders import (
     rotate_checkpoints,
 )
 from common.memory import GIB, format_ledger, peak_memory_bytes
+from common.plot import draw
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -105,6 +110,7 @@ class RunArguments:
         at_least=1,
     )
 
+    report_to: str = flag("none", "tensorboard, wandb, trackio; or several, a,b", FILES)
     output_dir: str = flag("", "folder for model, checkpoints, metrics.jsonl and summary.json", FILES)
     overwrite_output_dir: bool = flag(False, "replace the run that output_dir holds", FILES)
     logging_steps: int = flag(
@@ -151,6 +157,7 @@ def check_run_arguments(args):
         if bounds and not (math.isfinite(value) and all(BOUNDS[n](value, at) for n, at in bounds.items())):
             wanted = " and ".join(f"{n.replace('_', ' ')} {at}" for n, at in bounds.items())
             raise Refusal(f"--{each.name} is {value}; it must be finite, and {wanted}.")
+    check_trackers(args.report_to)
     refuse(args.max_steps == 0, "--max_steps 0: give a number >= 1, or -1 for num_train_epochs.")
     refuse(args.eval_steps and not args.eval_dataset_name, "--eval_steps needs --eval_dataset_name.")
     constant = args.warmup_steps and args.lr_scheduler_type == "constant"
@@ -218,6 +225,59 @@ def learning_rates(args, total_steps):
     return lambda step: args.learning_rate * scheduler.lr_lambdas[0](step)
 
 
+# --- Trackers ---
+
+
+class TensorBoard:
+    def __init__(self, args):
+        from torch.utils.tensorboard import SummaryWriter
+
+        # a folder for each start: a run that goes on, or begins anew, adds a curve and hides none
+        self.writer = SummaryWriter(Path(args.output_dir) / "runs" / time.strftime("%Y-%m-%d_%H-%M-%S"))
+        self.writer.add_text("arguments", json.dumps(asdict(args), indent=1))
+
+    def log(self, step, values):
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self):
+        self.writer.close()
+
+
+class Service:
+    """wandb and trackio, whose modules have the same functions."""
+
+    def __init__(self, name, args):
+        self.module = importlib.import_module(name)
+        project = os.environ.get(f"{name.upper()}_PROJECT", "post-training")
+        self.module.init(project=project, name=Path(args.output_dir).name, config=asdict(args))
+
+    def log(self, step, values):
+        self.module.log(values, step=step)
+
+    def close(self):
+        self.module.finish()
+
+
+TRACKERS = {
+    "tensorboard": TensorBoard,
+    "wandb": partial(Service, "wandb"),
+    "trackio": partial(Service, "trackio"),
+}
+
+
+def tracker_names(report_to):
+    return [] if report_to == "none" else report_to.split(",")
+
+
+def check_trackers(report_to):
+    """Raise Refusal for a tracker that is not known, or not installed."""
+    for name in tracker_names(report_to):
+        refuse(name not in TRACKERS, f"--report_to {name}: choose none, or of {', '.join(TRACKERS)}.")
+        missing = importlib.util.find_spec(name) is None
+        refuse(missing, f"--report_to {name}: the package {name} is not installed: pip install {name}.")
+
+
 # --- One process among several ---
 
 HUNG = 3  # the exit code of a run that the watchdog ends
@@ -259,6 +319,11 @@ class Watchdog:
                 os._exit(HUNG)  # the main thread is inside a collective: no exception reaches it
 
 
+def is_of_a_collective(error):
+    """Whether an exception is what a lost rank leaves to the others: NCCL's has a type of its own."""
+    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error)
+
+
 class Run:
     """Ranks and device, the output folder, SIGTERM, and where the run stands; a context manager.
 
@@ -284,9 +349,10 @@ class Run:
 
     pretends = False  # see memory.PretendedRun
 
-    def __init__(self, args, name, unfinished=()):
+    def __init__(self, args, name, unfinished=(), shown=("loss",)):
         check_output_dir(args, unfinished)
         self.args, self.name, self.stop = args, name, False
+        self.shown, self.trackers = shown, {}
         self.rank, self.local_rank, self.world = (
             int(os.environ.get(name, default))
             for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
@@ -324,6 +390,10 @@ class Run:
     def __exit__(self, *error):
         if self.bar is not None:
             self.bar.close()  # an error's message would stand behind it
+        self._tell_trackers("close")
+        if is_of_a_collective(error[1]):
+            broke = "a collective broke off: another rank is gone, whose own message may say why."
+            print(f"rank {self.rank}: {self.watchdog.phase}: {broke}", file=sys.stderr, flush=True)
         try:
             return self.disk.__exit__(*error)
         finally:
@@ -331,6 +401,15 @@ class Run:
             if self.owns_group and dist.is_initialized():
                 dist.destroy_process_group()
             self.watchdog.close()  # last: leaving a group may hang as well
+
+    @property
+    def device_name(self):
+        cuda = self.device.type == "cuda"
+        return torch.cuda.get_device_name(self.device) if cuda else f"cpu {platform.machine()}"
+
+    @property
+    def hardware(self):
+        return f"{self.device_name}, world {self.world}"
 
     @cached_property
     def mesh(self):
@@ -408,7 +487,10 @@ class Run:
         """Look up --resume_from_checkpoint, and take over its progress."""
         if name := self.args.resume_from_checkpoint:
             self.checkpoint = find_checkpoint(self.args.output_dir, name)
-            found = json.loads((self.checkpoint / PROGRESS).read_text())
+            try:
+                found = json.loads((self.checkpoint / PROGRESS).read_text())
+            except ValueError as error:
+                raise Refusal(f"{self.checkpoint}/{PROGRESS} is no JSON: take another checkpoint.") from error
             earlier = f"{self.checkpoint} is of an earlier version of this script: begin a new run."
             refuse(not self.progress.keys() <= found.keys(), earlier)
             self.progress = found
@@ -427,10 +509,12 @@ class Run:
 
     def start(self, data, keep=()):
         """Before the first step: clear the output folder of what is not this run's, and say what begins."""
-        if self.first:
-            prepare_output_dir(self.args.output_dir, self.progress["step"], keep)
-            print(describe_start(self.args, data, self.total_steps))
-        dist.barrier()
+        with self.together():
+            if self.first:
+                prepare_output_dir(self.args.output_dir, self.progress["step"], keep)
+                self._start_trackers()
+                what = f"{self.name}, {self.total_steps - self.progress['step']} steps on {self.hardware}"
+                show_lines([("run", what), *describe_start(self.args, data, self.total_steps)])
         done = self.progress["step"]
         self.bar = tqdm(
             total=self.total_steps, initial=done, desc=self.name, unit="step", disable=not self.first
@@ -491,14 +575,32 @@ class Run:
             return
         with open(Path(self.args.output_dir) / "metrics.jsonl", "a") as file:
             file.write(json.dumps(self.metrics) + "\n")
+        self._tell_trackers("log", metrics["step"], self.metrics)
         self.bar.update()
         evaluated = [f"{name} {x:.4f}" for name, x in metrics.items() if name.startswith("eval_")]
         if evaluated:
             tqdm.write(f"step {metrics['step']}: {'  '.join(evaluated)}")
         if self.due(self.args.logging_steps):
-            memory = f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB"
-            shown = {"loss": f"{metrics['loss']:.4f}", "tok/s": f"{tokens / seconds:.0f}", "mem": memory}
+            shown = {name.split("/")[-1]: f"{metrics[name]:.4g}" for name in self.shown}
+            # on a CPU, all that the process holds
+            holder = "tensors" if self.device.type == "cuda" else "process"
+            shown |= {
+                "tok/s": f"{tokens / seconds:.0f}",
+                holder: f"{metrics['peak_memory_bytes'] / GIB:.2f} GiB",
+            }
             self.bar.set_postfix(shown)
+
+    def _start_trackers(self):
+        for name in tracker_names(self.args.report_to):
+            try:
+                self.trackers[name] = TRACKERS[name](self.args)
+            except Exception as error:
+                raise Refusal(f"--report_to {name} cannot start: {type(error).__name__}: {error}") from error
+
+    def _tell_trackers(self, what, *args):
+        for name, tracker in list(self.trackers.items()):
+            if not watched(f"--report_to {name}", getattr(tracker, what), *args):
+                del self.trackers[name]
 
     def _compiled(self):
         """Whether torch.compile has made graphs since the step before; says so."""
@@ -541,16 +643,15 @@ class Run:
         """Write summary.json and show the last page. Returns what summary.json holds.
 
         Args: data: counts of what became of the examples. ledger: memory.ledger's rows. offloading: the
-              report of OffloadActivations. lines: of the script's own.
+              report of OffloadActivations. lines: of the script's own, pairs of a word and a text.
         """
         self.bar.close()
         totals, seconds = self.totals, max(self.totals["seconds"], 1e-9)
         modules = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
-        cuda = self.device.type == "cuda"
         summary = {
             "args": asdict(self.args),
             "versions": {"python": platform.python_version(), **modules},
-            "device": torch.cuda.get_device_name(self.device) if cuda else f"cpu {platform.machine()}",
+            "device": self.device_name,
             "world_size": self.world,
             "data": data,
             "throughput": {
@@ -564,21 +665,43 @@ class Run:
             "final_metrics": self.metrics,
         }
         if self.first:
-            (Path(self.args.output_dir) / "summary.json").write_text(json.dumps(summary, indent=1))
+            folder = Path(self.args.output_dir)
+            held = {f"ledger/{row['name']}": row["bytes"] for row in ledger}
+            self._tell_trackers("log", self.progress["step"], held)
+            if importlib.util.find_spec("matplotlib"):
+                watched("training.png", draw, [folder], folder / "training.png")
+            # last: it says that the run has ended
+            (folder / "summary.json").write_text(json.dumps(summary, indent=1))
             speed = summary["throughput"]
-            title = f"{Path(self.args.model_name_or_path).name}  {summary['device']}  world {self.world}"
+            title = f"{Path(self.args.model_name_or_path).name}  {self.hardware}"
             page = [
                 *describe_data(data),
                 *lines,
-                f"speed     {speed['tokens_per_second']:.0f} tokens/s computed, "
-                f"{speed['real_tokens_per_second']:.0f} tokens/s of the data",
-                format_ledger(title, ledger),
+                (
+                    "speed",
+                    f"{speed['tokens_per_second']:.0f} tokens/s computed, "
+                    f"{speed['real_tokens_per_second']:.0f} tokens/s of the data",
+                ),
             ]
             if offloading:
-                moved = f"offloading  {offloading['offloaded_bytes'] / GIB:.4f} GiB of a forward to the host"
-                page.append(moved + (", a pretended one: nothing is saved" if offloading["pretend"] else ""))
-            print("\n".join(page))
+                moved = f"{offloading['offloaded_bytes'] / GIB:.4f} GiB of a forward to the host"
+                pretend = ", a pretended one: nothing is saved" if offloading["pretend"] else ""
+                page.append(("offloaded", moved + pretend))
+            show_lines(page)
+            print(format_ledger(title, ledger))
+            show_lines(describe_end(self.args))
         return summary
+
+
+def watched(what, function, *args):
+    """function(*args), of what only watches a run: it must not end it. Returns whether it went well."""
+    try:
+        function(*args)
+        return True
+    except Exception as error:
+        failed = f"{what} failed, and is left out from here on: {type(error).__name__}: {error}"
+        tqdm.write(failed, file=sys.stderr)
+        return False
 
 
 class Tally:
@@ -715,11 +838,25 @@ def bold(text):
     return f"\033[1m{text}\033[0m" if sys.stdout.isatty() else text
 
 
+def show_lines(lines):
+    """Print pairs of a word and a text, wrapped to the terminal."""
+    width = shutil.get_terminal_size((110, 24)).columns
+    for word, text in lines:
+        print(textwrap.fill(f"{word:<10}{text}", width, subsequent_indent=" " * 10))
+
+
+def shown_path(name):
+    """A path as one would type it here; a Hub name as it is."""
+    relative = os.path.relpath(name)
+    return relative if os.path.isabs(name) and not relative.startswith("..") else name
+
+
 def describe_start(args, data, total_steps):
-    """Lines for the screen before the first step: what of the data is cut or left out, in bold where it is
-    more than a tenth; columns that nobody reads; a warm-up that the run does not outlast.
+    """What the screen says before the first step: the model, the data and what of it is cut or left out, in
+    bold where it is more than a tenth; where the run writes; columns that nobody reads; a warm-up that the
+    run does not outlast.
     """
-    read, parts = data["examples_read"], [f"{data['examples_read']} read"]
+    read, parts = data["examples_read"], [f"{data['examples_read']} examples"]
     for name in LOST:
         if data.get(name):
             share = data[name] / read / (2 if name.startswith("completions") else 1)  # of a pair, two
@@ -727,13 +864,18 @@ def describe_start(args, data, total_steps):
             parts.append(bold(part) if share > 0.1 else part)
     limits = [name for name in vars(args) if name.startswith("max_") and name.endswith("_length")]
     limits = "  ".join(f"--{name} {getattr(args, name)}" for name in limits if getattr(args, name))
-    lines = [f"examples  {', '.join(parts)}; {limits}"]
+    folder = shown_path(args.output_dir)
+    lines = [
+        ("model", f"{shown_path(args.model_name_or_path)}, computed in {'bf16' if args.bf16 else 'fp32'}"),
+        ("data", f"{shown_path(args.dataset_name)}: {', '.join(parts)}; {limits}"),
+        ("writes", f"{folder}: metrics.jsonl with each step, in the end the model and summary.json"),
+    ]
     if data["columns_unused"]:
-        lines.append(f"columns   not used: {', '.join(data['columns_unused'])}")
+        lines.append(("columns", f"not used: {', '.join(data['columns_unused'])}"))
     if args.warmup_steps and args.warmup_steps >= total_steps:
         steps = f"--warmup_steps {args.warmup_steps}, and {total_steps} steps in all"
-        lines.append(bold(f"schedule  {steps}: the learning rate never reaches {args.learning_rate:g}"))
-    return "\n".join(lines)
+        lines.append(("schedule", bold(f"{steps}: the learning rate never reaches {args.learning_rate:g}")))
+    return lines
 
 
 def describe_data(data):
@@ -745,4 +887,17 @@ def describe_data(data):
             text = f"{value:.1%}" if isinstance(value, float) else value
             known = group in groups
             groups[group if known else "further"].append(f"{rest if known else name} {text}")
-    return [f"{name:<10}{'  '.join(counts)}" for name, counts in groups.items() if counts]
+    return [(name, "  ".join(counts)) for name, counts in groups.items() if counts]
+
+
+def describe_end(args):
+    """Where the model lies; of the demo's model also what to try next."""
+    folder = shown_path(args.output_dir)
+    lines = [("model", f"{folder}: AutoModelForCausalLM.from_pretrained takes it")]
+    if args.model_name_or_path == str(ROOT / "demo/model"):
+        script = shown_path(sys.argv[0])
+        lines += [
+            ("next", f"python {script} --model_name_or_path .. --dataset_name .. trains a model of yours;"),
+            ("", f"the same with --dry_run says before what it takes; {script} --help lists all flags"),
+        ]
+    return lines

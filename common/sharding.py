@@ -20,6 +20,7 @@ import torch.distributed.checkpoint as dcp
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -126,15 +127,15 @@ def read_pretrained(name, max_length=0, flags="--max_length", dropout=True, conf
     gone = f"--model_name_or_path {name} cannot be loaded: no such folder."
     refuse(local and not Path(name).is_dir(), gone)
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if not config_only:
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             file = cached_file(name, "generation_config.json", _raise_exceptions_for_missing_entries=False)
             generation_config = file and Path(file).read_text()
             json.loads(generation_config or "{}")  # what is no JSON is refused now, not when it is written
     except (OSError, ValueError) as error:
-        wanted = "wanted: a folder with a config.json, or a Hub name"
-        raise Refusal(f"--model_name_or_path {name} cannot be loaded; {wanted}: {error}") from error
+        wanted, reason = "wanted: a folder with a config.json, or a Hub name", " ".join(str(error).split())
+        raise Refusal(f"--model_name_or_path {name} cannot be loaded; {wanted}: {reason}") from error
     for each in (config, config.get_text_config()):
         if quantised := getattr(each, "quantization_config", None):
             settings = quantised if isinstance(quantised, dict) else quantised.to_dict()
@@ -539,7 +540,13 @@ def load_training_state(run, model, optimizer):
     A rank that the earlier run did not have keeps the random state of its seed.
     """
     run.watch("loading the checkpoint")
-    dcp.load(training_state(model, optimizer), storage_reader=HuggingFaceStorageReader(str(run.checkpoint)))
+    reader = HuggingFaceStorageReader(str(run.checkpoint))
+    try:
+        dcp.load(training_state(model, optimizer), storage_reader=reader)
+    except (CheckpointException, SafetensorError, OSError, ValueError) as error:
+        failures = getattr(error, "failures", None) or {0: (error, None)}  # of each rank
+        reason = " ".join(str(next(iter(failures.values()))[0]).split())
+        raise Refusal(f"{run.checkpoint} cannot be read: {reason}; take another checkpoint.") from error
     _set_steps(optimizer, run.progress["updates"])
     file = run.checkpoint / f"random_state_{run.rank}.rng"
     if file.exists():

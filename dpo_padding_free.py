@@ -729,7 +729,7 @@ def main(args):
     check_arguments(args)
     if args.dry_run:
         return explore(args)
-    shown = ("loss", "rewards/margins", "rewards/accuracies")
+    shown = {"loss": "loss", "margin": "rewards/margins", "acc": "rewards/accuracies"}
     with Run(args, "DPO", unfinished=[REFERENCE], shown=shown) as run:
         pretrained = read_pretrained(args.model_name_or_path, args.max_length, dropout=False)
         if args.use_liger_kernel:

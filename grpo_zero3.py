@@ -92,6 +92,7 @@ from common.run import (
     clip_gradients,
     flag,
     run_script,
+    show_lines,
 )
 from common.sharding import (
     check_flat,
@@ -1115,11 +1116,16 @@ class Rollouts:
         self.costs = rollout_costs(engine, budget_bytes(args), self.places, size)
         if run.first:
             mib = {name: f"{count / 2**20:.1f} MiB" for name, count in self.costs.items()}
-            tqdm.write(
-                f"rollouts  {mib['resident_bytes']} of weights stay whole on each rank; "
-                f"{mib['prompt_gathered_bytes']} come in for the prompts; for each token of all "
-                f"{size} completions {mib['gathered_bytes_per_token']} are gathered and "
-                f"{mib['exchanged_bytes_per_token']} exchanged"
+            show_lines(
+                [
+                    (
+                        "rollouts",
+                        f"{mib['resident_bytes']} of weights stay whole on each rank; "
+                        f"{mib['prompt_gathered_bytes']} come in for the prompts; for each token of all "
+                        f"{size} completions {mib['gathered_bytes_per_token']} are gathered and "
+                        f"{mib['exchanged_bytes_per_token']} exchanged",
+                    )
+                ]
             )
 
     def sample(self, numbers):
@@ -1333,7 +1339,7 @@ def main(args):
     check_arguments(args)
     if args.dry_run:
         return explore(args)
-    with Run(args, "GRPO", shown=["reward"]) as run, deepspeed_groups(run):
+    with Run(args, "GRPO", shown={"reward": "reward"}) as run, deepspeed_groups(run):
         torch.manual_seed(args.seed + run.rank)  # order and sampling have generators of their own
         longest = args.max_prompt_length + args.max_completion_length
         limits = "--max_prompt_length + --max_completion_length"

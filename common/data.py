@@ -140,7 +140,7 @@ def map_rows(rows, encode, name, script, num_proc=None, features=None):
             cache_file_name=str(folder / f"{key}.arrow"),
             features=features,
             num_proc=num_proc,
-            desc=f"Tokenising {name}",
+            desc=f"Tokenising {Path(name).name}",
         )
 
 

@@ -349,10 +349,11 @@ class Run:
 
     pretends = False  # see memory.PretendedRun
 
-    def __init__(self, args, name, unfinished=(), shown=("loss",)):
+    def __init__(self, args, name, unfinished=(), shown=None):
         check_output_dir(args, unfinished)
         self.args, self.name, self.stop = args, name, False
-        self.shown, self.trackers = shown, {}
+        self.shown = shown or {"loss": "loss"}  # {word on the bar: metric}
+        self.trackers = {}
         self.rank, self.local_rank, self.world = (
             int(os.environ.get(name, default))
             for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
@@ -517,7 +518,11 @@ class Run:
                 show_lines([("run", what), *describe_start(self.args, data, self.total_steps)])
         done = self.progress["step"]
         self.bar = tqdm(
-            total=self.total_steps, initial=done, desc=self.name, unit="step", disable=not self.first
+            total=self.total_steps,
+            initial=done,
+            desc=self.name,
+            disable=not self.first,
+            bar_format="{desc} {n_fmt}/{total_fmt} {bar} {remaining} left{postfix}",
         )
         self.learning_rate_at = learning_rates(self.args, self.total_steps)
 
@@ -581,14 +586,11 @@ class Run:
         if evaluated:
             tqdm.write(f"step {metrics['step']}: {'  '.join(evaluated)}")
         if self.due(self.args.logging_steps):
-            shown = {name.split("/")[-1]: f"{metrics[name]:.4g}" for name in self.shown}
+            shown = [f"{word} {metrics[name]:.3g}" for word, name in self.shown.items()]
             # on a CPU, all that the process holds
             holder = "tensors" if self.device.type == "cuda" else "process"
-            shown |= {
-                "tok/s": f"{tokens / seconds:.0f}",
-                holder: f"{metrics['peak_memory_bytes'] / GIB:.2f} GiB",
-            }
-            self.bar.set_postfix(shown)
+            held = f"{holder} {metrics['peak_memory_bytes'] / GIB:.2f} GiB"
+            self.bar.set_postfix_str(", ".join([*shown, f"{tokens / seconds:.0f} tok/s", held]))
 
     def _start_trackers(self):
         for name in tracker_names(self.args.report_to):

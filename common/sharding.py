@@ -7,6 +7,7 @@ nothing, and a model that cannot be written is refused before it is trained.
 import copy
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from dataclasses import dataclass, field
@@ -541,12 +542,15 @@ def load_training_state(run, model, optimizer):
     """
     run.watch("loading the checkpoint")
     reader = HuggingFaceStorageReader(str(run.checkpoint))
+    logging.disable(logging.WARNING)  # torch would log a traceback beside the error that it raises
     try:
         dcp.load(training_state(model, optimizer), storage_reader=reader)
     except (CheckpointException, SafetensorError, OSError, ValueError) as error:
         failures = getattr(error, "failures", None) or {0: (error, None)}  # of each rank
         reason = " ".join(str(next(iter(failures.values()))[0]).split())
         raise Refusal(f"{run.checkpoint} cannot be read: {reason}; take another checkpoint.") from error
+    finally:
+        logging.disable(logging.NOTSET)
     _set_steps(optimizer, run.progress["updates"])
     file = run.checkpoint / f"random_state_{run.rank}.rng"
     if file.exists():

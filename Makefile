@@ -1,10 +1,11 @@
 # make demo: set up, then train the embedded demo by SFT, DPO and GRPO, offline. make test: set up, then test.
 # make lint: ruff. make bench: measure on this CPU, beside TRL; make bench-quick: try every benchmark, small.
+# make soak: runs under fire.
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint bench bench-quick gpu
+.PHONY: demo test lint bench bench-quick gpu soak
 # one thread: a model this small gains little from a second, and loses much where another program wants the core
 demo: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python sft_packing.py --learning_rate 1e-3 --measure_memory \
@@ -68,3 +69,9 @@ benchmarks/.venv/.installed: benchmarks/requirements.txt requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	touch $@
+
+# runs that are killed, stopped, starved of disk and fed with bad input; unshare: the right to mount a small disk
+soak: .venv/.installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(shell unshare -rm true 2>/dev/null && echo unshare -rm) \
+		$(BIN)/python benchmarks/soak.py
+	$(BIN)/python benchmarks/tables.py

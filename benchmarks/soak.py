@@ -256,7 +256,7 @@ def rank_lost(target, which, rng):
     shutil.rmtree(target.run_folder)
     if None in codes or took > RANK_TIMEOUT_S + 10:
         return f"{took:.0f} s, codes {codes}"
-    named = re.search(rf"^rank {1 - lost}: .*: (nothing has moved for|a collective broke off)", text, re.M)
+    named = re.search(rf"rank {1 - lost}: .*: (nothing has moved for|a collective broke off)", text)
     return None if codes[0] and named else f"codes {codes}: {text[-400:]}"
 
 

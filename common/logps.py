@@ -175,9 +175,7 @@ def logps_(logits, target_ids, temperature=1.0, factors=None):
     if _kernel_runs(logits.is_cuda):
         return _logps_by_kernel(logits, target_ids, temperature, factors)
     logps = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-    size = max(1, BLOCK_ELEMENTS // logits.shape[1])
-    for start in range(0, len(logits), size):
-        rows = slice(start, start + size)
+    for rows in _chunks(len(logits), max(1, BLOCK_ELEMENTS // logits.shape[1])):
         block = logits[rows].float()  # fp32 logits are their own block
         if temperature != 1.0:
             block /= temperature
@@ -275,7 +273,9 @@ def _chunks(n, chunk_size):
 
 @contextmanager
 def two_chunks_only():
-    """Inside, losses run over their first two chunks: wrong values, but the bytes of all of them."""
+    """Inside, losses run over the first two of their chunks, and of a chunk's blocks: wrong values, but the
+    bytes of all of them.
+    """
     global few_chunks
     few_chunks = True
     try:

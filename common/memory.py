@@ -435,11 +435,12 @@ class DryRun:
             self.check(changed)
         except Refusal:
             return None
-        if change and changed == self.args:
-            return None
-        key = repr(changed)
+        return None if change and changed == self.args else self._counted(changed)
+
+    def _counted(self, args):
+        key = repr(args)
         if key not in self.known:
-            self.known[key] = self.count(changed)
+            self.known[key] = self.count(args)
         return self.known[key]
 
     def peak(self, change):
@@ -483,7 +484,7 @@ class DryRun:
         lengths = [*range(64, most, 64), most]  # growing, and the peak with them
 
         def peak_at(length):
-            return self.count(replace(self.args, **{flag: length}))[0]["peak"]
+            return self._counted(replace(self.args, **{flag: length}))[0]["peak"]
 
         fitting = bisect.bisect_right(lengths, self.usable, key=peak_at)
         return lengths[fitting - 1] if fitting else 0

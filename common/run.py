@@ -849,8 +849,8 @@ def show_lines(lines):
 
 def shown_path(name):
     """A path as one would type it here; a Hub name as it is."""
-    relative = os.path.relpath(name)
-    return relative if os.path.isabs(name) and not relative.startswith("..") else name
+    inside = os.path.isabs(name) and Path(name).is_relative_to(Path.cwd())
+    return str(Path(name).relative_to(Path.cwd())) if inside else name
 
 
 def describe_start(args, data, total_steps):

@@ -856,7 +856,7 @@ def test_a_budget_of_tokens_is_counted_in_full(share_prompt, monkeypatch):
         counted = dpo_padding_free.pretend_batch(Arguments(max_tokens_per_batch=budget, **limits))
         assert budget - least < counted["input_ids"].numel() <= budget
     monkeypatch.setattr(dpo_padding_free, "pretend_step", lambda args, pretrained: ({"peak": 1}, ""))
-    flags = {"dry_run": True, "gpu_memory_gib": 1.0, "max_length": 32, "share_prompt": share_prompt}
+    flags = {"dry_run": True, "gpu_memory_gib": 9.0, "max_length": 32, "share_prompt": share_prompt}
     # of lengths whose pair is within the budget: a prompt of one token and two completions of 49, 99 tokens;
     # or two sequences of 50
     assert dpo_padding_free.main(Arguments(max_tokens_per_batch=100, **flags))["longest"] == 50

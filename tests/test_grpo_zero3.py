@@ -1030,8 +1030,8 @@ def test_a_dry_run_counts_its_flags(ways, tmp_path, monkeypatch):
         frozen = count()
     assert all(frozen[name] < 0.9 * one[name] for name in ("gradients", "optimizer"))
     # one step for real; the others would only take time
-    monkeypatch.setattr(grpo_zero3, "pretend_step", lambda *_: ({"peak": 1}, "never"))
-    flags = {"max_tokens_per_batch": 120, "dry_run": True, "gpu_memory_gib": 1.0}
+    monkeypatch.setattr(grpo_zero3, "pretend_step", lambda args, pretrained: ({"peak": 1}, "never"))
+    flags = {"max_tokens_per_batch": 120, "dry_run": True, "gpu_memory_gib": 9.0}
     found = grpo_zero3.main(Arguments(**sizes | flags, output_dir=str(tmp_path / "out")))
     assert found["longest"] == (120 - 64) // 8 and not (tmp_path / "out").exists()
 

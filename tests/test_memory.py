@@ -144,7 +144,8 @@ def test_a_sum_of_gradients_is_made_in_place(function, grown):
 # --- The table ---
 
 
-def test_the_ledger_as_printed():
+def test_the_ledger_as_printed(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "110")
     rows = ledger({"peak": 2 * GIB, "parameters": GIB // 2, "loss_head": 3 * GIB // 100}, "in a forward")
     assert rows[1] == {
         "name": "loss_head",
@@ -160,6 +161,10 @@ def test_the_ledger_as_printed():
         f"peak                    2.00   {'in a forward':<40}what makes that moment's rows smaller",
     ]
     assert "not measured; on a CPU --measure_memory" in format_ledger("x", ledger({"parameters": 1}, ""))
+    monkeypatch.setenv("COLUMNS", "80")
+    narrow = format_ledger("demo  cpu  world 1", rows).splitlines()
+    assert max(map(len, narrow)) <= 80 and len(narrow) == 2 + 2 * 3
+    assert narrow[3] == f"{'':<31}smaller by: more ranks"
 
 
 # --- A dry run ---
@@ -236,6 +241,7 @@ def test_what_is_frozen_has_neither_gradients_nor_moments(model, tmp_path, monke
 
 def test_a_configuration_is_enough_and_nothing_is_left_behind(tmp_path, capsys, monkeypatch):
     """Of the script, one step is counted; the other counts are made up, or they would take their time."""
+    monkeypatch.setenv("COLUMNS", "300")
     folder, tried, pretend_step = tmp_path / "model", [], sft_packing.pretend_step
     folder.mkdir()
     (folder / "config.json").write_bytes((sft_packing.ROOT / "demo/model/config.json").read_bytes())
@@ -247,28 +253,97 @@ def test_a_configuration_is_enough_and_nothing_is_left_behind(tmp_path, capsys, 
         return {"peak": (2**14 * args.max_length + 2**24) // args.dry_run_world_size}, "never"
 
     monkeypatch.setattr(sft_packing, "pretend_step", count)
+    gib = (12 / 1024 + 1 + 1e-9) / 0.95  # of which 12 MiB are left for a step
     flags = {"model_name_or_path": str(folder), "output_dir": str(tmp_path / "out"), "dataset_name": "none"}
-    flags |= {"gradient_checkpointing": False, "dry_run_world_size": 2, "gpu_memory_gib": 12 / 1024}
+    flags |= {"gradient_checkpointing": False, "dry_run_world_size": 2, "gpu_memory_gib": gib}
     found = sft_packing.main(Arguments(**flags, dry_run=True))
     assert not (tmp_path / "out").exists() and not torch.distributed.is_initialized()
     shown, peak = capsys.readouterr().out, {x["name"]: x["bytes"] for x in found["ledger"]}["peak"]
+    assert (
+        shown.startswith("A step over 2 times 512 tokens in a forward takes 0.0") and "on each of 2" in shown
+    )
     assert "dry run  world 2" in shown and "--gradient_checkpointing" in shown
-    assert found["fits"] == (peak <= 12 * 2**20)
-    assert ("fits into" if found["fits"] else "does not fit into") + " 0.0117188 GiB" in shown
+    assert found["fits"] is False and peak > 12 * 2**20 and "It does not fit into" in shown
+    assert found["cheapest_set"] == ["--bf16"]  # with whose made-up 12 MiB it does
+    assert "Cheapest flags with which it fits: --bf16." in shown
     assert list(found["savings"].values()) == sorted(found["savings"].values(), reverse=True)
     assert found["savings"]["4 ranks"] == peak - (2**23 + 2**24) // 4
     assert (found["length_flag"], found["longest"]) == ("max_length", 512)  # 2 * 12 MiB are 2^24 + 2^14 * 512
+    assert len(tried) == len({repr(args) for args in tried})  # none is counted twice
+
+
+def explored(count, gpu_memory_gib, changes=None, most=1024, capsys=None, **flags):
+    args = Arguments(gpu_memory_gib=gpu_memory_gib, dry_run=True, **flags)
+    steps = memory.DryRun(args, sft_packing.check_arguments, lambda args: ({"peak": count(args)}, "never"))
+    words = {"what": "a row", "host_flag": "--offload_param", "length_flag": "max_length", "most": most}
+    found = memory.dry_run(steps, changes or {}, {}, **words)
+    return found, capsys.readouterr().out
+
+
+def usable(gib):
+    """Of a card of so many GiB, a twentieth and one are left free."""
+    return gib * 0.95 - 1
 
 
 @pytest.mark.parametrize(
     "fitting, longest", [(0, 0), (63, 0), (64, 64), (700, 640), (1023, 960), (1024, 1024)]
 )
 def test_the_longest_that_fits(fitting, longest, capsys):
-    count = lambda args: ({"peak": args.max_length * GIB}, "")  # noqa: E731
-    args = Arguments(gpu_memory_gib=float(fitting), max_length=32)
-    found = memory.dry_run(args, lambda _: None, count, {}, "max_length", 1024)
+    card = (fitting + 1.0001) / 0.95
+    assert usable(card) == pytest.approx(fitting, abs=1e-3)
+    found, shown = explored(lambda args: args.max_length * GIB, card, max_length=32, capsys=capsys)
     assert (found["longest"], found["fits"]) == (longest, fitting >= 32)
-    assert f"longest --max_length that fits: {longest or 'none'}" in capsys.readouterr().out
+    assert f"Longest --max_length that fits with the flags as they are: {longest or 'none'}" in shown
+
+
+CHANGES = {
+    "--bf16": {"bf16": True},
+    "--loss_chunk_size 128": {"loss_chunk_size": 128},
+    "--activation_offloading": {"activation_offloading": True},
+    "--offload_param": {"offload_param": True},
+}
+
+
+@pytest.mark.parametrize(
+    "room, expected",
+    [
+        (100, None),  # it fits as it is
+        (89, ["--bf16"]),
+        (70, ["--bf16", "--activation_offloading"]),  # the chunk is not needed
+        (69, ["--bf16", "--loss_chunk_size 128", "--activation_offloading"]),
+        (42, ["--bf16", "--offload_param"]),  # the dearest that is not needed goes first
+        (20, ["--bf16", "--activation_offloading", "--offload_param"]),
+        (19, list(CHANGES)),
+        (18, None),  # nothing does
+    ],
+)
+def test_the_cheapest_set_of_flags(room, expected, capsys):
+    """Each saves what it saves, whatever else is on."""
+
+    def count(args):
+        chunk = args.loss_chunk_size is not None
+        saved = 11 * args.bf16 + 1 * chunk + 19 * args.activation_offloading + 50 * args.offload_param
+        return (100 - saved) * GIB
+
+    found, shown = explored(count, (room + 1.0001) / 0.95, CHANGES, capsys=capsys)
+    assert found["fits"] == (room >= 100) and found["cheapest_set"] == expected
+    assert ("Cheapest flags" in shown) == (room < 100)
+    if room == 18:
+        assert "Cheapest flags with which it fits: none." in shown
+
+
+def test_what_no_flag_makes_smaller_is_said(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "300")
+    counts = {"parameters": 20 * GIB, "gradients": 20 * GIB, "optimizer": 40 * GIB, "peak": 90 * GIB}
+    args = Arguments(gpu_memory_gib=80.0, dry_run=True)
+    steps = memory.DryRun(args, sft_packing.check_arguments, lambda args: (counts, "in a backward"))
+    words = {"what": "a row", "host_flag": "--offload_param", "length_flag": "max_length", "most": 128}
+    memory.dry_run(steps, {}, {}, **words)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "A step over a row takes 90.00 GiB (96.6 GB) on each of 1 ranks, in a backward."
+    assert lines[1].startswith("It does not fit into 80.00 GiB (85.9 GB), of which 5.0 GiB are left free")
+    assert lines[2].startswith("Weights, gradients and optimizer alone take 80.00 GiB (85.9 GB), whatever")
+    assert lines[2].endswith("2 ranks at least, or --offload_param.")
 
 
 def test_a_model_that_is_not_there_is_refused():

@@ -31,6 +31,7 @@ from common.run import (
     flag,
     learning_rates,
     parse_arguments,
+    show_lines,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -214,7 +215,8 @@ def test_a_run_goes_on_where_it_was_stopped_until_nothing_is_left(tmp_path, caps
     assert speed["num_tokens"] == 16
     assert speed["real_tokens_per_second"] == pytest.approx(speed["tokens_per_second"] / 2)
     shown = capsys.readouterr().out
-    assert "examples  8 read; --max_length 64" in shown and "further   fill_fraction 50.0%" in shown
+    assert "run       TEST, 8 steps on cpu" in shown and "further   fill_fraction 50.0%" in shown
+    assert f"writes    {tmp_path}/whole: metrics.jsonl" in shown and "model     " in shown.split("ledger")[1]
     assert "memory ledger  model  cpu" in shown
     assert [path.name for path in (tmp_path / "whole").glob("checkpoint-*")] == ["checkpoint-6"]
     parts, handler = tmp_path / "parts", signal.getsignal(signal.SIGTERM)
@@ -236,6 +238,9 @@ def test_a_run_goes_on_where_it_was_stopped_until_nothing_is_left(tmp_path, caps
     assert train(parts, seen, max_steps=9, **resumed)["final_metrics"]["step"] == 9
     (parts / "checkpoint-8/progress.json").write_text('{"steps": 2}')
     with pytest.raises(Refusal, match="checkpoint-8 is of an earlier version of this script"):
+        train(parts, max_steps=10, **resumed)
+    (parts / "checkpoint-8/progress.json").write_text("{")
+    with pytest.raises(Refusal, match="progress.json is no JSON: take another"):
         train(parts, max_steps=10, **resumed)
 
 
@@ -303,22 +308,37 @@ def test_a_phase_that_lasts_too_long_ends_the_process_and_is_named(moves, code, 
 DATA = {"examples_read": 100, "examples_used": 88, "columns_unused": []}
 
 
+def start_lines(data=DATA, **flags):
+    args = Arguments(model_name_or_path="m", dataset_name="d", output_dir=str(Path.cwd() / "out"), **flags)
+    return describe_start(args, data, 10)
+
+
 def test_what_is_cut_is_counted_and_bold_above_a_tenth(monkeypatch):
-    args = Arguments()
-    assert describe_start(args, DATA, 10) == "examples  100 read; --max_length 64"
-    data = DATA | {"examples_truncated": 11, "examples_unscored": 10, "completions_truncated": 21}
+    model, data, writes = start_lines()
+    assert model == ("model", "m, computed in fp32") and writes[1].startswith("out: metrics.jsonl with each")
+    assert data == ("data", "d: 100 examples; --max_length 64")
+    counts = DATA | {"examples_truncated": 11, "examples_unscored": 10, "completions_truncated": 21}
     few, many = "unscored 10 (10.0%)", ["truncated 11 (11.0%)", "completions truncated 21 (10.5%)"]
-    parts = f"examples  100 read, {many[0]}, {few}, {many[1]}; --max_length 64"
-    assert describe_start(args, data, 10) == parts  # into a file: no escape codes
+    parts = f"d: 100 examples, {many[0]}, {few}, {many[1]}; --max_length 64"
+    assert start_lines(counts)[1] == ("data", parts)  # into a file: no escape codes
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    found = describe_start(args, data, 10)
+    found = start_lines(counts)[1][1]
     assert all(bold(part) == f"\033[1m{part}\033[0m" and bold(part) in found for part in many)
     assert few in found and bold(few) not in found
 
 
 def test_what_nobody_reads_and_a_warm_up_that_never_ends_are_said():
-    lines = describe_start(Arguments(), DATA | {"columns_unused": ["question", "source"]}, 10).splitlines()
-    assert lines[1:] == ["columns   not used: question, source"]
+    lines = start_lines(DATA | {"columns_unused": ["question", "source"]})
+    assert lines[3:] == [("columns", "not used: question, source")]
     for warmup, said in ((9, False), (10, True), (50, True)):
-        text = describe_start(Arguments(warmup_steps=warmup, learning_rate=1e-4), DATA, 10)
-        assert (f"--warmup_steps {warmup}, and 10 steps in all: the learning rate never" in text) == said
+        lines = start_lines(warmup_steps=warmup, learning_rate=1e-4)
+        words = f"--warmup_steps {warmup}, and 10 steps in all: the learning rate never"
+        assert any(words in text for _, text in lines) == said
+
+
+def test_lines_are_no_longer_than_the_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    show_lines([("data", "many words " * 9), ("next", "one")])
+    *first, last = capsys.readouterr().out.splitlines()
+    assert len(first) > 2 and all(len(line) <= 40 for line in first) and last == "next      one"
+    assert first[0].startswith("data      many") and all(line.startswith(" " * 10) for line in first[1:])

@@ -645,7 +645,7 @@ def explore(args):
         DryRun(args, check_arguments, partial(pretend_step, pretrained=pretrained)),
         changes,
         others,
-        what=f"{size} times {args.max_length} tokens in a forward",
+        what=f"{size} x {args.max_length} tokens in a forward",
         host_flag="--offload_param",
         length_flag="max_length",
         most=max_positions(pretrained.config)[0] or args.max_length,

@@ -454,8 +454,13 @@ class DryRun:
                 found[text] = peak - self.peak(change)
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
-    def cheapest_set(self, changes):
+    def state(self):
+        """Bytes that are held throughout a step, whatever the batch."""
+        return sum(self.counts({})[0].get(name, 0) for name in STATE)
+
+    def cheapest_set(self, changes, host_flag):
         """The first of `changes`, from the cheapest on, that fit together; without those that need not be.
+        Where the state alone does not fit, it goes to the host first: nothing else would help.
 
         Returns: what one would type; None where all of them do not fit.
         """
@@ -466,18 +471,19 @@ class DryRun:
         def fits(texts):
             return self.counts(together(texts)) and self.peak(together(texts)) <= self.usable
 
+        first = [host_flag] if self.state() > self.usable and host_flag in changes else []
         taken = []
-        for text in tqdm(changes, "Sets of flags", leave=False):
+        for text in tqdm([*first, *(text for text in changes if text not in first)], "Sets", leave=False):
             if self.counts(together([*taken, text])):
                 taken.append(text)
                 if fits(taken):
                     break
         else:
             return None
-        for text in reversed(taken[:-1]):
+        for text in sorted(taken[:-1], key=list(changes).index, reverse=True):
             fewer = [each for each in taken if each != text]
             taken = fewer if fits(fewer) else taken
-        return taken
+        return sorted(taken, key=list(changes).index)
 
     def longest(self, flag, most):
         """The largest value of `flag`, up to `most`, with which a step fits; 0 for none."""
@@ -486,8 +492,9 @@ class DryRun:
         def peak_at(length):
             return self._counted(replace(self.args, **{flag: length}))[0]["peak"]
 
-        fitting = bisect.bisect_right(lengths, self.usable, key=peak_at)
-        return lengths[fitting - 1] if fitting else 0
+        if peak_at(lengths[0]) > self.usable:
+            return 0
+        return lengths[bisect.bisect_right(lengths, self.usable, lo=1, key=peak_at) - 1]
 
 
 def gibibytes(num_bytes):
@@ -495,29 +502,28 @@ def gibibytes(num_bytes):
     return f"{num_bytes / GIB:.2f} GiB ({num_bytes / 1e9:.1f} GB)"
 
 
-def answer(found, counts, moment, what, host_flag):
+def answer(found, what, host_flag):
     """Sentences: what a step takes, whether that fits, and what cannot be made smaller.
 
     Args: found: a DryRun; host_flag: what moves the state to the host.
     """
-    args, world = found.args, found.args.dry_run_world_size
-    lines = [f"A step over {what} takes {gibibytes(counts['peak'])} on each of {world} ranks, {moment}."]
+    args, (counts, moment) = found.args, found.counts({})
+    world, ranks = args.dry_run_world_size, "rank" if args.dry_run_world_size == 1 else "ranks"
+    yield f"A step over {what} takes {gibibytes(counts['peak'])} on each of {world} {ranks}, {moment}."
     if found.usable is None:
-        return lines
+        return
     room = args.gpu_memory_gib * GIB - found.usable
     verdict = "fits into" if counts["peak"] <= found.usable else "does not fit into"
-    lines.append(
+    yield (
         f"It {verdict} {gibibytes(args.gpu_memory_gib * GIB)}, of which {room / GIB:.1f} GiB are left free "
         "for what is not counted: CUDA context, NCCL, gaps between the allocator's blocks (a guess)."
     )
-    state = sum(counts.get(name, 0) for name in STATE)
-    if state > found.usable:
-        ranks = math.ceil(state * world / found.usable)
-        lines.append(
-            f"Weights, gradients and optimizer alone take {gibibytes(state)}, whatever else is changed: "
-            f"{ranks} ranks at least, or {host_flag}."
+    if found.state() > found.usable:
+        ranks = math.ceil(found.state() * world / found.usable)
+        yield (
+            f"Weights, gradients and optimizer alone take {gibibytes(found.state())}, whatever else is "
+            f"changed: {ranks} ranks at least, or {host_flag}."
         )
-    return lines
 
 
 def dry_run(found, changes, others, *, what, host_flag, length_flag, most):
@@ -531,24 +537,24 @@ def dry_run(found, changes, others, *, what, host_flag, length_flag, most):
     Returns: args, ledger; savings: see DryRun; length_flag; fits, cheapest_set, longest: None without
              --gpu_memory_gib.
     """
-    args, usable = found.args, found.usable
-    counts, moment = found.counts({})
+
+    def say(text):  # each line when it is known: counting takes its time
+        print(textwrap.fill(text, shutil.get_terminal_size((WIDTH, 24)).columns), flush=True)
+
+    args, (counts, moment) = found.args, found.counts({})
+    for sentence in answer(found, what, host_flag):
+        say(sentence)
     rows, fits, cheapest, longest = ledger(counts, moment), None, None, None
-    lines = answer(found, counts, moment, what, host_flag)
-    if usable is not None:
-        fits = counts["peak"] <= usable
+    name = Path(args.model_name_or_path).name
+    print(format_ledger(f"{name}  dry run  world {args.dry_run_world_size}", rows), flush=True)
+    if found.usable is not None:
+        fits = counts["peak"] <= found.usable
         if not fits:
-            cheapest = found.cheapest_set(changes)
-            lines.append(f"Cheapest flags with which it fits: {' '.join(cheapest) if cheapest else 'none'}.")
+            cheapest = found.cheapest_set(changes, host_flag)
+            say(f"Cheapest flags with which it fits: {' '.join(cheapest) if cheapest else 'none'}.")
         longest = found.longest(length_flag, most)
         limit = " (all that the model takes)" if longest == most else ""
-        lines.append(
-            f"Longest --{length_flag} that fits with the flags as they are: {longest or 'none'}{limit}."
-        )
-    width = shutil.get_terminal_size((WIDTH, 24)).columns
-    print("\n".join(textwrap.fill(line, width) for line in lines))
-    name = Path(args.model_name_or_path).name
-    print(format_ledger(f"{name}  dry run  world {args.dry_run_world_size}", rows))
+        say(f"Longest --{length_flag} that fits with the flags as they are: {longest or 'none'}{limit}.")
     savings = found.savings(changes | others)
     lines = ["single changes, at the peak (GiB)"] if savings else []
     for text, saved in savings.items():

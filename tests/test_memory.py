@@ -259,16 +259,15 @@ def test_a_configuration_is_enough_and_nothing_is_left_behind(tmp_path, capsys, 
     found = sft_packing.main(Arguments(**flags, dry_run=True))
     assert not (tmp_path / "out").exists() and not torch.distributed.is_initialized()
     shown, peak = capsys.readouterr().out, {x["name"]: x["bytes"] for x in found["ledger"]}["peak"]
-    assert (
-        shown.startswith("A step over 2 times 512 tokens in a forward takes 0.0") and "on each of 2" in shown
-    )
+    assert shown.startswith("A step over 2 x 512 tokens in a forward takes 0.0") and "on each of 2" in shown
     assert "dry run  world 2" in shown and "--gradient_checkpointing" in shown
     assert found["fits"] is False and peak > 12 * 2**20 and "It does not fit into" in shown
     assert found["cheapest_set"] == ["--bf16"]  # with whose made-up 12 MiB it does
     assert "Cheapest flags with which it fits: --bf16." in shown
     assert list(found["savings"].values()) == sorted(found["savings"].values(), reverse=True)
     assert found["savings"]["4 ranks"] == peak - (2**23 + 2**24) // 4
-    assert (found["length_flag"], found["longest"]) == ("max_length", 512)  # 2 * 12 MiB are 2^24 + 2^14 * 512
+    # made up, 512 would fit (2 * 12 MiB are 2^24 + 2^14 * 512), but that one is counted
+    assert (found["length_flag"], found["longest"]) == ("max_length", 448)
     assert len(tried) == len({repr(args) for args in tried})  # none is counted twice
 
 
@@ -332,6 +331,21 @@ def test_the_cheapest_set_of_flags(room, expected, capsys):
         assert "Cheapest flags with which it fits: none." in shown
 
 
+def test_where_the_state_does_not_fit_the_host_comes_first(capsys):
+    """Nothing else is tried before it, and what it makes superfluous is left out."""
+    tried = []
+
+    def count(args):
+        tried.append(args)
+        state = 0 if args.offload_param else 60 * GIB
+        return {"parameters": state, "peak": state + (30 - 20 * args.activation_offloading) * GIB}, "never"
+
+    args = Arguments(gpu_memory_gib=(20 + 1.0001) / 0.95, dry_run=True)
+    found = memory.DryRun(args, sft_packing.check_arguments, count)
+    assert found.cheapest_set(CHANGES, "--offload_param") == ["--activation_offloading", "--offload_param"]
+    assert all(each.offload_param for each in tried[1:4])
+
+
 def test_what_no_flag_makes_smaller_is_said(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "300")
     counts = {"parameters": 20 * GIB, "gradients": 20 * GIB, "optimizer": 40 * GIB, "peak": 90 * GIB}
@@ -340,7 +354,7 @@ def test_what_no_flag_makes_smaller_is_said(monkeypatch, capsys):
     words = {"what": "a row", "host_flag": "--offload_param", "length_flag": "max_length", "most": 128}
     memory.dry_run(steps, {}, {}, **words)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "A step over a row takes 90.00 GiB (96.6 GB) on each of 1 ranks, in a backward."
+    assert lines[0] == "A step over a row takes 90.00 GiB (96.6 GB) on each of 1 rank, in a backward."
     assert lines[1].startswith("It does not fit into 80.00 GiB (85.9 GB), of which 5.0 GiB are left free")
     assert lines[2].startswith("Weights, gradients and optimizer alone take 80.00 GiB (85.9 GB), whatever")
     assert lines[2].endswith("2 ranks at least, or --offload_param.")

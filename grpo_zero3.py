@@ -349,7 +349,7 @@ def plan_residents(module, budget_bytes):
 
 
 @contextmanager
-def generation_weights(engine, budget_bytes, *, places=None):
+def generation_weights(engine, budget_bytes, *, places=None, size=0):
     """Hold as much of a ZeRO-3 model whole as the budget allows; compute with the rest where it is.
 
     ZeRO-3 keeps 1/W of every weight on each of W ranks, and its hooks gather a module's weights for its
@@ -360,7 +360,9 @@ def generation_weights(engine, budget_bytes, *, places=None):
     embedding that is the head as well, if the budget had no room for it.
 
     Args:    engine: a DeepSpeed ZeRO-3 engine around a transformers model; budget_bytes: None, 0 or bytes.
-             places: a list that keeps what is learned of the model, from one call to the next.
+             places: a list that keeps what is learned of the model, from one call to the next. size: how many
+             sequences a rank will decode at once: so many that their activations would outweigh a weight let
+             it be gathered; 0 = never.
     Yields:  the model, in eval mode and on SDPA, which takes the padding masks that "varlen" refuses. All
              ranks have to call it together, for as many sequences.
     After:   whatever happened inside: hooks, mode and attention as before, every weight a shard, and no
@@ -378,7 +380,7 @@ def generation_weights(engine, budget_bytes, *, places=None):
         coordinator.release_and_reset_all(module)  # what training kept whole for its next forward
         module.eval()
         module.set_attn_implementation("sdpa")
-        in_place = InPlace(module, resident, [] if places is None else places)
+        in_place = InPlace(module, resident, [] if places is None else places, size)
         with hooks_taken(handles), streamed(module, resident, in_place, engine.device), in_place:
             yield module
     finally:
@@ -433,13 +435,13 @@ class InPlace:
         swaps      A .. F of x0, x1    A .. F of x2, x3    A .. F of x4, x5     (B, out)
 
     Parts that read one tensor (q, k and v; gate and up) share both exchanges. Which do is seen while the
-    first prompts run. Left over are weights whose rows the ranks do not divide, those on the host, and those
-    that are not used by the forward of their module, or not on all tokens (experts).
+    first prompts run. Left over are weights whose rows the ranks do not divide, those on the host, those that
+    are not used by the forward of their module, or not on all tokens (experts), and those that `travel`.
     """
 
-    def __init__(self, module, resident, groups):
+    def __init__(self, module, resident, groups, size):
         """resident: ids of parameters; groups: lists of parts that read one tensor, [] = not yet known."""
-        self.module, self.groups = module, groups
+        self.module, self.groups, self.num_sequences = module, groups, size
         self.rows = {  # of each part: (out / W, in)
             part: rows
             for part in module.modules()
@@ -452,7 +454,8 @@ class InPlace:
         self._know()
 
     def _know(self):
-        self.group_of = {part: group for group in self.groups for part in group if part in self.rows}
+        stay = [group for group in self.groups if not travel(group, self.num_sequences)]
+        self.group_of = {part: group for group in stay for part in group if part in self.rows}
         self.wanted = {}  # owner -> which of its parameters have to be whole for a single token
 
     def __enter__(self):
@@ -515,6 +518,16 @@ def shard_rows(parameter):
     return parameter.ds_tensor.view(-1, parameter.ds_shape[1])
 
 
+def travel(group, size):
+    """Whether the weights of parts that read one tensor take fewer bytes than what `size` sequences on each
+    rank would exchange for them.
+    """
+    weights = [part.weight for part in group]
+    world, width = dist.get_world_size(weights[0].ds_process_group), weights[0].ds_shape[1]
+    out = sum(weight.ds_shape[0] for weight in weights)
+    return size * (world * width + out) >= out * width
+
+
 def exchange(x, rows):
     """What parts that read one tensor make of it, each of their rows computed where it is.
 
@@ -558,15 +571,15 @@ def rollout_costs(engine, budget_bytes, places, size):
         with generation_weights(engine, budget_bytes, places=places) as model:
             # with a cache, as a rollout's: else layers would be compiled, if training's are
             model(input_ids=torch.zeros(2, 3, dtype=torch.int64, device=device), use_cache=True)
-    exchanged = 0
-    for group in places:
+    exchanged, stay = 0, [group for group in places if not travel(group, size)]
+    for group in stay:
         weights, out = [part.weight for part in group], sum(part.weight.ds_shape[0] for part in group)
         world, width = dist.get_world_size(weights[0].ds_process_group), weights[0].ds_shape[1]
         if isinstance(group[0], torch.nn.Embedding):  # ids go round, and a row comes from every rank
             exchanged += size * world * (8 + width * weights[0].element_size())
         else:
             exchanged += size * (world * width + out) * weights[0].element_size()
-    placed = {part for group in places for part in group}
+    placed = {part for group in stay for part in group}
     elsewhere = {id(p) for part in module.modules() if part not in placed for p in part.parameters(False)}
     left = elsewhere - {id(p) for p in resident}
     return {
@@ -1140,7 +1153,7 @@ class Rollouts:
         rng = np.random.default_rng([args.seed, run.progress["step"] // args.num_iterations])
         uniform = rng.random((size * run.world, args.max_completion_length), dtype=np.float32)
         uniform = torch.from_numpy(uniform[run.rank * size : (run.rank + 1) * size])
-        weights = generation_weights(self.engine, budget_bytes(args), places=self.places)
+        weights = generation_weights(self.engine, budget_bytes(args), places=self.places, size=size)
         # every rollout holds the same weights: the first one shows how many
         measured = nullcontext({}) if self.most_whole_bytes else most_whole(self.engine.module)
         with weights as model, measured as most:
@@ -1180,7 +1193,7 @@ class Rollouts:
         for start in range(run.rank * size, len(prompts) + run.rank * size, size * run.world):
             # ranks generate equally many: after the last prompt they begin anew, and do not count those
             numbers = [place % len(prompts) for place in range(start, start + size)]
-            with generation_weights(self.engine, budget_bytes(args), places=self.places) as model:
+            with generation_weights(self.engine, budget_bytes(args), places=self.places, size=size) as model:
                 prompt_ids, options = prompts.examples[numbers]["input_ids"], {"stopped": self.stopped}
                 completions, finished, _, _ = generate(
                     model, prompt_ids, args, run, end_ids=self.end_ids, **options

@@ -118,9 +118,9 @@ def watched(engine, run):
         hook.remove()
 
 
-def rollout(engine, run, budget, limit=LIMIT, places=None, prompts=None):
+def rollout(engine, run, budget, limit=LIMIT, places=None, prompts=None, size=0):
     args = Arguments(num_generations=2, max_completion_length=limit, temperature=0.0)
-    with generation_weights(engine, budget, places=places) as model:
+    with generation_weights(engine, budget, places=places, size=size) as model:
         return generate(model, prompts or prompt_ids(run.rank), args, run, end_ids=[257])
 
 
@@ -196,6 +196,15 @@ def check_three_ranks(run, folder, answers):
         engine = engine_of(run, model_name_or_path=str(folder / name))
         for mode in budgets(engine):
             answers[f"{name}, {mode}"] = check_mode(engine, run, mode)
+        # so many sequences that q, k and v (of 48, 24 and 24 rows) travel, and not gate and up (of 96 each)
+        with watched(engine, run) as seen:
+            found = rollout(engine, run, 0, 4, places := [], size=20)[0]
+        announced = grpo_zero3.rollout_costs(engine, 0, places, 20)
+        answers[f"{name}, many"] = {
+            "same": found == rollout(engine, run, None, 4)[0],
+            "gathered": [seen["gathered"][-1], announced["gathered_bytes_per_token"]],
+            "exchanged": seen["exchanged"][-1] / len(found) == announced["exchanged_bytes_per_token"] / 20,
+        }
         # a prompt of one token, beside other ranks' longer ones, is no token that is decoded
         places, short = [], [[5], [7]] if run.rank == 0 else [[5, 6, 7], [8, 9]]
         rollout(engine, run, 0, 2, places)

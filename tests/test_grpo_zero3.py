@@ -218,6 +218,8 @@ def test_on_three_ranks_too(mode, three):
         assert sum(answer["gathered"][1:]) == 0
         assert (answer["exchanged"][1] > 0) == (not mode.endswith("all"))
         assert answers[f"{name}, short prompts"]
+        many = answers[f"{name}, many"]
+        assert many["same"] and many["exchanged"] and many["gathered"][0] == many["gathered"][1] > 0
         for mutation in (grpo_worker.other_ranks_rows, grpo_worker.stale_inputs):
             assert answers[f"{name}, {mutation.__name__}"] != expected
 

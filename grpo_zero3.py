@@ -1128,18 +1128,12 @@ class Rollouts:
         size = args.per_device_train_batch_size
         self.costs = rollout_costs(engine, budget_bytes(args), self.places, size)
         if run.first:
-            mib = {name: f"{count / 2**20:.1f} MiB" for name, count in self.costs.items()}
-            show_lines(
-                [
-                    (
-                        "rollouts",
-                        f"{mib['resident_bytes']} of weights stay whole on each rank; "
-                        f"{mib['prompt_gathered_bytes']} come in for the prompts; for each token of all "
-                        f"{size} completions {mib['gathered_bytes_per_token']} are gathered and "
-                        f"{mib['exchanged_bytes_per_token']} exchanged",
-                    )
-                ]
+            mib = [f"{count / 2**20:.1f} MiB" for count in self.costs.values()]
+            text = (
+                f"{mib[0]} of weights stay whole on each rank; {mib[1]} come in for the prompts; for each token "
+                f"of all {size} completions {mib[2]} are gathered and {mib[3]} exchanged"
             )
+            show_lines([("rollouts", text)])
 
     def sample(self, numbers):
         """One rollout, of all ranks' prompts `numbers`: this rank's groups, rewards, and what the update and
@@ -1535,10 +1529,8 @@ def pretend_step(args, pretrained):
 
 def explore(args):
     """Count the bytes of a rollout and its update; say whether they fit, what would help, and what fits."""
-    longest, limits = (
-        args.max_prompt_length + args.max_completion_length,
-        "--max_prompt_length + --max_completion_length",
-    )
+    longest = args.max_prompt_length + args.max_completion_length
+    limits = "--max_prompt_length + --max_completion_length"
     pretrained = read_pretrained(args.model_name_or_path, longest, limits, dropout=False, config_only=True)
     check_cache(pretrained.config)
     size, group, length = args.per_device_train_batch_size, args.num_generations, args.max_completion_length

@@ -1130,8 +1130,8 @@ class Rollouts:
         if run.first:
             mib = [f"{count / 2**20:.1f} MiB" for count in self.costs.values()]
             text = (
-                f"{mib[0]} of weights stay whole on each rank; {mib[1]} come in for the prompts; for each token "
-                f"of all {size} completions {mib[2]} are gathered and {mib[3]} exchanged"
+                f"{mib[0]} of weights stay whole on each rank; {mib[1]} come in for the prompts; for each "
+                f"token of all {size} completions {mib[2]} are gathered and {mib[3]} exchanged"
             )
             show_lines([("rollouts", text)])
 

@@ -544,7 +544,7 @@ def set_kernels_and_prove(model, pairs, args, run):
         for pair in first
         for prompt, completion in (TOKENS[:2], TOKENS[2:])
     ]
-    expected = logps_alone(model, sequences) if args.check_exact else None
+    expected = logps_alone(model, sequences, run.device) if args.check_exact else None
     set_kernels(model, args, args.padding_free)
     if not args.check_exact:
         return
@@ -842,14 +842,13 @@ def explore(args):
             return largest_pair(replace(args, max_length=length))[2]
 
         most = bisect_right(range(most + 1), args.max_tokens_per_batch, lo=2, key=cost) - 1
-    prompt, completion, _ = largest_pair(args)
-    num_pairs = len(pretend_batch(args)["completion_lengths"]) // 2
+    batch = pretend_batch(args)
     return dry_run(
         DryRun(args, check_arguments, partial(pretend_step, pretrained=pretrained)),
         changes,
         others,
-        what=f"{num_pairs} pairs of a prompt of {prompt} tokens and completions of {completion}",
-        host_flag="--offload_param",
+        what=f"{len(batch['ref_logps']) // 2} pairs, {batch['input_ids'].numel()} tokens in a forward,",
+        host_flags=["--offload_param"],
         length_flag="max_length",
         most=most,
     )

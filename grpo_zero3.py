@@ -30,7 +30,6 @@ from collections import Counter, defaultdict
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from pickle import UnpicklingError
 from typing import Literal
 
 import deepspeed
@@ -107,6 +106,7 @@ from common.sharding import (
     set_liger_kernels,
     trained,
     try_to_write,
+    unreadable_refused,
     wrap_layers,
     write_pretrained,
 )
@@ -525,7 +525,8 @@ def travel(group, size):
     weights = [part.weight for part in group]
     world, width = dist.get_world_size(weights[0].ds_process_group), weights[0].ds_shape[1]
     out = sum(weight.ds_shape[0] for weight in weights)
-    return size * (world * width + out) >= out * width
+    results = 0 if isinstance(group[0], torch.nn.Embedding) else out  # its rows come back, of `width` each
+    return size * (world * width + results) >= out * width
 
 
 def exchange(x, rows):
@@ -1289,16 +1290,13 @@ def save_training_state(folder, engine):
 def load_training_state(folder, engine):
     """Restore weights, moments and this rank's random states."""
     decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
-    # DeepSpeed's files are pickled: read from them tensors, plain values and these two, and run no other code
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     # not strict: what is frozen is not in there, and the run has seen that nothing else is missing
     options = {"load_module_strict": False, "load_lr_scheduler_states": False}
+    # DeepSpeed's files are pickled: read from them tensors, plain values and these two, and run no other code
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
-        with torch.serialization.safe_globals([ZeroStageEnum, LossScaler]):
+        with unreadable_refused(folder), torch.serialization.safe_globals([ZeroStageEnum, LossScaler]):
             _, state = engine.load_checkpoint(str(folder), "zero3", **options)
-    except (UnpicklingError, RuntimeError) as error:
-        reason = str(error).split("\n")[0]
-        raise Refusal(f"{folder} cannot be read: {reason} Take another checkpoint.") from error
     finally:
         del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
     for group, weight_decay in zip(engine.optimizer.param_groups, decays):
@@ -1403,6 +1401,8 @@ def main(args):
 
         save_model(run, engine, pretrained)
         moments = {"rollout_weights": rollouts.most_whole_bytes, "peak": peak_memory_bytes(run.device)}
+        if offload:
+            moments["on_host"] = offload.step_host_bytes
         rows = ledger(held_bytes(engine) | moments, "allocated on CUDA, resident on a CPU")
         lines = [describe_rewards(args.output_dir)] if run.first else []
         return run.finish(prompts.data, rows, offload and offload.report(), lines)
@@ -1543,11 +1543,11 @@ def explore(args):
         "--no_ds3_gather_for_generation": none,
         "--offload_optimizer": {"offload_optimizer": True},
         "--offload_optimizer --offload_param": {"offload_optimizer": True, "offload_param": True},
-        **more_ranks(args),
     }
     others = {
         "--gather_budget_gib 1": {"gather_budget_gib": 1.0, "ds3_gather_for_generation": True},
         f"--per_device_train_batch_size {group}": {"per_device_train_batch_size": min(size, group)},
+        **more_ranks(args),
     }
     most = (max_positions(pretrained.config)[0] or 2**17) - args.max_prompt_length
     if args.max_tokens_per_batch:  # which has to hold a group
@@ -1557,7 +1557,7 @@ def explore(args):
         changes,
         others,
         what=f"{size} completions of {length} tokens, {group} of each prompt of {args.max_prompt_length},",
-        host_flag="--offload_optimizer --offload_param",
+        host_flags=["--offload_optimizer", "--offload_optimizer --offload_param"],
         length_flag="max_completion_length",
         most=most,
     )

@@ -454,7 +454,7 @@ def set_kernels_and_prove(model, rows, args, run):
         whole = rows.examples[example]["input_ids"][start:stop]
         ids.append(proof_tokens(whole, model.config, args.max_length))
     sequences = [(each, min(len(each) - 1, NUM_TOKENS)) for each in ids]
-    expected = logps_alone(model, sequences) if args.check_exact else None
+    expected = logps_alone(model, sequences, run.device) if args.check_exact else None
     set_kernels(model, args, is_flat(args))
     if not args.check_exact:
         return
@@ -646,7 +646,7 @@ def explore(args):
         changes,
         others,
         what=f"{size} x {args.max_length} tokens in a forward",
-        host_flag="--offload_param",
+        host_flags=["--offload_param"],
         length_flag="max_length",
         most=max_positions(pretrained.config)[0] or args.max_length,
     )

@@ -10,12 +10,14 @@ needs the right to mount one (`unshare -rm` gives it).
 """
 
 import contextlib
+import json
 import os
 import random
 import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -31,6 +33,7 @@ from harness import ROOT, parse, write
 import dpo_padding_free
 import grpo_zero3
 import sft_packing
+from common.folders import CHECKPOINT
 from common.plot import read_metrics
 from common.run import run_script
 
@@ -45,6 +48,7 @@ FLAGS = {  # of runs of a few seconds on the demo's model and data
 FLAGS["grpo_zero3"] += ["--max_completion_length=8", "--no_ds3_gather_for_generation"]
 CLOCK = ("seconds", "_per_second", "peak_memory_bytes")  # what differs between two equal runs
 TIMEOUT_S, RANK_TIMEOUT_S = 300, 10
+MOUNT = ["mount", "-t", "tmpfs", "-o"]
 
 
 # --- Processes ---
@@ -110,14 +114,25 @@ def start(script, words, log, ranks=1):
     return Started(pids, log)
 
 
+def contents(file):
+    """{name: bytes} of a safetensors file, whose header may name them in any order."""
+    content = file.read_bytes()
+    [size] = struct.unpack("<Q", content[:8])
+    header, data = json.loads(content[8 : 8 + size]), content[8 + size :]
+    return {name: data[slice(*x["data_offsets"])] for name, x in header.items() if name != "__metadata__"}
+
+
 def outcome(folder):
-    """What a finished run left: steps without what the clock says, weights, names of all files."""
+    """What a finished run left: steps without what the clock says; weights, and of SFT and DPO what the last
+    checkpoint holds in fp32; names of all files, whole checkpoints aside.
+    """
     steps = [
         {name: value for name, value in step.items() if not any(word in name for word in CLOCK)}
         for step in read_metrics(folder)
     ]
-    files = sorted(path.name for path in folder.iterdir())
-    return steps, (folder / "model.safetensors").read_bytes(), files
+    tensors = [folder / "model.safetensors", *sorted(folder.glob(f"checkpoint-{STEPS}/*.safetensors"))]
+    files = sorted(path.name for path in folder.iterdir() if not CHECKPOINT.fullmatch(path.name))
+    return steps, [contents(file) for file in tensors], files
 
 
 def difference(found, expected):
@@ -145,14 +160,15 @@ class Target:
         self.go(self.folder / "undisturbed").check()
         self.seconds, self.expected = time.monotonic() - started, outcome(self.folder / "undisturbed")
 
-    def go(self, folder=None):
+    def go(self, folder=None, *words):
         """Start the run, or go on with it from its latest checkpoint."""
         folder = folder or self.run_folder
-        words = [f"--output_dir={folder}", *FLAGS[self.script]]
+        words = [f"--output_dir={folder}", *FLAGS[self.script], *words]
         if list(folder.glob("checkpoint-*/progress.json")):
             words.append("--resume_from_checkpoint=latest")
         elif folder.exists():
             words.append("--overwrite_output_dir")
+        self.log.write_text("")
         self.started = start(self.script, words, self.log, self.ranks)
         return self
 
@@ -165,10 +181,15 @@ class Target:
         return (self.run_folder / "summary.json").exists()
 
     def differs(self):
-        """After the last start of the run: how its outcome differs; the folder is free again."""
-        found = difference(outcome(self.run_folder), self.expected)
-        shutil.rmtree(self.run_folder)
-        return found
+        """Let the run come to its end: how its outcome differs, or None; the folder is free again."""
+        try:
+            if not self.finished():
+                self.go().check()
+            return difference(outcome(self.run_folder), self.expected)
+        except (RuntimeError, OSError) as error:
+            return f"{type(error).__name__}: {error}"
+        finally:
+            shutil.rmtree(self.run_folder)
 
 
 # --- What happens to them ---
@@ -182,34 +203,48 @@ def disturbed(target, times, disturb):
     Returns: how many starts were disturbed; how many runs came to their end; what was wrong, as lines.
     """
     done, ended, wrong = 0, 0, []
-    while done < times:
-        target.go()
+    for _ in range(20 * times):
         problem, hit = disturb(target, random.uniform(0, target.seconds))
         wrong += [problem] if problem else []
         done += hit
-        if not hit or done == times:
-            if not target.finished():
-                target.go().check()
+        if not hit or done == times or target.finished():
             problem, ended = target.differs(), ended + 1
             wrong += [problem] if problem else []
-    return {"disturbed": done, "runs": ended, "wrong": wrong}
+        if done == times:
+            return {"disturbed": done, "runs": ended, "wrong": wrong}
+    return {"disturbed": done, "runs": ended, "wrong": [*wrong, f"{done} of {times} were disturbed"]}
 
 
 def killed(target, seconds):
+    target.go()
     time.sleep(seconds)
     target.started.kill()
     codes = target.started.wait()
-    return None, any(code == -signal.SIGKILL for code in codes)
+    hit = -signal.SIGKILL in codes
+    # where one rank dies a moment before the other, a collective of that one breaks off
+    right = set(codes) <= {0, 1, -signal.SIGKILL} if hit else codes == [0] * target.ranks
+    return None if right else f"SIGKILL: codes {codes}: {target.log.read_text()[-300:]}", hit
 
 
 def terminated(target, seconds):
-    """On one rank; before the run can take the signal, it ends it."""
+    """All ranks, as launchers do; but for the last step, checkpoints are those of the signal."""
+    target.go(None, f"--save_steps={STEPS}", "--collective_timeout_s=20")
     time.sleep(seconds)
-    target.started.kill(signal.SIGTERM, [random.randrange(target.ranks)])
-    codes = target.started.wait()
-    if codes != [0] * target.ranks and -signal.SIGTERM not in codes:
-        return f"SIGTERM: codes {codes}", True
-    return None, not target.finished()
+    target.started.kill(signal.SIGTERM)
+    codes, said = target.started.wait(), target.log.read_text()
+    if "SIGTERM: saved checkpoint-" in said:
+        return None if codes == [0] * target.ranks else f"SIGTERM: codes {codes}", True
+    if target.finished():
+        return None if codes == [0] * target.ranks else f"SIGTERM: codes {codes}", False
+    # before the first step, whose start is said, a process may just end
+    early = "\nrun       " not in said and -signal.SIGTERM in codes
+    return None if early else f"SIGTERM: codes {codes}: {said[-300:]}", True
+
+
+def may_mount():
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run([*MOUNT, "size=1m", "tmpfs", folder], capture_output=True)
+        return done.returncode == 0 and subprocess.run(["umount", folder]).returncode == 0
 
 
 def disk_full(target, rng):
@@ -217,19 +252,18 @@ def disk_full(target, rng):
     used = sum(path.stat().st_size for path in (target.folder / "undisturbed").rglob("*") if path.is_file())
     target.run_folder.mkdir()
     size = int(rng.uniform(0.05, 1.0) * used)
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(target.run_folder)]
-    subprocess.run(mount, check=True, capture_output=True)
+    subprocess.run([*MOUNT, f"size={size}", "tmpfs", str(target.run_folder)], check=True)
     try:
-        target.log.write_text("")
         codes = target.go().started.wait()
         said = "can no longer be written" in target.log.read_text()
-        wrong = (
-            None if (set(codes) == {2} and said) or codes == [0] * target.ranks else f"disk: codes {codes}"
-        )
+        full = 2 in codes and set(codes) <= {1, 2} and said  # the other rank may lose a collective
+        wrong = None if full or codes == [0] * target.ranks else f"disk: codes {codes}"
         subprocess.run(["mount", "-o", "remount,size=1g", str(target.run_folder)], check=True)
         if not target.finished():
             target.go().check()
         return wrong or difference(outcome(target.run_folder), target.expected)
+    except RuntimeError as error:
+        return str(error)
     finally:
         subprocess.run(["umount", str(target.run_folder)], check=True)
         shutil.rmtree(target.run_folder)
@@ -243,7 +277,11 @@ def rank_lost(target, which, rng):
     words = [*FLAGS[target.script], f"--output_dir={target.run_folder}"]
     words += [f"--collective_timeout_s={RANK_TIMEOUT_S}", "--max_steps=100000"]
     begun = start(target.script, words, target.log, target.ranks)
+    until = time.monotonic() + 120
     while not (target.run_folder / "metrics.jsonl").exists():
+        if time.monotonic() > until:
+            begun.kill()
+            return f"no step within two minutes: codes {begun.wait()}"
         time.sleep(0.05)
     time.sleep(rng.uniform(0, 2))
     lost = rng.randrange(target.ranks)
@@ -302,14 +340,17 @@ def main():
         shares = [len(range(i, options.kills, len(targets))) for i in range(len(targets))]
         for target, share in zip(targets, shares):
             done = disturbed(target, share, killed)
-            name = f"SIGKILL of all ranks, {target.script}.py, {target.ranks} ranks"
+            name = f"SIGKILL, {target.script}.py, {target.ranks} ranks"
             report(name, done["disturbed"], done["wrong"], runs=done["runs"])
         shares = [len(range(i, options.terms, len(targets))) for i in range(len(targets))]
         for target, share in zip(targets, shares):
             done = disturbed(target, share, terminated)
-            name = f"SIGTERM of one rank, {target.script}.py, {target.ranks} ranks"
+            name = f"SIGTERM, {target.script}.py, {target.ranks} ranks"
             report(name, done["disturbed"], done["wrong"], runs=done["runs"])
-        for i in range(options.disks):
+        disks = options.disks if may_mount() else 0
+        if disks < options.disks:
+            report("full disk: not run, no right to mount one", 0, [])
+        for i in range(disks):
             target = targets[i % len(targets)]
             wrong = disk_full(target, random)
             report(f"full disk, {target.script}.py, {target.ranks} ranks", 1, [wrong] if wrong else [])

@@ -102,7 +102,7 @@ def rollout(engine, budget, streams, prompts, args, run, counter):
     """
     clock = Clock(run.device)
     in_place = patch.object(grpo_zero3, "shard_rows", lambda _: None) if streams else nullcontext()
-    with in_place, generation_weights(engine, budget) as model:
+    with in_place, generation_weights(engine, budget, size=len(prompts)) as model:
         with counter, patch.object(run, "watch", clock.note):  # told of each token
             completions = generate(model, prompts, args, run, end_ids=[])[0]
     clock.note()

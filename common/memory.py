@@ -30,7 +30,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 from tqdm import tqdm
 
-from common import Refusal
+from common import Refusal, refuse
 from common.exactness import refusals_of
 from common.logps import two_chunks_only
 
@@ -390,8 +390,8 @@ def count_step(step, batches, model, optimizer, offload=None, others=(), state_o
 def single_changes(args, switches, size, others):
     """What `dry_run` may change: {what one would type: {flag: value}}.
 
-    Args:    switches: flags to turn on, the cheapest first; the host's memory and more ranks come last.
-             size: sequences in a forward. others: numbers to halve.
+    Args:    switches: flags to turn on, the cheapest first; the host's memory comes last. size: sequences in
+             a forward. others: numbers to halve.
     Returns: changes that leave the step what it is, the cheapest first; and those that do not.
     """
     last = ("activation_offloading", "offload_param")
@@ -403,7 +403,7 @@ def single_changes(args, switches, size, others):
         changes[text] = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": forwards}
     changes |= {f"--{name}": {name: True} for name in last}
     halves = {name: getattr(args, name) // 2 for name in others if getattr(args, name)}
-    return changes | more_ranks(args), {f"--{name} {half}": {name: half} for name, half in halves.items()}
+    return changes, {f"--{name} {half}": {name: half} for name, half in halves.items()} | more_ranks(args)
 
 
 def more_ranks(args):
@@ -427,15 +427,24 @@ class DryRun:
         self.usable = None
         if args.gpu_memory_gib is not None:
             self.usable = args.gpu_memory_gib * GIB * (1 - GAPS) - CONTEXT_BYTES
+            small = (
+                f"--gpu_memory_gib {args.gpu_memory_gib:g}: {CONTEXT_BYTES / GIB:g} GiB are left free for "
+            )
+            refuse(self.usable <= 0, f"{small}what is not counted, and then there is nothing: give more.")
 
     def counts(self, change):
         """counts and moment with {flag: value} changed; None where that is refused, or changes nothing."""
         changed = replace(self.args, **change)
+        useless = change and changed == self.args or not self.allows(change)
+        return None if useless else self._counted(changed)
+
+    def allows(self, change):
+        """Whether the script takes {flag: value}."""
         try:
-            self.check(changed)
+            self.check(replace(self.args, **change))
         except Refusal:
-            return None
-        return None if change and changed == self.args else self._counted(changed)
+            return False
+        return True
 
     def _counted(self, args):
         key = repr(args)
@@ -454,13 +463,14 @@ class DryRun:
                 found[text] = peak - self.peak(change)
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
-    def state(self):
-        """Bytes that are held throughout a step, whatever the batch."""
-        return sum(self.counts({})[0].get(name, 0) for name in STATE)
+    def state(self, change=()):
+        """Bytes that are held throughout a step, however short the sequences."""
+        counts = self.counts(dict(change))
+        return sum(counts[0].get(name, 0) for name in STATE) if counts else math.inf
 
-    def cheapest_set(self, changes, host_flag):
+    def cheapest_set(self, changes, host_flags):
         """The first of `changes`, from the cheapest on, that fit together; without those that need not be.
-        Where the state alone does not fit, it goes to the host first: nothing else would help.
+        Where the state alone does not fit, the first of host_flags comes first with which it does.
 
         Returns: what one would type; None where all of them do not fit.
         """
@@ -471,7 +481,12 @@ class DryRun:
         def fits(texts):
             return self.counts(together(texts)) and self.peak(together(texts)) <= self.usable
 
-        first = [host_flag] if self.state() > self.usable and host_flag in changes else []
+        first = []
+        if self.state() > self.usable:
+            helping = [
+                text for text in host_flags if text in changes and self.state(changes[text]) <= self.usable
+            ]
+            first = helping[:1]
         taken = []
         for text in tqdm([*first, *(text for text in changes if text not in first)], "Sets", leave=False):
             if self.counts(together([*taken, text])):
@@ -488,11 +503,12 @@ class DryRun:
     def longest(self, flag, most):
         """The largest value of `flag`, up to `most`, with which a step fits; 0 for none."""
         lengths = [*range(64, most, 64), most]  # growing, and the peak with them
+        lengths = [length for length in lengths if self.allows({flag: length})]
 
         def peak_at(length):
             return self._counted(replace(self.args, **{flag: length}))[0]["peak"]
 
-        if peak_at(lengths[0]) > self.usable:
+        if not lengths or peak_at(lengths[0]) > self.usable:
             return 0
         return lengths[bisect.bisect_right(lengths, self.usable, lo=1, key=peak_at) - 1]
 
@@ -502,11 +518,8 @@ def gibibytes(num_bytes):
     return f"{num_bytes / GIB:.2f} GiB ({num_bytes / 1e9:.1f} GB)"
 
 
-def answer(found, what, host_flag):
-    """Sentences: what a step takes, whether that fits, and what cannot be made smaller.
-
-    Args: found: a DryRun; host_flag: what moves the state to the host.
-    """
+def answer(found, what, host_flags):
+    """Sentences: what a step takes, whether that fits, and what cannot be made smaller; see `dry_run`."""
     args, (counts, moment) = found.args, found.counts({})
     world, ranks = args.dry_run_world_size, "rank" if args.dry_run_world_size == 1 else "ranks"
     yield f"A step over {what} takes {gibibytes(counts['peak'])} on each of {world} {ranks}, {moment}."
@@ -521,19 +534,19 @@ def answer(found, what, host_flag):
     if found.state() > found.usable:
         ranks = math.ceil(found.state() * world / found.usable)
         yield (
-            f"Weights, gradients and optimizer alone take {gibibytes(found.state())}, whatever else is "
-            f"changed: {ranks} ranks at least, or {host_flag}."
+            f"Weights, gradients and optimizer alone take {gibibytes(found.state())}, however short the "
+            f"sequences are: {ranks} ranks at least, or {' or '.join(host_flags)}."
         )
 
 
-def dry_run(found, changes, others, *, what, host_flag, length_flag, most):
+def dry_run(found, changes, others, *, what, host_flags, length_flag, most):
     """Print what a step takes, whether that fits, and what would help; then the ledger, single changes, and
     the longest sequences that fit.
 
     Args:    found: a DryRun. changes, others: {what one would type: {flag: value}}, the cheapest first, that
-             leave the step what it is, and that do not. what: the batch that is counted. host_flag: what
-             moves the state to the host. length_flag: the flag whose largest fitting value --gpu_memory_gib
-             asks for; most: its largest value.
+             leave the step what it is, and that do not. what: the batch that is counted. host_flags: those of
+             the changes that move state to the host. length_flag: the flag whose largest fitting value
+             --gpu_memory_gib asks for; most: its largest value.
     Returns: args, ledger; savings: see DryRun; length_flag; fits, cheapest_set, longest: None without
              --gpu_memory_gib.
     """
@@ -542,7 +555,7 @@ def dry_run(found, changes, others, *, what, host_flag, length_flag, most):
         print(textwrap.fill(text, shutil.get_terminal_size((WIDTH, 24)).columns), flush=True)
 
     args, (counts, moment) = found.args, found.counts({})
-    for sentence in answer(found, what, host_flag):
+    for sentence in answer(found, what, host_flags):
         say(sentence)
     rows, fits, cheapest, longest = ledger(counts, moment), None, None, None
     name = Path(args.model_name_or_path).name
@@ -550,10 +563,10 @@ def dry_run(found, changes, others, *, what, host_flag, length_flag, most):
     if found.usable is not None:
         fits = counts["peak"] <= found.usable
         if not fits:
-            cheapest = found.cheapest_set(changes, host_flag)
+            cheapest = found.cheapest_set(changes, host_flags)
             say(f"Cheapest flags with which it fits: {' '.join(cheapest) if cheapest else 'none'}.")
         longest = found.longest(length_flag, most)
-        limit = " (all that the model takes)" if longest == most else ""
+        limit = " (the longest that was tried)" if longest == most else ""
         say(f"Longest --{length_flag} that fits with the flags as they are: {longest or 'none'}{limit}.")
     savings = found.savings(changes | others)
     lines = ["single changes, at the peak (GiB)"] if savings else []

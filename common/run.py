@@ -240,7 +240,7 @@ class TensorBoard:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
-    def close(self):
+    def close(self, failed):
         self.writer.close()
 
 
@@ -255,8 +255,9 @@ class Service:
     def log(self, step, values):
         self.module.log(values, step=step)
 
-    def close(self):
-        self.module.finish()
+    def close(self, failed):
+        # trackio knows no exit code
+        self.module.finish(**({"exit_code": 1} if failed and self.module.__name__ == "wandb" else {}))
 
 
 TRACKERS = {
@@ -267,7 +268,7 @@ TRACKERS = {
 
 
 def tracker_names(report_to):
-    return [] if report_to == "none" else report_to.split(",")
+    return [] if report_to == "none" else list(dict.fromkeys(report_to.split(",")))
 
 
 def check_trackers(report_to):
@@ -391,7 +392,7 @@ class Run:
     def __exit__(self, *error):
         if self.bar is not None:
             self.bar.close()  # an error's message would stand behind it
-        self._tell_trackers("close")
+        self._tell_trackers("close", error[0] is not None)
         if is_of_a_collective(error[1]):
             broke = "a collective broke off: another rank is gone, whose own message may say why."
             print(f"rank {self.rank}: {self.watchdog.phase}: {broke}", file=sys.stderr, flush=True)
@@ -512,8 +513,8 @@ class Run:
         """Before the first step: clear the output folder of what is not this run's, and say what begins."""
         with self.together():
             if self.first:
+                self._start_trackers()  # one that cannot start leaves the folder as it was
                 prepare_output_dir(self.args.output_dir, self.progress["step"], keep)
-                self._start_trackers()
                 what = f"{self.name}, {self.total_steps - self.progress['step']} steps on {self.hardware}"
                 show_lines([("run", what), *describe_start(self.args, data, self.total_steps)])
         done = self.progress["step"]
@@ -580,7 +581,8 @@ class Run:
             return
         with open(Path(self.args.output_dir) / "metrics.jsonl", "a") as file:
             file.write(json.dumps(self.metrics) + "\n")
-        self._tell_trackers("log", metrics["step"], self.metrics)
+        values = {name: value for name, value in self.metrics.items() if name != "step"}
+        self._tell_trackers("log", metrics["step"], values)
         self.bar.update()
         evaluated = [f"{name} {x:.4f}" for name, x in metrics.items() if name.startswith("eval_")]
         if evaluated:

@@ -10,9 +10,11 @@ import json
 import logging
 import os
 import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -21,7 +23,6 @@ import torch.distributed.checkpoint as dcp
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -48,7 +49,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from common import Refusal, refuse
 from common.attention import register_varlen_attention
 from common.folders import commit_files, fresh_folder
-from common.run import FILES, MEMORY, TRAINING, RunArguments, check_run_arguments, flag
+from common.run import FILES, MEMORY, TRAINING, RunArguments, check_run_arguments, flag, is_of_a_collective
 
 
 @dataclass
@@ -542,22 +543,34 @@ def load_training_state(run, model, optimizer):
     """
     run.watch("loading the checkpoint")
     reader = HuggingFaceStorageReader(str(run.checkpoint))
-    logging.disable(logging.WARNING)  # torch would log a traceback beside the error that it raises
-    try:
+    with unreadable_refused(run.checkpoint):
         dcp.load(training_state(model, optimizer), storage_reader=reader)
-    except (CheckpointException, SafetensorError, OSError, ValueError) as error:
-        failures = getattr(error, "failures", None) or {0: (error, None)}  # of each rank
-        reason = " ".join(str(next(iter(failures.values()))[0]).split())
-        raise Refusal(f"{run.checkpoint} cannot be read: {reason}; take another checkpoint.") from error
-    finally:
-        logging.disable(logging.NOTSET)
     _set_steps(optimizer, run.progress["updates"])
     file = run.checkpoint / f"random_state_{run.rank}.rng"
-    if file.exists():
-        random_state = load_file(file)
-        torch.set_rng_state(random_state["cpu"])
-        if "cuda" in random_state and torch.cuda.is_available():
-            torch.cuda.set_rng_state(random_state["cuda"])
+    with run.together(), unreadable_refused(run.checkpoint):
+        if file.exists():
+            random_state = load_file(file)
+            torch.set_rng_state(random_state["cpu"])
+            if "cuda" in random_state and torch.cuda.is_available():
+                torch.cuda.set_rng_state(random_state["cuda"])
+
+
+@contextmanager
+def unreadable_refused(checkpoint):
+    """Whatever goes wrong as a damaged checkpoint is read, each library has an error of its own for it."""
+    logging.disable(logging.WARNING)  # torch would log a traceback beside the error that it raises
+    try:
+        yield
+    except Exception as error:
+        if is_of_a_collective(error) or isinstance(error, torch.OutOfMemoryError):
+            raise
+        first = next(iter(getattr(error, "failures", {0: (error, None)}).values()))[0]  # of the ranks
+        reason = f"{type(first).__name__}: {' '.join(str(first).split())[:200]}"
+        if isinstance(first, UnpicklingError):  # torch's words name a way to run the code all the same
+            reason = "it holds more than tensors and plain values"
+        raise Refusal(f"{checkpoint} cannot be read; take another checkpoint. ({reason})") from error
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 # --- The final model, in Hugging Face format ---

@@ -956,6 +956,45 @@ def test_another_number_of_ranks_is_refused(base, worker, tmp_path):
     assert_refused(folder, base | HALF | GRADUAL | RESUME, message)
 
 
+class Evil:
+    """Would make a file as it is unpickled."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return open, (str(self.file), "w")
+
+
+def test_a_damaged_checkpoint_is_refused_and_runs_no_code(base, tmp_path):
+    flags, out, ran = (
+        {**base, "max_steps": 2, "eval_dataset_name": None, "eval_steps": None},
+        {},
+        tmp_path / "ran",
+    )
+    run(tmp_path / "run", flags, save_steps=1)
+    for name, pattern in (("model", "*model_states.pt"), ("optimizer", "*optim_states.pt")):
+        for damage in ("evil", "half", "empty", "missing"):
+            folder = tmp_path / f"{name} {damage}"
+            shutil.copytree(tmp_path / "run/checkpoint-1", folder / "checkpoint-1")
+            [file] = folder.rglob(pattern)
+            content = file.read_bytes()
+            if damage == "evil":
+                torch.save({"module": Evil(ran), "optimizer_state_dict": Evil(ran)}, file)
+            elif damage == "missing":
+                file.unlink()
+            else:
+                file.write_bytes(content[: len(content) // 2 if damage == "half" else 0])
+            with pytest.raises(
+                Refusal, match="checkpoint-1 cannot be read; take another checkpoint"
+            ) as raised:
+                run(folder, flags, resume_from_checkpoint="latest")
+            out[name, damage] = str(raised.value)
+    assert not ran.exists()
+    for name in ("model", "optimizer"):
+        assert out[name, "evil"].endswith("(it holds more than tensors and plain values)")
+
+
 def test_a_broken_reward_stops_the_run_and_is_named(base, tmp_path):
     rows = [{"prompt": text} for text in ("abcde", "bcd", "cdef", "defgh")]
     flags = {**base, "dataset_name": write_jsonl(tmp_path / "prompts.jsonl", rows)}

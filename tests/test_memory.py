@@ -274,7 +274,7 @@ def test_a_configuration_is_enough_and_nothing_is_left_behind(tmp_path, capsys, 
 def explored(count, gpu_memory_gib, changes=None, most=1024, capsys=None, **flags):
     args = Arguments(gpu_memory_gib=gpu_memory_gib, dry_run=True, **flags)
     steps = memory.DryRun(args, sft_packing.check_arguments, lambda args: ({"peak": count(args)}, "never"))
-    words = {"what": "a row", "host_flag": "--offload_param", "length_flag": "max_length", "most": most}
+    words = {"what": "a row", "host_flags": ["--offload_param"], "length_flag": "max_length", "most": most}
     found = memory.dry_run(steps, changes or {}, {}, **words)
     return found, capsys.readouterr().out
 
@@ -342,7 +342,7 @@ def test_where_the_state_does_not_fit_the_host_comes_first(capsys):
 
     args = Arguments(gpu_memory_gib=(20 + 1.0001) / 0.95, dry_run=True)
     found = memory.DryRun(args, sft_packing.check_arguments, count)
-    assert found.cheapest_set(CHANGES, "--offload_param") == ["--activation_offloading", "--offload_param"]
+    assert found.cheapest_set(CHANGES, ["--offload_param"]) == ["--activation_offloading", "--offload_param"]
     assert all(each.offload_param for each in tried[1:4])
 
 
@@ -351,12 +351,12 @@ def test_what_no_flag_makes_smaller_is_said(monkeypatch, capsys):
     counts = {"parameters": 20 * GIB, "gradients": 20 * GIB, "optimizer": 40 * GIB, "peak": 90 * GIB}
     args = Arguments(gpu_memory_gib=80.0, dry_run=True)
     steps = memory.DryRun(args, sft_packing.check_arguments, lambda args: (counts, "in a backward"))
-    words = {"what": "a row", "host_flag": "--offload_param", "length_flag": "max_length", "most": 128}
+    words = {"what": "a row", "host_flags": ["--offload_param"], "length_flag": "max_length", "most": 128}
     memory.dry_run(steps, {}, {}, **words)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "A step over a row takes 90.00 GiB (96.6 GB) on each of 1 rank, in a backward."
     assert lines[1].startswith("It does not fit into 80.00 GiB (85.9 GB), of which 5.0 GiB are left free")
-    assert lines[2].startswith("Weights, gradients and optimizer alone take 80.00 GiB (85.9 GB), whatever")
+    assert lines[2].startswith("Weights, gradients and optimizer alone take 80.00 GiB (85.9 GB), however")
     assert lines[2].endswith("2 ranks at least, or --offload_param.")
 
 

@@ -44,7 +44,9 @@ said([each["wrong"] for each in found])
 target = soak.Target("sft_packing", 1, scratch)
 steps, weights, files = target.expected
 assert len(steps) == soak.STEPS
-changed = weights[:-1] + bytes([weights[-1] ^ 1])
+assert len(weights) == 2 and len(weights[1]) > 2 * len(weights[0])  # the model; a checkpoint, with moments
+name, content = next(iter(weights[1].items()))
+changed = [weights[0], weights[1] | {name: bytes([content[0] ^ 1]) + content[1:]}]
 others = [(steps[1:], weights, files), (steps, changed, files), (steps, weights, [*files, "x.tmp"])]
 others.append(([{**steps[0], "loss": 0.0}, *steps[1:]], weights, files))
 said([soak.difference(other, target.expected) for other in others])

@@ -2,13 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import alone_on_the_cpu, assert_same_bits, read_run, run, small_run
+from helpers import alone_on_the_cpu, assert_refused, assert_same_bits, read_run, run, small_run
 
 import sft_packing
 from common import Refusal
@@ -49,7 +50,8 @@ def test_tensorboard_holds_every_metric_of_every_step(flags, done, tmp_path):
             found.setdefault(event.step, {})[name] = event.value
     ledger = {f"ledger/{row['name']}": row["bytes"] for row in tracked.returned["ledger"]}
     for step in tracked.metrics:
-        assert found[step["step"]] == pytest.approx(step | (ledger if step["step"] == 3 else {}), rel=1e-6)
+        number = step.pop("step")
+        assert found[number] == pytest.approx(step | (ledger if number == 3 else {}), rel=1e-6)
     assert TRACKED | {"eval_loss"} < tracked.metrics[1].keys()
     arguments = events.Tensors("arguments/text_summary")[0].tensor_proto.string_val[0]
     assert json.loads(arguments) == tracked.returned["args"]
@@ -95,7 +97,7 @@ class Failing:
         if step > 1:
             raise ConnectionError("gone")
 
-    def close(self):
+    def close(self, failed):
         raise AssertionError("it was left out")
 
 
@@ -113,14 +115,19 @@ def test_a_tracker_that_fails_is_said_once_and_the_run_goes_on(flags, done, tmp_
     assert capsys.readouterr().err.count("--report_to wandb failed, and is left out from here on") == 1
 
 
-def test_a_tracker_that_cannot_start_or_is_not_there_is_refused(flags, tmp_path, monkeypatch):
+def test_a_tracker_that_cannot_start_or_is_not_there_is_refused(flags, done, tmp_path, monkeypatch):
+    """And the run whose place it would have taken is left as it was."""
+
     def cannot(args):
         raise ConnectionError("no key")
 
     with monkeypatch.context() as patch:
         patch.setitem(harness.TRACKERS, "wandb", cannot)
-        with pytest.raises(Refusal, match="--report_to wandb cannot start: ConnectionError: no key"):
-            run(sft_packing, tmp_path / "run", flags, report_to="tensorboard,wandb")
+        folder = shutil.copytree(done, tmp_path / "run")
+        message = "--report_to wandb cannot start: ConnectionError: no key"
+        assert_refused(
+            sft_packing, folder, {**flags, "overwrite_output_dir": True, "report_to": "wandb"}, message
+        )
     # before anything is loaded
     monkeypatch.setattr(sft_packing, "read_pretrained", None)
     monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)

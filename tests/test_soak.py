@@ -21,15 +21,11 @@ def said(wrong):
     print("wrong:", wrong)
 """
 PARTS = {
-    "killed": """
+    "disturbed": """
 target = soak.Target("sft_packing", 1, scratch)
-done = soak.disturbed(target, 4, soak.killed)
-assert done["disturbed"] == 4 and done["runs"] >= 1, done
-said(done["wrong"])
-""",
-    "terminated": """
-target = soak.Target("dpo_padding_free", 1, scratch)
-said(soak.disturbed(target, 2, soak.terminated)["wrong"])
+killed, ended = (soak.disturbed(target, n, how) for n, how in ((2, soak.killed), (1, soak.terminated)))
+assert killed["disturbed"] == 2 and ended["disturbed"] == 1 and killed["runs"] >= 1, (killed, ended)
+said(killed["wrong"] + ended["wrong"])
 """,
     "left": """
 target = soak.Target("sft_packing", 2, scratch)
@@ -55,8 +51,7 @@ assert bad["wrong"], bad
 """,
 }
 EXPECTED = {
-    "killed": "[]",
-    "terminated": "[]",
+    "disturbed": "[]",
     "left": "[None, None]",
     "bad": str([[]] * 8),
     "seen": "['steps [2, 3, 4, 5, 6, 7, 8]', 'weights', \"files ['x.tmp']\", \"step 1: ['loss']\"]",

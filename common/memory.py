@@ -392,7 +392,7 @@ def single_changes(args, switches, size, others):
 
     Args:    switches: flags to turn on, the cheapest first; the host's memory comes last. size: sequences in
              a forward. others: numbers to halve.
-    Returns: changes that leave the step what it is, the cheapest first; and those that do not.
+    Returns: changes that leave a step's batch what it is, the cheapest first; and those that do not.
     """
     last = ("activation_offloading", "offload_param")
     changes = {f"--{name}": {name: True} for name in switches}
@@ -544,7 +544,7 @@ def dry_run(found, changes, others, *, what, host_flags, length_flag, most):
     the longest sequences that fit.
 
     Args:    found: a DryRun. changes, others: {what one would type: {flag: value}}, the cheapest first, that
-             leave the step what it is, and that do not. what: the batch that is counted. host_flags: those of
+             leave the batch what it is, and that do not. what: the batch that is counted. host_flags: those of
              the changes that move state to the host. length_flag: the flag whose largest fitting value
              --gpu_memory_gib asks for; most: its largest value.
     Returns: args, ledger; savings: see DryRun; length_flag; fits, cheapest_set, longest: None without

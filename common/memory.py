@@ -544,8 +544,8 @@ def dry_run(found, changes, others, *, what, host_flags, length_flag, most):
     the longest sequences that fit.
 
     Args:    found: a DryRun. changes, others: {what one would type: {flag: value}}, the cheapest first, that
-             leave the batch what it is, and that do not. what: the batch that is counted. host_flags: those of
-             the changes that move state to the host. length_flag: the flag whose largest fitting value
+             leave the batch what it is, and that do not. what: the batch that is counted. host_flags: those
+             of the changes that move state to the host. length_flag: the flag whose largest fitting value
              --gpu_memory_gib asks for; most: its largest value.
     Returns: args, ledger; savings: see DryRun; length_flag; fits, cheapest_set, longest: None without
              --gpu_memory_gib.

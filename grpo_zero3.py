@@ -939,6 +939,9 @@ def deepspeed_groups(run):
     # torch 2.11 knows only the older names of some functions, by which DeepSpeed calls them as well
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+    # For a CPU's sums over ranks it would compile an extension, for minutes, and load it under a lock: a run
+    # that is killed meanwhile would leave that, and all later ones would wait for it. gloo does the same.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # takes the group that is there
     try:
         yield

@@ -280,6 +280,11 @@ def test_the_weights_are_sharded_and_hooks_that_stay_would_be_seen(worker):
         assert len(answers["launcher's words"]) == 1 and "local_rank" in answers["launcher's words"][0]
 
 
+def test_no_extension_is_compiled_for_the_sums_of_a_cpu(worker):
+    """A killed run would leave its lock, and all later ones would wait."""
+    assert "shm_comm" not in worker.output
+
+
 def test_unequal_micro_batches_hang_and_the_watchdog_says_where(worker):
     assert "nothing has moved for" in worker.output and "--collective_timeout_s 4.0" in worker.output
     assert "micro-batch 2 of 2" in worker.output or "optimizer step" in worker.output

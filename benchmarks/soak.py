@@ -362,8 +362,11 @@ def main():
         bad = bad_inputs.ALL[:: 8 if options.quick else 1]
         found = [refused(number, each, scratch) for number, each in enumerate(bad)]
         wrong = [f"{each['script']}, {each['input']}: {each['wrong']}" for each in found if each["wrong"]]
+        runs = list(cases)
         report("bad input", len(found), wrong, inputs=found)
-    write("reliability", options, None, cases, reads=())
+    if options.kills:
+        write("reliability", options, None, runs, reads=())
+    write("refusals", options, None, cases[len(runs) :], reads=())
     return int(any(each["wrong"] for each in cases))
 
 

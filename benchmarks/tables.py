@@ -168,20 +168,23 @@ def ladder(document):
 
 
 def reliability(document):
-    """What happened to runs, how often, and whether all was as it has to be; then each bad input."""
+    """What happened to runs, how often, and whether all was as it has to be."""
     rows = [
-        [
-            found["case"],
-            found["count"],
-            found.get("runs", ""),
-            "; ".join(map(str, found["wrong"])) or "nothing",
-        ]
+        [found["case"], found["count"], found.get("runs", ""), "; ".join(found["wrong"]) or "nothing"]
         for found in document["cases"]
     ]
-    inputs = [each for found in document["cases"] for each in found.get("inputs", ())]
-    refused = [[f"`{each['script']}.py`", f"`{each['input']}`", cut(each["message"])] for each in inputs]
-    table = markdown(["what happened", "times", "runs", "what was wrong"], rows)
-    return f"{table}\n\n{markdown(['script', 'bad input', 'its message'], refused, texts=3)}"
+    return markdown(["what happened", "times", "runs", "what was wrong"], rows)
+
+
+def refusals(document):
+    """Each bad input, and the line that refused it."""
+    [found] = document["cases"]
+    rows = [
+        [f"`{each['script']}.py`", f"`{each['input']}`", cut(each["message"])] for each in found["inputs"]
+    ]
+    wrong = "; ".join(found["wrong"]) or "nothing"
+    table = markdown(["script", "bad input", "its message"], rows, texts=3)
+    return f"{table}\n\n*{found['count']} bad inputs; what was wrong: {wrong}*"
 
 
 def cut(text, length=120):
@@ -200,6 +203,7 @@ DRAWN = {
     "generation": generation,
     "ladder": ladder,
     "reliability": reliability,
+    "refusals": refusals,
 }
 TABLES = {"headline": headline, **{what: partial(measured, what, draw) for what, draw in DRAWN.items()}}
 

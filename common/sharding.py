@@ -23,6 +23,7 @@ import torch.distributed.checkpoint as dcp
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -561,7 +562,7 @@ def unreadable_refused(checkpoint):
     logging.disable(logging.WARNING)  # torch would log a traceback beside the error that it raises
     try:
         yield
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # the latter is none of the former
         if is_of_a_collective(error) or isinstance(error, torch.OutOfMemoryError):
             raise
         first = next(iter(getattr(error, "failures", {0: (error, None)}).values()))[0]  # of the ranks

@@ -336,17 +336,13 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         datasets.config.HF_DATASETS_CACHE = str(scratch / "cache")
-        targets = [Target(script, ranks, scratch) for script in SCRIPTS for ranks in (1, 2)]
-        shares = [len(range(i, options.kills, len(targets))) for i in range(len(targets))]
-        for target, share in zip(targets, shares):
-            done = disturbed(target, share, killed)
-            name = f"SIGKILL, {target.script}.py, {target.ranks} ranks"
-            report(name, done["disturbed"], done["wrong"], runs=done["runs"])
-        shares = [len(range(i, options.terms, len(targets))) for i in range(len(targets))]
-        for target, share in zip(targets, shares):
-            done = disturbed(target, share, terminated)
-            name = f"SIGTERM, {target.script}.py, {target.ranks} ranks"
-            report(name, done["disturbed"], done["wrong"], runs=done["runs"])
+        under_fire = options.kills + options.terms + options.disks + options.ranks
+        targets = [Target(script, n, scratch) for script in SCRIPTS for n in (1, 2)] if under_fire else []
+        for what, times, how in (("SIGKILL", options.kills, killed), ("SIGTERM", options.terms, terminated)):
+            for i, target in enumerate(targets[:times]):
+                done = disturbed(target, len(range(i, times, len(targets))), how)
+                name = f"{what}, {target.script}.py, {target.ranks} ranks"
+                report(name, done["disturbed"], done["wrong"], runs=done["runs"])
         disks = options.disks if may_mount() else 0
         if disks < options.disks:
             report("full disk: not run, no right to mount one", 0, [])
@@ -364,7 +360,7 @@ def main():
         wrong = [f"{each['script']}, {each['input']}: {each['wrong']}" for each in found if each["wrong"]]
         runs = list(cases)
         report("bad input", len(found), wrong, inputs=found)
-    if options.kills:
+    if under_fire:
         write("reliability", options, None, runs, reads=())
     write("refusals", options, None, cases[len(runs) :], reads=())
     return int(any(each["wrong"] for each in cases))

@@ -251,7 +251,7 @@ WORDS = {
 }
 
 
-STATE = ("parameters", "reference", "gradients", "bucket", "optimizer")  # held throughout a step
+STATE = ("parameters", "reference", "gradients", "optimizer")  # held throughout, and divided by the ranks
 
 
 def move_state(counts):

@@ -61,5 +61,8 @@ if __name__ == "__main__":
     parser.add_argument("folders", nargs="+", help="output folders of runs")
     parser.add_argument("--output", default="training.png", help="the picture to write")
     options = parser.parse_args()
+    for folder in options.folders:
+        if not (Path(folder) / "metrics.jsonl").exists():
+            parser.error(f"{folder} holds no metrics.jsonl: it is no run's folder.")
     draw(options.folders, options.output)
     print(f"wrote {options.output}")

@@ -268,7 +268,8 @@ TRACKERS = {
 
 
 def tracker_names(report_to):
-    return [] if report_to == "none" else list(dict.fromkeys(report_to.split(",")))
+    names = [name.strip() for name in report_to.split(",")]
+    return [] if report_to == "none" else list(dict.fromkeys(names))
 
 
 def check_trackers(report_to):

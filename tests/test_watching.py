@@ -196,6 +196,10 @@ def test_the_command_line_draws(done, tmp_path):
     words = [sys.executable, "-m", "common.plot", str(done), "--output", str(tmp_path / "a.png")]
     process = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert process.stdout == f"wrote {tmp_path}/a.png\n" and process.stderr == ""
+    nothing = subprocess.run(
+        [*words[:3], str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert nothing.returncode == 2 and "it is no run's folder" in nothing.stderr.splitlines()[-1]
     assert (tmp_path / "a.png").stat().st_size > 5000 and len(read_metrics(done)) == 3
 
 

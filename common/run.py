@@ -384,7 +384,7 @@ class Run:
                 backend = "cpu:gloo,cuda:nccl"  # the gradients' norm is summed over ranks on the host
             dist.init_process_group(backend, timeout=timeout, **alone)
         self.sigterm = []
-        self.previous_handler = signal.signal(signal.SIGTERM, lambda *_: self.sigterm.append(True))
+        self.previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
         self.watchdog = Watchdog(self.args.collective_timeout_s, self.rank)
         self.disk = disk_errors_refused(self.args.output_dir)
         self.disk.__enter__()
@@ -404,6 +404,13 @@ class Run:
             if self.owns_group and dist.is_initialized():
                 dist.destroy_process_group()
             self.watchdog.close()  # last: leaving a group may hang as well
+
+    def _on_sigterm(self, number, frame):
+        """Note it for the end of the step; before the first one nothing could be saved: end at once."""
+        self.sigterm.append(True)
+        if self.bar is None:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     @property
     def device_name(self):

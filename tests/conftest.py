@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # DeepSpeed looks for ninja there, which is installed beside this Python
 os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["COLUMNS"] = "300"  # a terminal so wide that no text that a test looks for is wrapped
 
 import pytest
 import torch

@@ -270,6 +270,17 @@ def test_a_loss_that_is_not_finite_names_step_and_data_and_keeps_the_checkpoints
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
 
 
+def test_sigterm_before_the_first_step_ends_the_process_at_once(tmp_path):
+    """Loading, tokenising or waiting for another process: there is nothing to save yet."""
+    child = os.fork()
+    if child == 0:
+        with Run(Arguments(output_dir=str(tmp_path)), "TEST"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(20)
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+
 def test_a_tally_adds_sums_and_keeps_maxima(tmp_path):
     with Run(Arguments(output_dir=str(tmp_path)), "TEST") as run:
         tally = Tally()

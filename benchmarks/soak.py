@@ -47,7 +47,7 @@ FLAGS = {  # of runs of a few seconds on the demo's model and data
 }
 FLAGS["grpo_zero3"] += ["--max_completion_length=8", "--no_ds3_gather_for_generation"]
 CLOCK = ("seconds", "_per_second", "peak_memory_bytes")  # what differs between two equal runs
-TIMEOUT_S, RANK_TIMEOUT_S = 300, 10
+TIMEOUT_S, RANK_TIMEOUT_S = 300, 20
 MOUNT = ["mount", "-t", "tmpfs", "-o"]
 
 

@@ -7,9 +7,7 @@ run does.
 import bisect
 import math
 import resource
-import shutil
 import sys
-import textwrap
 import traceback
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
@@ -30,12 +28,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 from tqdm import tqdm
 
-from common import Refusal, refuse
+from common import Refusal, refuse, terminal_width, wrapped
 from common.exactness import refusals_of
 from common.logps import two_chunks_only
 
 GIB = 2**30
-WIDTH = 110  # of the ledger's lines
 
 
 def _local(tensor):
@@ -272,7 +269,7 @@ def ledger(counts, peak_moment):
 
 def format_ledger(title, rows):
     """The table that a run ends with; on a narrow terminal in two lines for each row."""
-    wide = shutil.get_terminal_size((WIDTH, 24)).columns >= WIDTH
+    wide = terminal_width() >= 110
     between = "" if wide else f"\n{'':<31}smaller by: "
     lines = [f"memory ledger  {title}"]
     lines.append(f"{'':<18}{'GiB':>10}   {'decided by':<40}{'made smaller by' if wide else ''}".rstrip())
@@ -475,11 +472,9 @@ class DryRun:
         Returns: what one would type; None where all of them do not fit.
         """
 
-        def together(texts):
-            return {name: value for text in texts for name, value in changes[text].items()}
-
         def fits(texts):
-            return self.counts(together(texts)) and self.peak(together(texts)) <= self.usable
+            change = together(texts, changes)
+            return self.counts(change) and self.peak(change) <= self.usable
 
         first = []
         if self.state() > self.usable:
@@ -489,7 +484,7 @@ class DryRun:
             first = helping[:1]
         taken = []
         for text in tqdm([*first, *(text for text in changes if text not in first)], "Sets", leave=False):
-            if self.counts(together([*taken, text])):
+            if self.counts(together([*taken, text], changes)):
                 taken.append(text)
                 if fits(taken):
                     break
@@ -499,6 +494,14 @@ class DryRun:
             fewer = [each for each in taken if each != text]
             taken = fewer if fits(fewer) else taken
         return sorted(taken, key=list(changes).index)
+
+    def described(self, texts, changes):
+        """A set of changes for the screen, with the bytes of the host that it asks for."""
+        if not texts:
+            return "none"
+        counts, _ = self.counts(together(texts, changes))
+        on_host = counts.get("state_on_host", 0) + counts.get("on_host", 0)
+        return " ".join(texts) + (f", and {gibibytes(on_host)} of the host's memory" if on_host else "")
 
     def longest(self, flag, most):
         """The largest value of `flag`, up to `most`, with which a step fits; 0 for none."""
@@ -511,6 +514,11 @@ class DryRun:
         if not lengths or peak_at(lengths[0]) > self.usable:
             return 0
         return lengths[bisect.bisect_right(lengths, self.usable, lo=1, key=peak_at) - 1]
+
+
+def together(texts, changes):
+    """The changes of several texts as one."""
+    return {name: value for text in texts for name, value in changes[text].items()}
 
 
 def gibibytes(num_bytes):
@@ -552,7 +560,7 @@ def dry_run(found, changes, others, *, what, host_flags, length_flag, most):
     """
 
     def say(text):  # each line when it is known: counting takes its time
-        print(textwrap.fill(text, shutil.get_terminal_size((WIDTH, 24)).columns), flush=True)
+        print(wrapped(text), flush=True)
 
     args, (counts, moment) = found.args, found.counts({})
     for sentence in answer(found, what, host_flags):
@@ -564,7 +572,7 @@ def dry_run(found, changes, others, *, what, host_flags, length_flag, most):
         fits = counts["peak"] <= found.usable
         if not fits:
             cheapest = found.cheapest_set(changes, host_flags)
-            say(f"Cheapest flags with which it fits: {' '.join(cheapest) if cheapest else 'none'}.")
+            say(f"Cheapest flags with which it fits: {found.described(cheapest, changes)}.")
         longest = found.longest(length_flag, most)
         limit = " (the longest that was tried)" if longest == most else ""
         say(f"Longest --{length_flag} that fits with the flags as they are: {longest or 'none'}{limit}.")

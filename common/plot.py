@@ -41,6 +41,7 @@ def draw(folders, file):
             axes.plot(*drawn[f"eval_{metric}"], "o", markersize=4, color=line.get_color())
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         if metric in ("tokens_per_second", "peak_memory_bytes"):  # of which a small change is not a large one
             axes.set_ylim(0, 1.05 * axes.get_ylim()[1])

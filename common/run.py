@@ -13,10 +13,8 @@ import math
 import operator
 import os
 import platform
-import shutil
 import signal
 import sys
-import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +34,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from tqdm import tqdm
 from transformers import HfArgumentParser, get_scheduler
 
-from common import Refusal, refuse
+from common import Refusal, refuse, wrapped
 from common.folders import (
     PROGRESS,
     check_output_dir,
@@ -102,6 +100,9 @@ class RunArguments:
         False, "compile the decoder layers: faster on a GPU, after a minute or so at the start", MEMORY
     )
     activation_offloading: bool = flag(False, "activations wait for backward in the host's memory", MEMORY)
+    offload_param: bool = flag(
+        False, "weights, gradients and optimizer states wait in the host's memory, where AdamW runs", MEMORY
+    )
     use_liger_kernel: bool = flag(False, "Liger's rotary embedding, norms and gated MLP, on a GPU", MEMORY)
     loss_chunk_size: int | None = flag(
         None,
@@ -380,7 +381,7 @@ class Run:
             # longer than the watchdog's limit, which knows the phase
             timeout = timedelta(seconds=2 * self.args.collective_timeout_s + 60)
             backend = "nccl" if self.device.type == "cuda" else "gloo"
-            if backend == "nccl" and getattr(self.args, "offload_param", False):
+            if backend == "nccl" and self.args.offload_param:
                 backend = "cpu:gloo,cuda:nccl"  # the gradients' norm is summed over ranks on the host
             dist.init_process_group(backend, timeout=timeout, **alone)
         self.sigterm = []
@@ -409,7 +410,7 @@ class Run:
         """Note it for the end of the step; before the first one nothing could be saved: end at once."""
         self.sigterm.append(True)
         if self.bar is None:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, self.previous_handler)
             os.kill(os.getpid(), number)
 
     @property
@@ -523,7 +524,9 @@ class Run:
             if self.first:
                 self._start_trackers()  # one that cannot start leaves the folder as it was
                 prepare_output_dir(self.args.output_dir, self.progress["step"], keep)
-                what = f"{self.name}, {self.total_steps - self.progress['step']} steps on {self.hardware}"
+                steps = f"steps {self.progress['step'] + 1} to {self.total_steps}"
+                origin = f", from {self.checkpoint.name}" if self.checkpoint else ""
+                what = f"{self.name}, {steps} on {self.hardware}{origin}"
                 show_lines([("run", what), *describe_start(self.args, data, self.total_steps)])
         done = self.progress["step"]
         self.bar = tqdm(
@@ -852,9 +855,8 @@ def bold(text):
 
 def show_lines(lines):
     """Print pairs of a word and a text, wrapped to the terminal."""
-    width = shutil.get_terminal_size((110, 24)).columns
     for word, text in lines:
-        print(textwrap.fill(f"{word:<10}{text}", width, subsequent_indent=" " * 10))
+        print(wrapped(f"{word:<10}{text}", " " * 10))
 
 
 def shown_path(name):

@@ -64,9 +64,6 @@ class ShardedArguments(RunArguments):
         1, "forwards and backwards per optimizer step", TRAINING, at_least=1
     )
     padding_free: bool = flag(True, "join a batch's sequences into one flat row, without padding", MEMORY)
-    offload_param: bool = flag(
-        False, "weights, gradients and optimizer states wait in the host's memory, where AdamW runs", MEMORY
-    )
     measure_memory: bool = flag(False, "without CUDA: count every byte of one (slower) step", FILES)
 
 

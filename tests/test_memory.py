@@ -344,6 +344,10 @@ def test_where_the_state_does_not_fit_the_host_comes_first(capsys):
     found = memory.DryRun(args, sft_packing.check_arguments, count)
     assert found.cheapest_set(CHANGES, ["--offload_param"]) == ["--activation_offloading", "--offload_param"]
     assert all(each.offload_param for each in tried[1:4])
+    found.count = lambda args: ({"peak": 1, "state_on_host": 3 * GIB, "on_host": GIB}, "never")
+    found.known.clear()
+    text = "--offload_param, and 4.00 GiB (4.3 GB) of the host's memory"
+    assert found.described(["--offload_param"], CHANGES) == text and found.described(None, CHANGES) == "none"
 
 
 def test_what_no_flag_makes_smaller_is_said(monkeypatch, capsys):

@@ -215,7 +215,7 @@ def test_a_run_goes_on_where_it_was_stopped_until_nothing_is_left(tmp_path, caps
     assert speed["num_tokens"] == 16
     assert speed["real_tokens_per_second"] == pytest.approx(speed["tokens_per_second"] / 2)
     shown = capsys.readouterr().out
-    assert "run       TEST, 8 steps on cpu" in shown and "further   fill_fraction 50.0%" in shown
+    assert "run       TEST, steps 1 to 8 on cpu" in shown and "further   fill_fraction 50.0%" in shown
     assert f"writes    {tmp_path}/whole: metrics.jsonl" in shown and "model     " in shown.split("ledger")[1]
     assert "memory ledger  model  cpu" in shown
     assert [path.name for path in (tmp_path / "whole").glob("checkpoint-*")] == ["checkpoint-6"]
@@ -226,6 +226,9 @@ def test_a_run_goes_on_where_it_was_stopped_until_nothing_is_left(tmp_path, caps
     # another five steps, and then it is over for all who do not ask for more
     resumed = {"resume_from_checkpoint": "latest"}
     assert train(parts, seen, 8, **flags, **resumed) == {"stopped_at_step": 8}
+    assert re.search(
+        r"^run       TEST, steps 4 to 8 on .*, from checkpoint-3$", capsys.readouterr().out, re.M
+    )
     assert train(parts, seen, **flags, **resumed)["final_metrics"] == {}
     assert seen == whole and steps_of(parts) == list(range(1, 9))
     for changes, message in (
@@ -349,7 +352,8 @@ def test_what_nobody_reads_and_a_warm_up_that_never_ends_are_said():
 
 def test_lines_are_no_longer_than_the_terminal(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "40")
-    show_lines([("data", "many words " * 9), ("next", "one")])
-    *first, last = capsys.readouterr().out.splitlines()
+    show_lines([("data", "many words " * 9), ("next", "one"), ("writes", "a-path/" * 9)])
+    *first, last, heading, path = capsys.readouterr().out.splitlines()
+    assert heading.strip() == "writes" and path.strip() == "a-path/" * 9  # too long, but whole
     assert len(first) > 2 and all(len(line) <= 40 for line in first) and last == "next      one"
     assert first[0].startswith("data      many") and all(line.startswith(" " * 10) for line in first[1:])

@@ -30,15 +30,21 @@ def rows(script, name, lines, expected, words="", ending="jsonl"):
     return write
 
 
+def copied_model(folder):
+    """The demo's model in folder/model."""
+    copy = folder / "model"
+    copy.mkdir()
+    for file in MODEL.iterdir():
+        if file.is_file():
+            (copy / file.name).write_bytes(file.read_bytes())
+    return copy
+
+
 def model(name, change, expected, script=SFT):
     """The demo's model in a folder, with something wrong."""
 
     def write(folder):
-        copy = folder / "model"
-        copy.mkdir()
-        for file in MODEL.iterdir():
-            if file.is_file():
-                (copy / file.name).write_bytes(file.read_bytes())
+        copy = copied_model(folder)
         change(copy)
         return script, name, [f"--model_name_or_path={copy}"], expected
 
@@ -144,11 +150,7 @@ def taken(folder):
 
 
 def the_models_own(folder):
-    copy = folder / "model"
-    copy.mkdir()
-    for file in MODEL.iterdir():
-        if file.is_file():
-            (copy / file.name).write_bytes(file.read_bytes())
+    copy = copied_model(folder)
     words = [f"--model_name_or_path={copy}", f"--output_dir={copy}"]
     return SFT, "the base model's folder as output", words, "would replace the model"
 

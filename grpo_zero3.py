@@ -1337,7 +1337,11 @@ def held_bytes(engine):
         # ZeRO's own fp32 copy, which the optimizer updates, and AdamW's two moments
         "optimizer": [*(v for v in states if v.dim()), *optimizer.fp32_partitioned_groups_flat],
     }
-    return {name: sum(tensor.nbytes for tensor in held) for name, held in tensors.items()}
+    bytes_of, device = defaultdict(int), engine.device.type
+    for name, held in tensors.items():
+        for tensor in held:
+            bytes_of[name if tensor.device.type == device else "state_on_host"] += tensor.nbytes
+    return bytes_of
 
 
 def main(args):
@@ -1497,14 +1501,15 @@ def pretend_step(args, pretrained):
 
     zero, world = deepspeed_config(args)["zero_optimization"], args.dry_run_world_size
     weights, num_trained = whole_bytes(model.parameters()), sum(p.numel() for p in trained(model))
-    states = 0 if args.offload_optimizer else 1 / world  # this rank's share of them
-    held = {
-        "parameters": 0 if args.offload_param else weights // world,
-        "gradients": int(4 * num_trained * states),
-        "bucket": 4 * zero["reduce_bucket_size"],
+    share = {  # of this rank
+        "parameters": weights // world,
+        "gradients": 4 * num_trained // world,
         # ZeRO's fp32 copy of the weights, and what the optimizer keeps of each of its numbers
-        "optimizer": int(4 * (num_trained + update["optimizer"] / dtype.itemsize) * states),
+        "optimizer": int(4 * (num_trained + update["optimizer"] / dtype.itemsize) / world),
     }
+    hosts = ["gradients", "optimizer"] * args.offload_optimizer + ["parameters"] * args.offload_param
+    held = {name: 0 if name in hosts else num_bytes for name, num_bytes in share.items()}
+    held["bucket"] = 4 * zero["reduce_bucket_size"]
     resident, _, largest = plan_residents(model, budget_bytes(args))
     unit = max(whole_bytes(parameters) for parameters, _ in generation_units(model))
     # The first forward and backward after a rollout gather for a module at a time, in a buffer of which each
@@ -1523,6 +1528,8 @@ def pretend_step(args, pretrained):
     }
     counts = held | {name: update[name] for name in ("activations", "loss_head", "on_host") if name in update}
     counts |= {"rollout_weights": gathered["rollout"], "kv_cache": kv_cache}
+    if hosts:
+        counts["state_on_host"] = sum(share[name] for name in hosts)
     if args.beta:
         counts["reference_on_host"] = weights // world
         moments["in the reference's forward"] = learned + update["loss_head"]

@@ -4,7 +4,7 @@ A dry run takes the script's own step on tensors that have shapes and no storage
 run does.
 """
 
-import bisect
+import itertools
 import math
 import resource
 import sys
@@ -57,9 +57,18 @@ def _gather_buffer_bytes(model):
 
 
 def _largest_visit(model):
-    """Bytes of the shards that FSDP2 gathers at once, of the largest unit."""
+    """Of the FSDP2 unit whose weights are the most: bytes of this rank's shards; and of them gathered."""
     units = [module._get_fsdp_state()._fsdp_param_group for module in model.modules() if is_fsdp(module)]
-    return max(_bytes(each.sharded_param for each in unit.fsdp_params) for unit in units)
+    return max(
+        (
+            _bytes(each.sharded_param for each in unit.fsdp_params),
+            sum(
+                each._orig_size.numel() * (each.param_dtype or each.orig_dtype).itemsize
+                for each in unit.fsdp_params
+            ),
+        )
+        for unit in units
+    )
 
 
 class ByteCounter(MemTracker):
@@ -166,7 +175,7 @@ class MemoryMeter:
 
     def ledger(self):
         """Rows for summary.json and the screen."""
-        counts = move_state(self.measured) if self.state_on_host else self.measured
+        counts = move_state(self.measured, self.model) if self.state_on_host else self.measured
         return ledger(counts, self.peak_moment)
 
     def _before_update(self, now):
@@ -238,9 +247,10 @@ WORDS = {
     "gradients": ("4 bytes for each trained weight", "more ranks, frozen layers"),
     "bucket": ("gradients on their way to their shards", "reduce_bucket_size"),
     "optimizer": ("fp32 states of the trained weights", "more ranks, frozen layers"),
+    "visiting_weights": ("the largest unit's, in fp32 and gathered", ""),
     "activations": ("kept for backward when the head starts", "checkpointing, offloading, shorter rows"),
     "loss_head": ("a chunk's logits, the head's gradient", "--loss_chunk_size"),
-    "state_on_host": ("weights, gradients and optimizer states", "more ranks"),
+    "state_on_host": ("weights, gradients, optimizer: what waits", "more ranks"),
     "on_host": ("activations that waited on the host", ""),
     "rollout_weights": ("whole at once in a rollout", "--gather_budget_gib"),
     "kv_cache": ("keys and values of all completions", "fewer or shorter completions"),
@@ -251,10 +261,11 @@ WORDS = {
 STATE = ("parameters", "reference", "gradients", "optimizer")  # held throughout, and divided by the ranks
 
 
-def move_state(counts):
-    """The state in one row, that of the host."""
+def move_state(counts, model):
+    """The state in one row, that of the host; and a row of what of it visits the device at once."""
     moved = sum(counts.get(name, 0) for name in STATE)
-    return {name: n for name, n in counts.items() if name not in STATE} | {"state_on_host": moved}
+    rows = {"visiting_weights": sum(_largest_visit(model)), "state_on_host": moved}
+    return {name: n for name, n in counts.items() if name not in STATE} | rows
 
 
 def ledger(counts, peak_moment):
@@ -378,9 +389,9 @@ def count_step(step, batches, model, optimizer, offload=None, others=(), state_o
     counts = meter.measured
     if state_on_host:
         assert len(batches) > 1
-        counts = move_state(counts)
+        counts = move_state(counts, model)
         # a layer's shards visit the device in fp32, before they are cast and gathered
-        counts["peak"] += _largest_visit(model) - counts["state_on_host"]
+        counts["peak"] += _largest_visit(model)[0] - counts["state_on_host"]
     return counts, meter.peak_moment
 
 
@@ -453,12 +464,11 @@ class DryRun:
         return self.counts(change)[0]["peak"]
 
     def savings(self, changes):
-        """{what one would type: bytes less at the peak}, without what changes less than a thousandth."""
-        peak, found = self.peak({}), {}
+        """Yields what one would type, and bytes less at the peak; not what changes less than a thousandth."""
+        peak = self.peak({})
         for text, change in tqdm(changes.items(), "Flags that may save memory", leave=False):
             if self.counts(change) and abs(peak - self.peak(change)) > peak / 1000:
-                found[text] = peak - self.peak(change)
-        return dict(sorted(found.items(), key=lambda item: -item[1]))
+                yield text, peak - self.peak(change)
 
     def state(self, change=()):
         """Bytes that are held throughout a step, however short the sequences."""
@@ -500,7 +510,7 @@ class DryRun:
         if not texts:
             return "none"
         counts, _ = self.counts(together(texts, changes))
-        on_host = counts.get("state_on_host", 0) + counts.get("on_host", 0)
+        on_host = sum(num_bytes for name, num_bytes in counts.items() if name.endswith("on_host"))
         return " ".join(texts) + (f", and {gibibytes(on_host)} of the host's memory" if on_host else "")
 
     def longest(self, flag, most):
@@ -513,7 +523,18 @@ class DryRun:
 
         if not lengths or peak_at(lengths[0]) > self.usable:
             return 0
-        return lengths[bisect.bisect_right(lengths, self.usable, lo=1, key=peak_at) - 1]
+        if peak_at(lengths[-1]) <= self.usable:
+            return lengths[-1]
+        fits, beyond = 0, len(lengths) - 1
+        for straight in itertools.cycle((True, True, False)):
+            if beyond - fits == 1:
+                return lengths[fits]
+            # Long rows' peaks lie on a straight line: try where it crosses the limit. They may not: then
+            # halves of what is left come to an end.
+            low, high = peak_at(lengths[fits]), peak_at(lengths[beyond])
+            share = (self.usable - low) / (high - low) if straight else 0.5
+            tried = min(max(fits + int(share * (beyond - fits)), fits + 1), beyond - 1)
+            fits, beyond = (tried, beyond) if peak_at(lengths[tried]) <= self.usable else (fits, tried)
 
 
 def together(texts, changes):
@@ -576,10 +597,12 @@ def dry_run(found, changes, others, *, what, host_flags, length_flag, most):
         longest = found.longest(length_flag, most)
         limit = " (the longest that was tried)" if longest == most else ""
         say(f"Longest --{length_flag} that fits with the flags as they are: {longest or 'none'}{limit}.")
-    savings = found.savings(changes | others)
-    lines = ["single changes, at the peak (GiB)"] if savings else []
-    for text, saved in savings.items():
-        lines.append(f"{text:<67}{'saves' if saved >= 0 else 'costs'} {abs(saved) / GIB:10.4f}")
-    print("\n".join(lines))
+    savings = {}
+    for text, saved in found.savings(changes | others):
+        if not savings:
+            tqdm.write("single changes, at the peak (GiB)")
+        savings[text] = saved
+        tqdm.write(f"{text:<67}{'saves' if saved >= 0 else 'costs'} {abs(saved) / GIB:10.4f}")
+    savings = dict(sorted(savings.items(), key=lambda item: -item[1]))
     answers = {"fits": fits, "cheapest_set": cheapest, "longest": longest}
     return {"args": asdict(args), "ledger": rows, "savings": savings, "length_flag": length_flag, **answers}

@@ -4,6 +4,7 @@ A script's `main` opens a `Run`, asks it where to go on, and tells it of each st
 step computes.
 """
 
+import difflib
 import faulthandler
 import importlib
 import importlib.util
@@ -205,7 +206,10 @@ def parse_arguments(arguments_class, words):
     args, unknown = Parser(
         arguments_class, usage="%(prog)s [flags]", allow_abbrev=False
     ).parse_args_into_dataclasses(ours, return_remaining_strings=True)
-    refuse(unknown, f"unknown arguments: {' '.join(unknown)}; --help lists those that there are.")
+    flags = [f"--{each.name}" for each in fields(arguments_class)]
+    near = [close for word in unknown for close in difflib.get_close_matches(word, flags, 1)]
+    meant = f"did you mean {' '.join(near)}?" if near else "--help lists those that there are."
+    refuse(unknown, f"unknown arguments: {' '.join(unknown)}; {meant}")
     return args
 
 

@@ -14,6 +14,7 @@ from collections import namedtuple
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpo_cases
 import grpo_worker
@@ -1071,6 +1072,8 @@ def test_a_dry_run_counts_its_flags(ways, tmp_path, monkeypatch):
     assert 0 < moved["on_host"] and moved["activations"] < one["activations"]
     offloaded = count(offload_optimizer=True, offload_param=True)
     assert offloaded["parameters"] == offloaded["gradients"] == offloaded["optimizer"] == 0
+    state = ("parameters", "gradients", "optimizer")
+    assert offloaded["state_on_host"] == sum(one[name] for name in state) and "state_on_host" not in one
     with pytest.MonkeyPatch.context() as patch:
         freeze_first(grpo_zero3, patch)
         frozen = count()
@@ -1080,6 +1083,25 @@ def test_a_dry_run_counts_its_flags(ways, tmp_path, monkeypatch):
     flags = {"max_tokens_per_batch": 120, "dry_run": True, "gpu_memory_gib": 9.0}
     found = grpo_zero3.main(Arguments(**sizes | flags, output_dir=str(tmp_path / "out")))
     assert found["longest"] == (120 - 64) // 8 and not (tmp_path / "out").exists()
+
+
+def test_what_lies_elsewhere_than_the_engine_is_on_the_host():
+    """A CPU stands for the GPU here, and the device "meta" for its host."""
+
+    def numbers(count, device):
+        return torch.zeros(count, device=device)
+
+    module, shard = torch.nn.Linear(2, 2), numbers(8, "cpu")
+    for parameter in module.parameters():
+        parameter.ds_tensor = shard
+    states = {"weight": {"exp_avg": numbers(5, "meta"), "step": torch.tensor(1.0)}}
+    optimizer = SimpleNamespace(
+        optimizer=SimpleNamespace(state=states),
+        grad_partitions_flat_buffer=numbers(3, "meta"),
+        fp32_partitioned_groups_flat=[numbers(5, "meta")],
+    )
+    engine = SimpleNamespace(module=module, optimizer=optimizer, device=torch.device("cpu"))
+    assert grpo_zero3.held_bytes(engine) == {"parameters": 64, "state_on_host": 4 * 13}
 
 
 # --- 7. Contract ---

@@ -100,6 +100,8 @@ def test_the_command_line(script, capsys):
         words = [word, "--max-steps", "7", "--no_gradient_checkpointing", "--bf16"]
         expected = arguments(max_steps=7, gradient_checkpointing=False, bf16=True)
         assert parse_arguments(arguments, words) == expected
+    with pytest.raises(Refusal, match=r"unknown arguments: --sed 3; did you mean --seed\?"):
+        parse_arguments(arguments, ["--sed", "3"])
     with pytest.raises(Refusal, match="unknown arguments: --no_such_flag 3; --help"):
         parse_arguments(arguments, ["--no_such_flag", "3", "--seed", "3"])
     with pytest.raises(SystemExit):

@@ -250,7 +250,7 @@ WORDS = {
     "visiting_weights": ("the largest unit's, in fp32 and gathered", ""),
     "activations": ("kept for backward when the head starts", "checkpointing, offloading, shorter rows"),
     "loss_head": ("a chunk's logits, the head's gradient", "--loss_chunk_size"),
-    "state_on_host": ("weights, gradients, optimizer: what waits", "more ranks"),
+    "state_on_host": ("weights, gradients, optimizer that wait", "more ranks"),
     "on_host": ("activations that waited on the host", ""),
     "rollout_weights": ("whole at once in a rollout", "--gather_budget_gib"),
     "kv_cache": ("keys and values of all completions", "fewer or shorter completions"),

@@ -510,7 +510,7 @@ class DryRun:
         if not texts:
             return "none"
         counts, _ = self.counts(together(texts, changes))
-        on_host = sum(num_bytes for name, num_bytes in counts.items() if name.endswith("on_host"))
+        on_host = host_bytes(counts)
         return " ".join(texts) + (f", and {gibibytes(on_host)} of the host's memory" if on_host else "")
 
     def longest(self, flag, most):
@@ -542,6 +542,10 @@ def together(texts, changes):
     return {name: value for text in texts for name, value in changes[text].items()}
 
 
+def host_bytes(counts):
+    return sum(num_bytes for name, num_bytes in counts.items() if name.endswith("on_host"))
+
+
 def gibibytes(num_bytes):
     """In both units: what a card is called by is not always what it has."""
     return f"{num_bytes / GIB:.2f} GiB ({num_bytes / 1e9:.1f} GB)"
@@ -552,6 +556,8 @@ def answer(found, what, host_flags):
     args, (counts, moment) = found.args, found.counts({})
     world, ranks = args.dry_run_world_size, "rank" if args.dry_run_world_size == 1 else "ranks"
     yield f"A step over {what} takes {gibibytes(counts['peak'])} on each of {world} {ranks}, {moment}."
+    if on_host := host_bytes(counts):
+        yield f"For each rank, its host's memory holds {gibibytes(on_host)} more."
     if found.usable is None:
         return
     room = args.gpu_memory_gib * GIB - found.usable

@@ -378,6 +378,8 @@ def test_where_the_state_does_not_fit_the_host_comes_first(capsys):
     found.known.clear()
     text = "--offload_param, and 4.00 GiB (4.3 GB) of the host's memory"
     assert found.described(["--offload_param"], CHANGES) == text and found.described(None, CHANGES) == "none"
+    sentences = list(memory.answer(found, "a row", ["--offload_param"]))
+    assert sentences[1] == "For each rank, its host's memory holds 4.00 GiB (4.3 GB) more."
 
 
 def test_what_no_flag_makes_smaller_is_said(monkeypatch, capsys):

@@ -28,6 +28,7 @@ from collections import Counter, defaultdict
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import deepspeed
@@ -1050,7 +1051,7 @@ def load_engines(args, run, pretrained, prompts):
     frozen = frozen_names(engine.module)
     run.match("frozen_parameters", frozen, "Freeze what was frozen then, or begin a new run.")
     if run.checkpoint:
-        load_training_state(run.checkpoint, engine)
+        load_training_state(run, engine)
     try_to_write(run, engine.module, pretrained)  # what cannot be written shows now, not after the last step
     return engine, reference
 
@@ -1217,11 +1218,13 @@ def show_completions(step, rollout, num_generations):
 
 
 def describe_rewards(output_dir):
-    """A line: the mean reward of the first and of the last tenth of the run's rollouts."""
+    """Lines: the mean reward of the first and of the last tenth of the run's rollouts."""
+    if not (Path(output_dir) / "metrics.jsonl").exists():  # a checkpoint of the last step, resumed elsewhere
+        return []
     rewards = [step["reward"] for step in read_metrics(output_dir)]
     part = max(1, len(rewards) // 10)
     first, last = (sum(values) / part for values in (rewards[:part], rewards[-part:]))
-    return "reward", f"{first:.3f} in the first {part} steps, {last:.3f} in the last {part}"
+    return [("reward", f"{first:.3f} in the first {part} steps, {last:.3f} in the last {part}")]
 
 
 def main(args):
@@ -1289,9 +1292,9 @@ def main(args):
         save_model(run, engine, pretrained)
         moments = {"rollout_weights": rollouts.most_whole_bytes, "peak": peak_memory_bytes(run.device)}
         if offload:
-            moments["on_host"] = offload.step_host_bytes
+            moments["on_host"] = offload.report()["peak_host_bytes"]
         rows = ledger(held_bytes(engine) | moments, "allocated on CUDA, resident on a CPU")
-        lines = [describe_rewards(args.output_dir)] if run.first else []
+        lines = describe_rewards(args.output_dir) if run.first else []
         return run.finish(prompts.data, rows, offload and offload.report(), lines)
 
 

@@ -44,6 +44,16 @@ def _bytes(tensors):
     return sum(_local(t).numel() * t.element_size() for t in tensors)
 
 
+def _pinning(model, others):
+    """What page-locked memory takes beyond the bytes of weights and gradients.
+
+    torch gives each tensor a power of two (ATen/core/CachingHostAllocator.h).
+    """
+    gradients = [p for p in model.parameters() if p.requires_grad]
+    waiting = [*gradients, *(p for each in (model, *others) for p in each.parameters())]
+    return sum(2 ** (size - 1).bit_length() - size for size in (_bytes([p]) for p in waiting) if size)
+
+
 def is_fsdp(module):
     return hasattr(module, "_get_fsdp_state")
 
@@ -175,7 +185,9 @@ class MemoryMeter:
 
     def ledger(self):
         """Rows for summary.json and the screen."""
-        counts = move_state(self.measured, self.model) if self.state_on_host else self.measured
+        counts = self.measured
+        if self.state_on_host:
+            counts = move_state(counts, self.model, self.others)
         return ledger(counts, self.peak_moment)
 
     def _before_update(self, now):
@@ -261,9 +273,9 @@ WORDS = {
 STATE = ("parameters", "reference", "gradients", "optimizer")  # held throughout, and divided by the ranks
 
 
-def move_state(counts, model):
+def move_state(counts, model, others):
     """The state in one row, that of the host; and a row of what of it visits the device at once."""
-    moved = sum(counts.get(name, 0) for name in STATE)
+    moved = sum(counts.get(name, 0) for name in STATE) + _pinning(model, others)
     rows = {"visiting_weights": sum(_largest_visit(model)), "state_on_host": moved}
     return {name: n for name, n in counts.items() if name not in STATE} | rows
 
@@ -389,9 +401,9 @@ def count_step(step, batches, model, optimizer, offload=None, others=(), state_o
     counts = meter.measured
     if state_on_host:
         assert len(batches) > 1
-        counts = move_state(counts, model)
         # a layer's shards visit the device in fp32, before they are cast and gathered
-        counts["peak"] += _largest_visit(model)[0] - counts["state_on_host"]
+        counts["peak"] += _largest_visit(model)[0] - sum(counts.get(name, 0) for name in STATE)
+        counts = move_state(counts, model, meter.others)
     return counts, meter.peak_moment
 
 
@@ -473,7 +485,11 @@ class DryRun:
     def state(self, change=()):
         """Bytes that are held throughout a step, however short the sequences."""
         counts = self.counts(dict(change))
-        return sum(counts[0].get(name, 0) for name in STATE) if counts else math.inf
+        return sum(counts[0].get(name, 0) for name in (*STATE, "bucket")) if counts else math.inf
+
+    def helping(self, changes, host_flags):
+        """Those of host_flags that move enough of the state to the host."""
+        return [text for text in host_flags if text in changes and self.state(changes[text]) <= self.usable]
 
     def cheapest_set(self, changes, host_flags):
         """The first of `changes`, from the cheapest on, that fit together; without those that need not be.
@@ -486,16 +502,13 @@ class DryRun:
             change = together(texts, changes)
             return self.counts(change) and self.peak(change) <= self.usable
 
-        first = []
-        if self.state() > self.usable:
-            helping = [
-                text for text in host_flags if text in changes and self.state(changes[text]) <= self.usable
-            ]
-            first = helping[:1]
+        first = self.helping(changes, host_flags)[:1] if self.state() > self.usable else []
         taken = []
         for text in tqdm([*first, *(text for text in changes if text not in first)], "Sets", leave=False):
-            if self.counts(together([*taken, text], changes)):
-                taken.append(text)
+            tried = [*taken, text]
+            change = together(tried, changes)
+            if self.counts(change) and self.peak(change) <= self.peak(together(taken, changes)):
+                taken = tried
                 if fits(taken):
                     break
         else:
@@ -551,7 +564,7 @@ def gibibytes(num_bytes):
     return f"{num_bytes / GIB:.2f} GiB ({num_bytes / 1e9:.1f} GB)"
 
 
-def answer(found, what, host_flags):
+def answer(found, what, changes, host_flags):
     """Sentences: what a step takes, whether that fits, and what cannot be made smaller; see `dry_run`."""
     args, (counts, moment) = found.args, found.counts({})
     world, ranks = args.dry_run_world_size, "rank" if args.dry_run_world_size == 1 else "ranks"
@@ -567,10 +580,14 @@ def answer(found, what, host_flags):
         "for what is not counted: CUDA context, NCCL, gaps between the allocator's blocks (a guess)."
     )
     if found.state() > found.usable:
-        ranks = math.ceil(found.state() * world / found.usable)
+        of_each_rank = counts.get("bucket", 0)
+        divided = world * (found.state() - of_each_rank)
+        needs = [f"{math.ceil(divided / (found.usable - of_each_rank))} ranks at least"]
+        if of_each_rank >= found.usable:
+            needs = ["a larger GPU"]
         yield (
             f"Weights, gradients and optimizer alone take {gibibytes(found.state())}, however short the "
-            f"sequences are: {ranks} ranks at least, or {' or '.join(host_flags)}."
+            f"sequences are: {', or '.join([*needs, *found.helping(changes, host_flags)])}."
         )
 
 
@@ -590,7 +607,7 @@ def dry_run(found, changes, others, *, what, host_flags, length_flag, most):
         print(wrapped(text), flush=True)
 
     args, (counts, moment) = found.args, found.counts({})
-    for sentence in answer(found, what, host_flags):
+    for sentence in answer(found, what, changes, host_flags):
         say(sentence)
     rows, fits, cheapest, longest = ledger(counts, moment), None, None, None
     name = Path(args.model_name_or_path).name

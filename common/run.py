@@ -507,7 +507,7 @@ class Run:
             except ValueError as error:
                 raise Refusal(f"{self.checkpoint}/{PROGRESS} is no JSON: take another checkpoint.") from error
             earlier = f"{self.checkpoint} is of an earlier version of this script: begin a new run."
-            refuse(not self.progress.keys() <= found.keys(), earlier)
+            refuse(not isinstance(found, dict) or not self.progress.keys() <= found.keys(), earlier)
             self.progress = found
 
     def match(self, name, value, remedy):
@@ -610,7 +610,8 @@ class Run:
             self.bar.set_postfix_str(", ".join([*shown, f"{tokens / seconds:.0f} tok/s", held]))
 
     def _start_trackers(self):
-        for name in tracker_names(self.args.report_to):
+        # tensorboard last: it writes into the folder, and another may fail yet
+        for name in sorted(tracker_names(self.args.report_to), key="tensorboard".__eq__):
             try:
                 self.trackers[name] = TRACKERS[name](self.args)
             except Exception as error:

@@ -143,6 +143,9 @@ def read_pretrained(name, max_length=0, flags="--max_length", dropout=True, conf
                 f"--model_name_or_path {name} is quantised ({settings.get('quant_method', 'some method')}): "
                 "full training of a quantised model is not supported. Choose the model that it was made of."
             )
+        kernel = str(each._attn_implementation)
+        foreign = f"--model_name_or_path {name}: its attention, {kernel}, would be downloaded and run: take "
+        refuse("/" in kernel, foreign + "that line out of its config.json.")
     limit, why = max_positions(config)
     over = limit is not None and max_length > limit
     refuse(over, f"{flags} {max_length} is over the model's {limit} {why}: lower it.")
@@ -220,6 +223,7 @@ def _from_files(pretrained, dtype):
         model, found = AutoModelForCausalLM.from_pretrained(
             name,
             config=copy.deepcopy(pretrained.model_config),  # transformers writes the dtype into it
+            trust_remote_code=False,
             generation_config=GenerationConfig(),  # the files' may be invalid, and is not asked
             dtype=dtype or reduce(torch.promote_types, floats),
             output_loading_info=True,
@@ -248,8 +252,13 @@ def _from_files(pretrained, dtype):
 
 def empty_model(config, **options):
     """A model of this configuration whose weights are still to come, in the surrounding context's tensors."""
-    with no_init_weights():
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
+    options |= {"config": copy.deepcopy(config), "trust_remote_code": False}
+    try:
+        with no_init_weights():
+            model = AutoModelForCausalLM.from_config(**options)
+    except ValueError as error:
+        what = f"--model_name_or_path: transformers has no causal LM of type {config.model_type!r}, or not of"
+        raise Refusal(f"{what} this configuration: {' '.join(str(error).split())[:150]}") from error
     model.tie_weights()
     return freeze_others(model)
 

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections import defaultdict
 from contextlib import contextmanager
+from unittest.mock import patch
 
 import deepspeed
 import torch
@@ -101,18 +102,17 @@ def save_training_state(folder, engine):
     engine.save_checkpoint(str(folder), "zero3", {"random_states": random_states}, **options)
 
 
-def load_training_state(folder, engine):
-    """Restore weights, moments and this rank's random states."""
+def load_training_state(run, engine):
+    """Restore weights, moments and this rank's random states, of run.checkpoint."""
+    run.watch("loading the checkpoint")
     decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
     # not strict: what is frozen is not in there, and the run has seen that nothing else is missing
     options = {"load_module_strict": False, "load_lr_scheduler_states": False}
     # DeepSpeed's files are pickled: read from them tensors, plain values and these two, and run no other code
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    try:
-        with unreadable_refused(folder), torch.serialization.safe_globals([ZeroStageEnum, LossScaler]):
-            _, state = engine.load_checkpoint(str(folder), "zero3", **options)
-    finally:
-        del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+    allowed = torch.serialization.safe_globals([ZeroStageEnum, LossScaler])
+    only = patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1")
+    with run.together(), unreadable_refused(run.checkpoint), allowed, only:
+        _, state = engine.load_checkpoint(str(run.checkpoint), "zero3", **options)
     for group, weight_decay in zip(engine.optimizer.param_groups, decays):
         group["weight_decay"] = weight_decay  # this run's flag, not that of the run which wrote it
     torch.set_rng_state(state["random_states"]["cpu"])

@@ -829,6 +829,19 @@ def test_a_dry_run_counts_what_a_step_holds(way, base, tmp_path, monkeypatch):
         assert count == pytest.approx(measured[name], rel=0.02, abs=2**11), name
 
 
+def test_both_models_wait_on_the_host(base):
+    flags = {**base, "bf16": True, "precompute_ref_log_probs": False, "max_length": 64}
+    pretrained = read_pretrained(base["model_name_or_path"], dropout=False)
+    here, there = (
+        dpo_padding_free.pretend_step(Arguments(**flags, offload_param=moves), pretrained)[0]
+        for moves in (False, True)
+    )
+    state = sum(here[name] for name in ("parameters", "reference", "gradients", "optimizer"))
+    # weights twice, and gradients, in pinned memory
+    assert state <= there["state_on_host"] <= state + 3 * here["parameters"]
+    assert not {"parameters", "reference"} & there.keys() and there["peak"] < here["peak"] - state / 2
+
+
 @given(
     limits=st.tuples(*[st.none() | st.integers(1, 19)] * 2),
     max_length=st.integers(20, 40),

@@ -16,6 +16,7 @@ from helpers import alone_on_the_cpu
 import sft_packing
 from common import Refusal
 from common.folders import (
+    RUN_FILES,
     check_output_dir,
     commit_files,
     commit_folder,
@@ -188,7 +189,7 @@ def test_a_finished_runs_folder_is_taken_and_may_be_replaced_or_continued(tmp_pa
 
 
 FOREIGN = ["ds_config.json", "my_adapter.safetensors", "tokenizer_notes.txt", "vocab_sft.jsonl"]
-FOREIGN += ["metrics.jsonl", "summary.json", "checkpoint-4/trainer_state.json"]
+FOREIGN += ["metrics.jsonl", "summary.json", "training.png", "checkpoint-4/trainer_state.json"]
 FOREIGN += ["model.tmp/x", "reference.tmp/x", "checkpoint-3.deleted/x"]
 
 
@@ -204,7 +205,7 @@ def test_a_folder_with_a_users_files_is_taken_even_if_overwritten(name, tmp_path
     # Beside a run it outlives that run, but for folders of names that a killed run may leave.
     prepare_output_dir(a_finished_run(tmp_path, "model-00001-of-00002.safetensors", "merges.txt"), step=0)
     leftover = first.endswith((".tmp", ".deleted"))
-    later = {name} - ({name} if leftover else {"metrics.jsonl", "summary.json"})
+    later = {name} - ({name} if leftover else {*RUN_FILES})
     assert contents(tmp_path) == {"metrics.jsonl", "run_files.json"} | later
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 

@@ -1010,6 +1010,18 @@ def test_a_broken_reward_stops_the_run_and_is_named(base, tmp_path):
     assert not (tmp_path / "out/model.safetensors").exists()
 
 
+def test_the_last_page_tells_how_the_reward_rose(base, tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"reward": {i}}}\n' for i in range(25)))
+    [line] = grpo_zero3.describe_rewards(tmp_path)
+    assert line == ("reward", "0.500 in the first 2 steps, 23.500 in the last 2")
+    # a checkpoint of the last step, resumed elsewhere, leaves the model and no step
+    flags = {**base, "max_steps": 1, "eval_dataset_name": None, "eval_steps": None}
+    run(tmp_path / "run", flags, save_steps=1)
+    args = Arguments(**flags, output_dir=str(tmp_path / "other"))
+    args.resume_from_checkpoint = str(tmp_path / "run/checkpoint-1")
+    assert grpo_zero3.main(args)["final_metrics"] == {} and (tmp_path / "other/model.safetensors").exists()
+
+
 # --- 6. Bytes ---
 
 SIZES = {"max_prompt_length": 64, "max_completion_length": 6, "per_device_train_batch_size": 8}

@@ -1,8 +1,12 @@
 """Bytes: what a meter counts of a step, and what a dry run foretells of one."""
 
+import math
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import OneRank, alone_on_the_cpu, documents, freeze_first, inputs, tiny_model, write_jsonl
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import sft_packing
@@ -225,8 +229,12 @@ def test_what_waits_on_the_host_is_no_part_of_the_peak(model, tmp_path):
     outside = 4 * (2 * SIZES["vocab_size"] + 1) * SIZES["hidden_size"]  # embedding, head and a norm
     visit = (measured["parameters"] - outside) // 3  # of one of three layers
     state = sum(measured.pop(name) for name in ("parameters", "gradients", "optimizer"))
+    # torch gives each pinned tensor a power of two: weights and their gradients, but not AdamW's moments
+    sizes = [4 * weight.numel() for weight in load_file(Path(model) / "model.safetensors").values()]
+    pinned = 2 * sum(2 ** math.ceil(math.log2(size)) - size for size in sizes)
+    assert pinned > 0.05 * state
     moved = {
-        "state_on_host": state,
+        "state_on_host": state + pinned,
         "peak": measured["peak"] - state + visit,
         "visiting_weights": visit + visit // 2,
     }
@@ -373,27 +381,49 @@ def test_where_the_state_does_not_fit_the_host_comes_first(capsys):
     args = Arguments(gpu_memory_gib=(20 + 1.0001) / 0.95, dry_run=True)
     found = memory.DryRun(args, sft_packing.check_arguments, count)
     assert found.cheapest_set(CHANGES, ["--offload_param"]) == ["--activation_offloading", "--offload_param"]
+    assert found.helping(CHANGES, ["--offload_param", "--bf16"]) == ["--offload_param"]
     assert all(each.offload_param for each in tried[1:4])
     found.count = lambda args: ({"peak": 1, "state_on_host": 3 * GIB, "on_host": GIB}, "never")
     found.known.clear()
     text = "--offload_param, and 4.00 GiB (4.3 GB) of the host's memory"
     assert found.described(["--offload_param"], CHANGES) == text and found.described(None, CHANGES) == "none"
-    sentences = list(memory.answer(found, "a row", ["--offload_param"]))
+    sentences = list(memory.answer(found, "a row", CHANGES, ["--offload_param"]))
     assert sentences[1] == "For each rank, its host's memory holds 4.00 GiB (4.3 GB) more."
 
 
 def test_what_no_flag_makes_smaller_is_said(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "300")
     counts = {"parameters": 20 * GIB, "gradients": 20 * GIB, "optimizer": 40 * GIB, "peak": 90 * GIB}
+
+    def count(args):
+        return ({"peak": GIB} if args.offload_param else counts), "in a backward"
+
     args = Arguments(gpu_memory_gib=80.0, dry_run=True)
-    steps = memory.DryRun(args, sft_packing.check_arguments, lambda args: (counts, "in a backward"))
-    words = {"what": "a row", "host_flags": ["--offload_param"], "length_flag": "max_length", "most": 128}
-    memory.dry_run(steps, {}, {}, **words)
+    steps = memory.DryRun(args, sft_packing.check_arguments, count)
+    # the second one, which changes nothing of the state, is not named
+    words = {"host_flags": ["--offload_param", "--bf16"], "length_flag": "max_length", "most": 128}
+    memory.dry_run(steps, CHANGES, {}, what="a row", **words)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "A step over a row takes 90.00 GiB (96.6 GB) on each of 1 rank, in a backward."
     assert lines[1].startswith("It does not fit into 80.00 GiB (85.9 GB), of which 5.0 GiB are left free")
     assert lines[2].startswith("Weights, gradients and optimizer alone take 80.00 GiB (85.9 GB), however")
     assert lines[2].endswith("2 ranks at least, or --offload_param.")
+
+
+def test_more_ranks_do_not_divide_the_bucket():
+    counts = {"optimizer": 120 * GIB, "bucket": 25 * GIB, "peak": 150 * GIB}
+    args = Arguments(gpu_memory_gib=(75 + 1.0001) / 0.95, dry_run=True)
+    steps = memory.DryRun(args, sft_packing.check_arguments, lambda args: (counts, "never"))
+    assert "3 ranks at least." in list(memory.answer(steps, "a row", {}, []))[2]  # 120 / (75 - 25)
+
+
+def test_a_flag_that_raises_the_peak_is_no_part_of_the_cheapest_set():
+    def count(args):
+        return {"peak": (100 + 5 * args.bf16 - 10 * (args.loss_chunk_size is not None)) * GIB}, "never"
+
+    args = Arguments(gpu_memory_gib=(92 + 1.0001) / 0.95, dry_run=True)
+    found = memory.DryRun(args, sft_packing.check_arguments, count)
+    assert found.cheapest_set(CHANGES, []) == ["--loss_chunk_size 128"]
 
 
 def test_a_model_that_is_not_there_is_refused():

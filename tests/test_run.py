@@ -241,9 +241,10 @@ def test_a_run_goes_on_where_it_was_stopped_until_nothing_is_left(tmp_path, caps
         with pytest.raises(Refusal, match=message):
             train(parts, **changes, **resumed)
     assert train(parts, seen, max_steps=9, **resumed)["final_metrics"]["step"] == 9
-    (parts / "checkpoint-8/progress.json").write_text('{"steps": 2}')
-    with pytest.raises(Refusal, match="checkpoint-8 is of an earlier version of this script"):
-        train(parts, max_steps=10, **resumed)
+    for text in ('{"steps": 2}', "[]"):
+        (parts / "checkpoint-8/progress.json").write_text(text)
+        with pytest.raises(Refusal, match="checkpoint-8 is of an earlier version of this script"):
+            train(parts, max_steps=10, **resumed)
     (parts / "checkpoint-8/progress.json").write_text("{")
     with pytest.raises(Refusal, match="progress.json is no JSON: take another"):
         train(parts, max_steps=10, **resumed)

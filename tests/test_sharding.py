@@ -4,6 +4,7 @@ import importlib
 import json
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import helpers
@@ -184,6 +185,31 @@ def test_a_text_model_inside_another_is_trained_alone_and_goes_back_into_it(fami
 
 
 # --- What cannot be read, loaded or written ---
+
+
+FOREIGN_CODE = {
+    "a configuration": {"model_type": "none", "auto_map": {"AutoConfig": "evil.C"}},
+    "a model": {"model_type": "t5", "auto_map": {"AutoModelForCausalLM": "evil.M"}},
+    "both, of a known type": {"auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}},
+    "a kernel": {"_attn_implementation": "kernels-community/none"},
+}
+
+
+@pytest.mark.parametrize("config_only", [True, False])
+@pytest.mark.parametrize("what", FOREIGN_CODE)
+def test_no_code_of_a_models_folder_runs(what, config_only, tmp_path, run, monkeypatch):
+    """Nobody is asked either: a rank would wait for the answer."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    write_model(tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text()) | FOREIGN_CODE[what]
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    (tmp_path / "model/evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass M: pass\nC = M\n")
+    known = what == "both, of a known type"  # which is then transformers' own
+    with nullcontext() if known else pytest.raises(Refusal, match="--model_name_or_path"):
+        pretrained = read_pretrained(str(tmp_path / "model"), config_only=config_only)
+        model = sharding.empty_model(pretrained.config) if config_only else load_whole(pretrained, run)
+    assert not (tmp_path / "ran").exists()
+    assert not known or type(model).__module__.startswith("transformers.")
 
 
 @pytest.mark.parametrize("inside", [None, "text_config"])

@@ -125,9 +125,8 @@ def test_a_tracker_that_cannot_start_or_is_not_there_is_refused(flags, done, tmp
         patch.setitem(harness.TRACKERS, "wandb", cannot)
         folder = shutil.copytree(done, tmp_path / "run")
         message = "--report_to wandb cannot start: ConnectionError: no key"
-        assert_refused(
-            sft_packing, folder, {**flags, "overwrite_output_dir": True, "report_to": "wandb"}, message
-        )
+        change = {"overwrite_output_dir": True, "report_to": "tensorboard,wandb"}
+        assert_refused(sft_packing, folder, {**flags, **change}, message)
     # before anything is loaded
     monkeypatch.setattr(sft_packing, "read_pretrained", None)
     monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)

@@ -598,7 +598,8 @@ def gather(parameters, device):
         return
     group = parameters[0].ds_process_group
     ranks = dist.get_world_size(group)
-    shards = [p.ds_tensor.to(device) for p in parameters]  # from the host, with --offload_param
+    # with --offload_param from the host
+    shards = [p.ds_tensor.to(device, non_blocking=True) for p in parameters]
     wholes = shards if ranks == 1 else [shard.new_empty(ranks * shard.numel()) for shard in shards]
     if ranks > 1:
         with dist._coalescing_manager(group):  # nothing in it may fail: it would stay open
@@ -691,6 +692,7 @@ def generate(model, prompts, args, run, *, end_ids, uniform=None, stopped=None):
     finished = torch.zeros(size, dtype=torch.bool, device=device)
     lengths, entropies = torch.zeros(2, size, device=device)
     ends = torch.tensor(sorted(end_ids), device=device)
+    uniform = None if uniform is None else uniform.to(device)
     steps = range(args.max_completion_length)
     for step in tqdm(steps, "rollout", unit="token", leave=False, disable=not run.first):
         logits = model(
@@ -706,7 +708,7 @@ def generate(model, prompts, args, run, *, end_ids, uniform=None, stopped=None):
             logits, mask, position_ids = (
                 x.repeat_interleave(group, 0) for x in (logits, mask, position_ids[:, -1:])
             )
-        drawn = None if uniform is None else uniform[:, step].to(device)
+        drawn = None if uniform is None else uniform[:, step]
         ids, entropy = sample(logits, drawn, args.temperature, args.top_k, args.top_p)
         lengths += ~finished
         entropies += entropy * ~finished
@@ -1384,9 +1386,9 @@ def pretend_step(args, pretrained):
 
     zero, world = deepspeed_config(args)["zero_optimization"], args.dry_run_world_size
     weights, num_trained = whole_bytes(model.parameters()), sum(p.numel() for p in trained(model))
-    share = {  # of this rank
+    share = {  # of this rank; on the host, DeepSpeed has a second buffer of gradients
         "parameters": weights // world,
-        "gradients": 4 * num_trained // world,
+        "gradients": (8 if args.offload_optimizer else 4) * num_trained // world,
         # ZeRO's fp32 copy of the weights, and what the optimizer keeps of each of its numbers
         "optimizer": int(4 * (num_trained + update["optimizer"] / dtype.itemsize) / world),
     }

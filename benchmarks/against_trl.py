@@ -185,8 +185,11 @@ def trl_way(trainer, steps, gradient_checkpointing=True, metrics=()):
     """
     model, optimizer, args = trainer.model_wrapped, trainer.optimizer, trainer.args
 
-    def step(micro_batches):
+    def switch():
         switch_checkpointing(trainer.model, gradient_checkpointing)
+        torch._dynamo.config.fail_on_recompile_limit_hit = False  # as TRL has it; ours sets it
+
+    def step(micro_batches):
         inputs, num_items = trainer.get_batch_samples(iter(micro_batches), len(micro_batches), args.device)
         trainer.current_gradient_accumulation_steps = len(inputs)
         loss = sum(trainer.training_step(model, batch, num_items).item() for batch in inputs)
@@ -200,7 +203,7 @@ def trl_way(trainer, steps, gradient_checkpointing=True, metrics=()):
     # runs between the policy's forward and backward, for the beginning of another step.
     reference = getattr(trainer, "ref_model", None)
     others = (torch.nn.ModuleList([reference]),) if reference is not None else ()
-    return Way(trainer.model, optimizer.optimizer, step, steps, others=others)
+    return Way(trainer.model, optimizer.optimizer, step, steps, others=others, switch=switch)
 
 
 def quiet():

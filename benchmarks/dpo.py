@@ -75,13 +75,17 @@ def our_ways(bench, file, steps, ways):
             pairs.reference = torch.full((len(pairs), 2), math.nan)
             compute_reference(model, pairs, [np.array(numbers) for numbers in steps], bench.run)
         batches = [[pairs.batch(np.array(numbers))] for numbers in steps]
-        found[way] = Way(model, optimizer, step, batches, others=(reference_model,))
+        switch = partial(use_both, model, reference_model, args)
+        found[way] = Way(model, optimizer, step, batches, others=(reference_model,), switch=switch)
     return found
 
 
-def our_step(model, reference_model, optimizer, args, run, batches):
+def use_both(model, reference_model, args):
     for each in filter(None, (model, reference_model)):
         use(each, args, args.padding_free)
+
+
+def our_step(model, reference_model, optimizer, args, run, batches):
     means = train_step(model, optimizer, batches, args, run, reference_model=reference_model)[1]
     return {name: means[name] for name in ("loss", "grad_norm", *LOGPS)}
 

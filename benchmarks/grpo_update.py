@@ -76,9 +76,11 @@ def our_ways(bench, rollouts):
     engine = Unsharded(model, optimizer, bench.args.max_grad_norm)
     ways = {}
     for way, (flags, shares) in WAYS.items():
-        step = partial(our_step, engine, replace(bench.args, **flags), bench.run)
+        args = replace(bench.args, **flags)
+        step = partial(our_step, engine, args, bench.run)
+        switch = partial(wrap_layers, model, args.gradient_checkpointing, args.torch_compile)
         batches = [our_batches(bench, *rollout, shares) for rollout in rollouts]
-        ways[way] = Way(model, optimizer, step, batches)
+        ways[way] = Way(model, optimizer, step, batches, switch=switch)
     return ways
 
 
@@ -98,7 +100,6 @@ def our_batches(bench, groups, rewards, shares):
 
 
 def our_step(engine, args, run, batches):
-    wrap_layers(engine.module, args.gradient_checkpointing, args.torch_compile)
     sums, grad_norm = train_step(engine, batches, args, run)
     return {"loss": sums["loss"], "grad_norm": grad_norm}
 

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -176,7 +177,8 @@ class Way:
 
     step: function of a list of micro-batches (dicts of tensors) that takes a whole optimizer step and returns
     {"loss": .., "grad_norm": ..}. steps: the micro-batches of the step whose bytes are counted, and then of
-    those that are timed, warm-ups first. others: further models that run in a step.
+    those that are timed, warm-ups first. others: further models that run in a step. switch: lets models that
+    ways share compute as this one does, before the clock starts.
     """
 
     model: torch.nn.Module
@@ -185,12 +187,14 @@ class Way:
     steps: list
     offload: object = None  # an OffloadActivations
     others: tuple = ()
+    switch: Callable = lambda: None
 
     def take(self, number):
         return self.step([dict(batch) for batch in self.steps[number]])  # copies: a step may add keys
 
     def count_bytes(self, device):
         """Peak bytes of the first step, and what they consist of."""
+        self.switch()
         if device == "cuda":
             self.take(0)  # makes what kernels keep for their work
         step, first = partial(self.take, 0), self.steps[0]
@@ -216,14 +220,16 @@ def sft_way(args, run, model, optimizer, steps):
     offload = sft_packing.prepare_training(model, args, run)[1]
 
     def step(batches):
-        use(model, args, sft_packing.is_flat(args))
         sums, grad_norm = sft_packing.train_step(model, optimizer, batches, args, run, offload)
         return {"loss": sums["nll"] / sums["num_scored_tokens"], "grad_norm": grad_norm}
 
-    return Way(model, optimizer, step, steps, offload)
+    switch = partial(use, model, args, sft_packing.is_flat(args))
+    return Way(model, optimizer, step, steps, offload, switch=switch)
 
 
 # --- Measuring ---
+
+left_out = []  # what went wrong, for the exit code
 
 
 def synchronize(device):
@@ -231,15 +237,18 @@ def synchronize(device):
         torch.cuda.synchronize()
 
 
-def alternate(ways, repeats, device="cpu", warm_up=1):
+def alternate(ways, repeats, device="cpu", warm_up=1, switches=None):
     """Run each way in turn, `repeats` times after the warm-up.
 
     Args:    ways: {name: function without arguments, returning a dict of what else it measured, or None}.
+             switches: {name: function}: what a way needs before its time is taken.
     Returns: {name: [{"seconds": .., **measured}, ..]}, the repetitions in their order.
     """
     repetitions = {name: [] for name in ways}
     for count in range(warm_up + repeats):
         for name, way in ways.items():
+            if switches:
+                switches[name]()
             synchronize(device)
             started = time.perf_counter()
             measured = way() or {}
@@ -255,20 +264,30 @@ def measure(name, setup, sides, options, real_tokens=None, mfu=False):
     Args:    sides: functions that make {name: Way}, of ways that share a model and an optimizer; real_tokens:
              of the data, in each of a Way's steps. mfu: whether to say how much of the GPU's bf16 speed is
              used, 6 operations for each weight and token of the data (a token that is computed once).
-    Returns: a case for `write`; a way that needs more memory than there is, is left out.
+    Returns: a case for `write`; a way that cannot run (out of memory, say) is left out, and said.
     """
     once, ways = {}, {}
+
+    def leave_out(what):
+        left_out.append(f"{name}, {what}")
+        print(f"{left_out[-1]}: left out", file=sys.stderr)
+        traceback.print_exc(limit=-3)
+
     for side in sides:
         # on CUDA, the models of sides made before are in the allocator's count
         others = torch.cuda.memory_allocated() if options.device == "cuda" else 0
-        made = side()
+        try:
+            made = side()
+        except Exception:
+            leave_out("a whole side")
+            continue
         for way, ready in made.items():
             try:
                 once[way] = ready.count_bytes(options.device)
                 once[way]["peak_bytes"] -= others
                 ways[way] = ready
-            except torch.OutOfMemoryError:
-                print(f"{name}, {way}: out of memory", file=sys.stderr)
+            except Exception:
+                leave_out(way)
                 ready.optimizer.zero_grad()
     steps, flops = {}, 0
     if options.device == "cuda" and mfu and options.dtype == "bf16":
@@ -277,13 +296,15 @@ def measure(name, setup, sides, options, real_tokens=None, mfu=False):
     for way, ready in ways.items():
         numbers = itertools.count(1)
         steps[way] = lambda ready=ready, numbers=numbers: ready.take(next(numbers))
-    runs = alternate(steps, options.repeats, options.device, options.warm_up)
+    switches = {way: ready.switch for way, ready in ways.items()}
+    runs = alternate(steps, options.repeats, options.device, options.warm_up, switches)
     for repetitions in runs.values():
         for repetition, tokens in zip(repetitions, (real_tokens or [])[-options.repeats :]):
             speed = repetition["real_tokens_per_second"] = tokens / repetition["seconds"]
             if flops:
                 repetition["mfu"] = flops * speed / (setup["peak_tflops"] * 1e12)
     steps.clear()
+    switches.clear()
     free(ways)
     found = case(name, setup, runs, once)
     results = sorted(next(iter(runs.values()))[0].keys() - {"seconds", "real_tokens_per_second", "mfu"})
@@ -397,3 +418,5 @@ def write(what, options, model, cases, reads=("BENCH_MODEL", "BENCH_DATA")):
     path.write_text(json.dumps(document, indent=1) + "\n")
     print(TABLES[what]({(what, options.device): document}))
     print(f"wrote {path}", file=sys.stderr)
+    if left_out:
+        sys.exit("left out: " + "; ".join(left_out))

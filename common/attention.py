@@ -93,6 +93,8 @@ def varlen_attention_forward(
 @torch.compiler.disable
 def _by_segments(query, key, value, cu_seq_lens_q, cu_seq_lens_k, scaling, sliding_window, dropout):
     """SDPA, segment by segment. Shapes as of `varlen_attention_forward`."""
+    if query.is_cuda:  # fp32: for groups of heads, CUDA has no kernel but one that writes all scores down
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     outputs = []
     bounds_q, bounds_k = cu_seq_lens_q.tolist(), cu_seq_lens_k.tolist()
     for i in range(len(bounds_q) - 1):

@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -220,7 +221,25 @@ def run_script(main, arguments_class):
     except (Refusal, FloatingPointError) as error:
         kind = "ValueError" if isinstance(error, Refusal) else "FloatingPointError"
         print(f"{kind}: {error}", file=sys.stderr)
-        sys.exit(2)
+        end_process(2)
+    except Exception:
+        if not teardown_waits():
+            raise
+        traceback.print_exc()
+        end_process(1)
+
+
+def teardown_waits():
+    """Whether leaving the process group waits for the other ranks, which may never leave it: NCCL's does."""
+    return torch.cuda.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def end_process(code):
+    if teardown_waits():  # Python's own end would leave the group
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def learning_rates(args, total_steps):
@@ -376,7 +395,7 @@ class Run:
 
     def __enter__(self):
         if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
+            self._prepare_cuda()
         self.owns_group = not dist.is_initialized()
         if self.owns_group:
             # torchrun and deepspeed describe the group in the environment; a single process makes its own
@@ -395,6 +414,15 @@ class Run:
         self.disk.__enter__()
         return self
 
+    def _prepare_cuda(self):
+        torch.cuda.set_device(self.device)
+        # its backward gives NaN for some padded batches in bf16: github.com/pytorch/pytorch/issues/196678
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        if self.args.offload_param or getattr(self.args, "offload_optimizer", False):
+            # AdamW runs on the host, where torchrun gives each rank one thread
+            ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+
     def __exit__(self, *error):
         if self.bar is not None:
             self.bar.close()  # an error's message would stand behind it
@@ -406,7 +434,7 @@ class Run:
             return self.disk.__exit__(*error)
         finally:
             signal.signal(signal.SIGTERM, self.previous_handler)
-            if self.owns_group and dist.is_initialized():
+            if self.owns_group and dist.is_initialized() and not (error[0] and teardown_waits()):
                 dist.destroy_process_group()
             self.watchdog.close()  # last: leaving a group may hang as well
 
@@ -467,9 +495,12 @@ class Run:
         return float(tensor)
 
     def to_device(self, batch):
-        return {
-            k: v.to(self.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()
-        }
+        return {k: self._sent(v) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+    def _sent(self, tensor):
+        if tensor.device == self.device:
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)  # from other memory the host would wait
 
     @contextmanager
     def together(self):

@@ -17,6 +17,7 @@ from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import safe_get_full_fp32_param, set_z3_leaf_modules
 
+from common.run import teardown_waits
 from common.sharding import (
     decoder_layers,
     empty_model,
@@ -37,10 +38,12 @@ def deepspeed_groups(run):
     # that is killed meanwhile would leave that, and all later ones would wait for it. gloo does the same.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # takes the group that is there
+    failed = True
     try:
         yield
+        failed = False
     finally:
-        if run.owns_group:
+        if run.owns_group and not (failed and teardown_waits()):
             deepspeed.comm.destroy_process_group()  # with torch's
 
 
@@ -144,7 +147,11 @@ def held_bytes(engine):
     states = [v for s in optimizer.optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
     tensors = {
         "parameters": [p.ds_tensor for p in engine.module.parameters()],
-        "gradients": [optimizer.grad_partitions_flat_buffer],
+        # of those on the host DeepSpeed holds a second buffer, for the optimizer
+        "gradients": [
+            optimizer.grad_partitions_flat_buffer,
+            *(flat.grad for flat in optimizer.fp32_partitioned_groups_flat if flat.grad is not None),
+        ],
         # ZeRO's own fp32 copy, which the optimizer updates, and AdamW's two moments
         "optimizer": [*(v for v in states if v.dim()), *optimizer.fp32_partitioned_groups_flat],
     }

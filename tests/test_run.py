@@ -135,6 +135,29 @@ def test_only_a_refusal_and_a_loss_that_is_not_finite_are_one_line(error, code, 
     assert capsys.readouterr().err == (f"{kind}: {error}\n" if code else "")
 
 
+@pytest.mark.parametrize("error, code", [(MemoryError("full"), 1), (Refusal("why"), 2)])
+def test_where_leaving_the_group_would_wait_a_failed_rank_speaks_and_ends(
+    error, code, tmp_path, monkeypatch, capsys
+):
+    """NCCL's way, on gloo: Python's own end would wait, with the traceback still to be printed."""
+
+    def main(args):
+        args.output_dir = str(tmp_path / "run")
+        with Run(args, "SFT"):
+            raise error
+
+    def ended(code):
+        raise SystemExit(f"at once, {code}")
+
+    monkeypatch.setattr(run, "teardown_waits", torch.distributed.is_initialized)
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    monkeypatch.setattr(os, "_exit", ended)
+    with pytest.raises(SystemExit, match=f"at once, {code}"):
+        run.run_script(main, Arguments)
+    assert torch.distributed.is_initialized() and str(error) in capsys.readouterr().err
+    torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("flags", [{}, {"dry_run": True}])
 def test_a_mistake_in_an_edited_script_keeps_its_traceback(flags, tmp_path):
     """The same exception type that a refusal has: only its class tells them apart."""

@@ -101,10 +101,9 @@ def test_grpo_on_cuda_samples_the_same_tokens_however_it_gathers(tmp_path):
         "Liger": ["--use_liger_kernel"],
         "some from the host": ["--gather_budget_gib", "0.002", "--offload_param", "--offload_optimizer"],
     }
-    sizes = ["--per_device_train_batch_size", "16", "--max_completion_length", "24"]
     ways["bf16"] = [*ways["none"], "--bf16"]
     with ThreadPoolExecutor() as pool:  # starting takes longest
-        jobs = [(way, tmp_path / way, [*sizes, *flags]) for way, flags in ways.items()]
+        jobs = [(way, tmp_path / way, [*SIZES, *flags]) for way, flags in ways.items()]
         runs = dict(pool.map(lambda job: (job[0], train("grpo_zero3.py", *job[1:])[0]), jobs))
     del runs["bf16"]  # other tokens: that it runs is enough
     expected = runs.pop("all")
@@ -113,6 +112,24 @@ def test_grpo_on_cuda_samples_the_same_tokens_however_it_gathers(tmp_path):
             found, expected, 1e-3, ("loss", "grad_norm", "reward", "entropy", "completions/mean_length")
         )
     assert any(row["grad_norm"] > 0 for row in expected)
+
+
+SIZES = ["--per_device_train_batch_size", "16", "--max_completion_length", "24"]
+RESUMED = {
+    "sft_packing.py": ["--bf16", "--offload_param", "--activation_offloading"],
+    "dpo_padding_free.py": ["--bf16"],
+    "grpo_zero3.py": [*SIZES, "--no_ds3_gather_for_generation"],
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("script", RESUMED)
+def test_a_resumed_run_goes_on_on_cuda(script, tmp_path):
+    flags = [*RESUMED[script], "--lr_scheduler_type", "constant", "--save_steps", str(STEPS // 2)]
+    expected, _ = train(script, tmp_path / "whole", flags)
+    train(script, tmp_path / "parts", [*flags, "--max_steps", str(STEPS // 2)])
+    found, _ = train(script, tmp_path / "parts", [*flags, "--resume_from_checkpoint", "latest"])
+    assert_same(found, expected, rel=1e-3)
 
 
 @pytest.mark.gpu

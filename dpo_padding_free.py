@@ -723,7 +723,7 @@ def prepare_data(args, pretrained, world):
 
 
 def main(args):
-    """Train. Returns what summary.json holds; {"stopped_at_step": step} after SIGTERM; of a dry run, its
+    """Train. Returns what summary.json holds; {"stopped_at_step": step} if stopped; of a dry run, its
     counts. Raises what `Run` says.
     """
     check_arguments(args)
@@ -847,7 +847,7 @@ def explore(args):
         DryRun(args, check_arguments, partial(pretend_step, pretrained=pretrained)),
         changes,
         others,
-        what=f"{len(batch['ref_logps']) // 2} pairs, {batch['input_ids'].numel()} tokens in a forward,",
+        what=f"{len(batch['ref_logps'])} completions of pairs, in all {batch['input_ids'].numel()} tokens,",
         host_flags=["--offload_param"],
         length_flag="max_length",
         most=most,

@@ -1078,7 +1078,7 @@ class Rollouts:
         self.places, self.most_whole_bytes = [], 0
         size = args.per_device_train_batch_size
         self.costs = rollout_costs(engine, budget_bytes(args), self.places, size)
-        if run.first:
+        if run.first and (run.world > 1 or args.offload_param):
             mib = [f"{count / 2**20:.1f} MiB" for count in self.costs.values()]
             text = (
                 f"{mib[0]} of weights stay whole on each rank; {mib[1]} come in for the prompts; for each "
@@ -1221,16 +1221,17 @@ def show_completions(step, rollout, num_generations):
 
 def describe_rewards(output_dir):
     """Lines: the mean reward of the first and of the last tenth of the run's rollouts."""
-    if not (Path(output_dir) / "metrics.jsonl").exists():  # a checkpoint of the last step, resumed elsewhere
+    there = (Path(output_dir) / "metrics.jsonl").exists()  # not where a last checkpoint is resumed elsewhere
+    rewards = [step["reward"] for step in read_metrics(output_dir)] if there else []
+    if len(rewards) < 2:
         return []
-    rewards = [step["reward"] for step in read_metrics(output_dir)]
-    part = max(1, len(rewards) // 10)
+    part = max(2, len(rewards) // 10)
     first, last = (sum(values) / part for values in (rewards[:part], rewards[-part:]))
     return [("reward", f"{first:.3f} in the first {part} steps, {last:.3f} in the last {part}")]
 
 
 def main(args):
-    """Train. Returns what summary.json holds; {"stopped_at_step": step} after SIGTERM; of a dry run, its
+    """Train. Returns what summary.json holds; {"stopped_at_step": step} if stopped; of a dry run, its
     counts. Raises what `Run` says; a reward's mistake with some completions shows when it is given them.
     """
     check_arguments(args)

@@ -561,7 +561,7 @@ def prepare_data(args, pretrained, world):
 
 
 def main(args):
-    """Train. Returns what summary.json holds; {"stopped_at_step": step} after SIGTERM; of a dry run, its
+    """Train. Returns what summary.json holds; {"stopped_at_step": step} if stopped; of a dry run, its
     counts. Raises what `Run` says.
     """
     check_arguments(args)
@@ -645,7 +645,7 @@ def explore(args):
         DryRun(args, check_arguments, partial(pretend_step, pretrained=pretrained)),
         changes,
         others,
-        what=f"{size} x {args.max_length} tokens in a forward",
+        what=f"{size} x {args.max_length} tokens",
         host_flags=["--offload_param"],
         length_flag="max_length",
         most=max_positions(pretrained.config)[0] or args.max_length,

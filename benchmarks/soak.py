@@ -232,7 +232,7 @@ def terminated(target, seconds):
     time.sleep(seconds)
     target.started.kill(signal.SIGTERM)
     codes, said = target.started.wait(), target.log.read_text()
-    if "SIGTERM: saved checkpoint-" in said:
+    if "stopped: saved checkpoint-" in said:
         return None if codes == [0] * target.ranks else f"SIGTERM: codes {codes}", True
     if target.finished():
         return None if codes == [0] * target.ranks else f"SIGTERM: codes {codes}", False

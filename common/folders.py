@@ -64,10 +64,11 @@ def check_output_dir(args, unfinished=()):
         f"({', '.join(taken[:4])}): a user's, or of an earlier version. --overwrite_output_dir leaves them "
         "alone: choose another folder, or move them away.",
     )
+    goes_on = "continue it with --resume_from_checkpoint latest, " if list_checkpoints(folder) else ""
     refuse(
         taken and not args.overwrite_output_dir,
-        f"--output_dir {folder} holds another run ({', '.join(taken[:4])}): choose another folder, continue "
-        "it with --resume_from_checkpoint latest, or replace it with --overwrite_output_dir.",
+        f"--output_dir {folder} holds another run ({', '.join(taken[:4])}): choose another folder, {goes_on}"
+        "or replace it with --overwrite_output_dir.",
     )
 
 

@@ -290,15 +290,19 @@ def ledger(counts, peak_moment):
     ]
 
 
+def shown_gib(num_bytes):
+    gib = num_bytes / GIB
+    return f"{gib:.2f}" if gib >= 0.1 else f"{gib:.4f}"  # of a model of a few megabytes
+
+
 def format_ledger(title, rows):
     """The table that a run ends with; on a narrow terminal in two lines for each row."""
     wide = terminal_width() >= 110
-    between = "" if wide else f"\n{'':<31}smaller by: "
+    between = "" if wide else f"\n{'':<20}smaller by: "
     lines = [f"memory ledger  {title}"]
     lines.append(f"{'':<18}{'GiB':>10}   {'decided by':<40}{'made smaller by' if wide else ''}".rstrip())
     for row in rows:
-        name, gib = row["name"].replace("_", " "), row["bytes"] / GIB
-        shown = f"{gib:.2f}" if gib >= 0.1 else f"{gib:.4f}"  # of a model of a few megabytes
+        name, shown = row["name"].replace("_", " "), shown_gib(row["bytes"])
         smaller = row["made_smaller_by"] and between + row["made_smaller_by"]
         lines.append(f"{name:<18}{shown:>10}   {row['decided_by']:<{40 if wide else 0}}{smaller}".rstrip())
     if not any(row["name"] == "peak" for row in rows):
@@ -526,13 +530,13 @@ class DryRun:
         on_host = host_bytes(counts)
         return " ".join(texts) + (f", and {gibibytes(on_host)} of the host's memory" if on_host else "")
 
-    def longest(self, flag, most):
-        """The largest value of `flag`, up to `most`, with which a step fits; 0 for none."""
+    def longest(self, flag, most, change):
+        """The largest value of `flag`, up to `most`, with which a step with `change` fits; 0 for none."""
         lengths = [*range(64, most, 64), most]  # growing, and the peak with them
-        lengths = [length for length in lengths if self.allows({flag: length})]
+        lengths = [length for length in lengths if self.allows(change | {flag: length})]
 
         def peak_at(length):
-            return self._counted(replace(self.args, **{flag: length}))[0]["peak"]
+            return self._counted(replace(self.args, **change, **{flag: length}))[0]["peak"]
 
         if not lengths or peak_at(lengths[0]) > self.usable:
             return 0
@@ -567,10 +571,11 @@ def gibibytes(num_bytes):
 def answer(found, what, changes, host_flags):
     """Sentences: what a step takes, whether that fits, and what cannot be made smaller; see `dry_run`."""
     args, (counts, moment) = found.args, found.counts({})
-    world, ranks = args.dry_run_world_size, "rank" if args.dry_run_world_size == 1 else "ranks"
-    yield f"A step over {what} takes {gibibytes(counts['peak'])} on each of {world} {ranks}, {moment}."
+    world = args.dry_run_world_size
+    where = "one GPU" if world == 1 else f"each of {world} GPUs"
+    yield f"A step over {what} takes {gibibytes(counts['peak'])} of {where}; the peak is {moment}."
     if on_host := host_bytes(counts):
-        yield f"For each rank, its host's memory holds {gibibytes(on_host)} more."
+        yield f"For each GPU, its host's memory holds {gibibytes(on_host)} more."
     if found.usable is None:
         return
     room = args.gpu_memory_gib * GIB - found.usable
@@ -592,8 +597,10 @@ def answer(found, what, changes, host_flags):
 
 
 def dry_run(found, changes, others, *, what, host_flags, length_flag, most):
-    """Print what a step takes, whether that fits, and what would help; then the ledger, single changes, and
-    the longest sequences that fit.
+    """Print what a step takes, and the ledger.
+
+    With --gpu_memory_gib also whether that fits, with which flags it does, and the longest sequences that fit
+    then; without it, and where no flags help, what each one saves.
 
     Args:    found: a DryRun. changes, others: {what one would type: {flag: value}}, the cheapest first, that
              leave the batch what it is, and that do not. what: the batch that is counted. host_flags: those
@@ -612,20 +619,22 @@ def dry_run(found, changes, others, *, what, host_flags, length_flag, most):
     rows, fits, cheapest, longest = ledger(counts, moment), None, None, None
     name = Path(args.model_name_or_path).name
     print(format_ledger(f"{name}  dry run  world {args.dry_run_world_size}", rows), flush=True)
+    say("(The rows are not all held at one moment: the peak is less than their sum.)")
     if found.usable is not None:
         fits = counts["peak"] <= found.usable
         if not fits:
             cheapest = found.cheapest_set(changes, host_flags)
             say(f"Cheapest flags with which it fits: {found.described(cheapest, changes)}.")
-        longest = found.longest(length_flag, most)
+        flags = "the flags as they are" if fits or not cheapest else "those"
+        longest = found.longest(length_flag, most, together(cheapest or (), changes))
         limit = " (the longest that was tried)" if longest == most else ""
-        say(f"Longest --{length_flag} that fits with the flags as they are: {longest or 'none'}{limit}.")
+        say(f"Longest --{length_flag} that fits with {flags}: {longest or 'none'}{limit}.")
     savings = {}
-    for text, saved in found.savings(changes | others):
+    for text, saved in found.savings(changes | others) if not (fits or cheapest) else ():
         if not savings:
             tqdm.write("single changes, at the peak (GiB)")
         savings[text] = saved
-        tqdm.write(f"{text:<67}{'saves' if saved >= 0 else 'costs'} {abs(saved) / GIB:10.4f}")
+        tqdm.write(f"{'saves' if saved >= 0 else 'costs'} {shown_gib(abs(saved)):>8}  {text}")
     savings = dict(sorted(savings.items(), key=lambda item: -item[1]))
     answers = {"fits": fits, "cheapest_set": cheapest, "longest": longest}
     return {"args": asdict(args), "ledger": rows, "savings": savings, "length_flag": length_flag, **answers}

@@ -120,7 +120,7 @@ class RunArguments:
         1, "refresh the bar every so many steps; metrics.jsonl has each", FILES, at_least=1
     )
     save_steps: int | None = flag(
-        None, "steps between checkpoints; None = only on SIGTERM", FILES, at_least=1
+        None, "steps between checkpoints; None = only when stopped", FILES, at_least=1
     )
     save_total_limit: int | None = flag(
         None, "newest checkpoints that are kept; None = all", FILES, at_least=1
@@ -222,6 +222,9 @@ def run_script(main, arguments_class):
         kind = "ValueError" if isinstance(error, Refusal) else "FloatingPointError"
         print(f"{kind}: {error}", file=sys.stderr)
         end_process(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        end_process(130)
     except Exception:
         if not teardown_waits():
             raise
@@ -307,6 +310,7 @@ def check_trackers(report_to):
 # --- One process among several ---
 
 HUNG = 3  # the exit code of a run that the watchdog ends
+STOPS = (signal.SIGTERM, signal.SIGINT)  # each saves a checkpoint and ends the run, with code 0
 
 
 class Watchdog:
@@ -351,7 +355,7 @@ def is_of_a_collective(error):
 
 
 class Run:
-    """Ranks and device, the output folder, SIGTERM, and where the run stands; a context manager.
+    """Ranks and device, the output folder, signals, and where the run stands; a context manager.
 
         with Run(args, "SFT") as run:
             run.resume(); run.match(..); run.plan(..)
@@ -407,8 +411,8 @@ class Run:
             if backend == "nccl" and self.args.offload_param:
                 backend = "cpu:gloo,cuda:nccl"  # the gradients' norm is summed over ranks on the host
             dist.init_process_group(backend, timeout=timeout, **alone)
-        self.sigterm = []
-        self.previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
+        self.asked_to_stop = []  # when
+        self.handlers = {number: signal.signal(number, self._on_signal) for number in STOPS}
         self.watchdog = Watchdog(self.args.collective_timeout_s, self.rank)
         self.disk = disk_errors_refused(self.args.output_dir)
         self.disk.__enter__()
@@ -433,17 +437,26 @@ class Run:
         try:
             return self.disk.__exit__(*error)
         finally:
-            signal.signal(signal.SIGTERM, self.previous_handler)
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
             if self.owns_group and dist.is_initialized() and not (error[0] and teardown_waits()):
                 dist.destroy_process_group()
             self.watchdog.close()  # last: leaving a group may hang as well
 
-    def _on_sigterm(self, number, frame):
-        """Note it for the end of the step; before the first one nothing could be saved: end at once."""
-        self.sigterm.append(True)
-        if self.bar is None:
-            signal.signal(number, self.previous_handler)
+    def _on_signal(self, number, frame):
+        """SIGTERM or Ctrl-C: note it for the end of the step.
+
+        Before the first one nothing could be saved, and whoever presses Ctrl-C again does not want to wait:
+        end at once.
+        """
+        self.asked_to_stop.append(time.monotonic())
+        # torchrun hands a terminal's Ctrl-C on to ranks that have it already
+        again = number == signal.SIGINT and self.asked_to_stop[-1] - self.asked_to_stop[0] > 2
+        if self.bar is None or again:
+            signal.signal(number, self.handlers[number])
             os.kill(os.getpid(), number)
+        elif self.first:
+            os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C ends at once\n")
 
     @property
     def device_name(self):
@@ -468,12 +481,12 @@ class Run:
     def sum(self, values):
         """{name: number or () tensor} -> {name: float}, summed over all ranks in float64.
 
-        Every rank has to call it, with the same names; SIGTERM on one rank sets `stop` on all of them.
+        Every rank has to call it, with the same names; a signal to one rank sets `stop` on all of them.
         """
         if self.world == 1:  # numbers of the host need not visit the device
-            self.stop = bool(self.sigterm)
+            self.stop = bool(self.asked_to_stop)
             return {name: float(value) for name, value in values.items()}
-        numbers = self._stack([*values.values(), len(self.sigterm)])
+        numbers = self._stack([*values.values(), len(self.asked_to_stop)])
         dist.all_reduce(numbers)
         *sums, stop = numbers.tolist()
         self.stop = stop > 0
@@ -561,15 +574,17 @@ class Run:
                 prepare_output_dir(self.args.output_dir, self.progress["step"], keep)
                 steps = f"steps {self.progress['step'] + 1} to {self.total_steps}"
                 origin = f", from {self.checkpoint.name}" if self.checkpoint else ""
+                if (ranks := self.progress.get("ranks", self.world)) != self.world:
+                    origin += f" of {ranks} ranks: a step is {self.world / ranks:g} times as large"
                 what = f"{self.name}, {steps} on {self.hardware}{origin}"
                 show_lines([("run", what), *describe_start(self.args, data, self.total_steps)])
-        done = self.progress["step"]
+        done, self.progress["ranks"] = self.progress["step"], self.world
         self.bar = tqdm(
             total=self.total_steps,
             initial=done,
             desc=self.name,
             disable=not self.first,
-            bar_format="{desc} {n_fmt}/{total_fmt} {bar} {remaining} left{postfix}",
+            bar_format="{desc} {n_fmt}/{total_fmt} {bar} <{remaining}{postfix}",
         )
         self.learning_rate_at = learning_rates(self.args, self.total_steps)
 
@@ -634,11 +649,10 @@ class Run:
         if evaluated:
             tqdm.write(f"step {metrics['step']}: {'  '.join(evaluated)}")
         if self.due(self.args.logging_steps):
-            shown = [f"{word} {metrics[name]:.3g}" for word, name in self.shown.items()]
-            # on a CPU, all that the process holds
-            holder = "tensors" if self.device.type == "cuda" else "process"
+            shown = [f"{word} {metrics[name]:.3f}" for word, name in self.shown.items()]
+            holder = "GPU" if self.device.type == "cuda" else "RSS"  # tensors'; all that the process holds
             held = f"{holder} {metrics['peak_memory_bytes'] / GIB:.2f} GiB"
-            self.bar.set_postfix_str(", ".join([*shown, f"{tokens / seconds:.0f} tok/s", held]))
+            self.bar.set_postfix_str(" ".join([*shown, f"{tokens / seconds:.0f} tok/s", held]))
 
     def _start_trackers(self):
         # tensorboard last: it writes into the folder, and another may fail yet
@@ -663,7 +677,7 @@ class Run:
         return new > 0
 
     def save_when_due(self, write, stop_every=1):
-        """Write a checkpoint every --save_steps steps and after SIGTERM. Returns whether the run has to stop.
+        """Write a checkpoint every --save_steps steps and when asked to stop. Returns whether to stop.
 
         Args: write: function of a folder, called on all ranks, that writes what is not in `progress`.
               stop_every: a checkpoint holds a whole number of so many steps.
@@ -685,7 +699,7 @@ class Run:
             dist.barrier()
         if stop and self.first:
             remedy = "continue with --resume_from_checkpoint latest"
-            tqdm.write(f"SIGTERM: saved checkpoint-{self.progress['step']}; {remedy}", file=sys.stderr)
+            tqdm.write(f"stopped: saved checkpoint-{self.progress['step']}; {remedy}", file=sys.stderr)
         return stop
 
     # The last page.
@@ -724,7 +738,7 @@ class Run:
             # last: it says that the run has ended
             (folder / "summary.json").write_text(json.dumps(summary, indent=1))
             speed = summary["throughput"]
-            title = f"{Path(self.args.model_name_or_path).name}  {self.hardware}"
+            title = f"{shown_path(self.args.model_name_or_path)}  {self.hardware}"
             page = [
                 *describe_data(data),
                 *lines,
@@ -736,7 +750,7 @@ class Run:
             ]
             if offloading:
                 moved = f"{offloading['offloaded_bytes'] / GIB:.4f} GiB of a forward to the host"
-                pretend = ", a pretended one: nothing is saved" if offloading["pretend"] else ""
+                pretend = ", which here is the device: nothing is saved" if offloading["pretend"] else ""
                 page.append(("offloaded", moved + pretend))
             show_lines(page)
             print(format_ledger(title, ledger))
@@ -929,10 +943,10 @@ def describe_start(args, data, total_steps):
 
 
 def describe_data(data):
-    """Lines of the last page: all counts of `data`, those of examples and of tokens side by side."""
+    """Lines of the last page: the counts of `data` that are not 0, of examples and of tokens side by side."""
     groups = {"examples": [], "tokens": [], "further": []}
     for name, value in data.items():
-        if isinstance(value, (int, float)):
+        if isinstance(value, (int, float)) and value:
             group, _, rest = name.partition("_")
             text = f"{value:.1%}" if isinstance(value, float) else value
             known = group in groups

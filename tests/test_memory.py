@@ -1,6 +1,7 @@
 """Bytes: what a meter counts of a step, and what a dry run foretells of one."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -168,7 +169,7 @@ def test_the_ledger_as_printed(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     narrow = format_ledger("demo  cpu  world 1", rows).splitlines()
     assert max(map(len, narrow)) <= 80 and len(narrow) == 2 + 2 * 3
-    assert narrow[3] == f"{'':<31}smaller by: more ranks"
+    assert narrow[3] == f"{'':<20}smaller by: more ranks"
 
 
 # --- A dry run ---
@@ -272,16 +273,22 @@ def test_a_configuration_is_enough_and_nothing_is_left_behind(tmp_path, capsys, 
     found = sft_packing.main(Arguments(**flags, dry_run=True))
     assert not (tmp_path / "out").exists() and not torch.distributed.is_initialized()
     shown, peak = capsys.readouterr().out, {x["name"]: x["bytes"] for x in found["ledger"]}["peak"]
-    assert shown.startswith("A step over 2 x 512 tokens in a forward takes 0.0") and "on each of 2" in shown
-    assert "dry run  world 2" in shown and "--gradient_checkpointing" in shown
+    assert shown.startswith("A step over 2 x 512 tokens takes 0.0") and "of each of 2 GPUs; the peak" in shown
+    assert "dry run  world 2" in shown and "single changes" not in shown and found["savings"] == {}
     assert found["fits"] is False and peak > 12 * 2**20 and "It does not fit into" in shown
     assert found["cheapest_set"] == ["--bf16"]  # with whose made-up 12 MiB it does
     assert "Cheapest flags with which it fits: --bf16." in shown
+    # with --bf16 all lengths up to 512 fit: 2 * 12 MiB are 2^24 + 2^14 * 512
+    assert (found["length_flag"], found["longest"]) == ("max_length", 512)
+    assert "Longest --max_length that fits with those: 512." in shown
+    assert len(tried) == len({repr(args) for args in tried})  # none is counted twice
+    tried.clear()
+    del flags["gpu_memory_gib"]
+    found = sft_packing.main(Arguments(**flags, dry_run=True))
     assert list(found["savings"].values()) == sorted(found["savings"].values(), reverse=True)
     assert found["savings"]["4 ranks"] == peak - (2**23 + 2**24) // 4
-    # made up, 512 would fit (2 * 12 MiB are 2^24 + 2^14 * 512), but that one is counted
-    assert (found["length_flag"], found["longest"]) == ("max_length", 448)
-    assert len(tried) == len({repr(args) for args in tried})  # none is counted twice
+    assert found["cheapest_set"] is found["longest"] is None
+    assert re.search(r"saves +0\.\d{4}  --gradient_checkpointing$", capsys.readouterr().out, re.M)
 
 
 def explored(count, gpu_memory_gib, changes=None, most=1024, capsys=None, **flags):
@@ -329,7 +336,7 @@ def test_the_longest_is_found_in_few_counts(peak, usable_gib):
     found.usable = usable_gib * GIB
     lengths = [*range(64, 40_960, 64), 40_960]
     fitting = [n for n in lengths if peak(n) <= usable_gib]
-    assert found.longest("max_length", 40_960) == max(fitting, default=0)
+    assert found.longest("max_length", 40_960, {}) == max(fitting, default=0)
     assert len(tried) <= (6 if peak(100) == 100 else 22)  # halves alone: 11
 
 
@@ -388,7 +395,7 @@ def test_where_the_state_does_not_fit_the_host_comes_first(capsys):
     text = "--offload_param, and 4.00 GiB (4.3 GB) of the host's memory"
     assert found.described(["--offload_param"], CHANGES) == text and found.described(None, CHANGES) == "none"
     sentences = list(memory.answer(found, "a row", CHANGES, ["--offload_param"]))
-    assert sentences[1] == "For each rank, its host's memory holds 4.00 GiB (4.3 GB) more."
+    assert sentences[1] == "For each GPU, its host's memory holds 4.00 GiB (4.3 GB) more."
 
 
 def test_what_no_flag_makes_smaller_is_said(monkeypatch, capsys):
@@ -404,7 +411,7 @@ def test_what_no_flag_makes_smaller_is_said(monkeypatch, capsys):
     words = {"host_flags": ["--offload_param", "--bf16"], "length_flag": "max_length", "most": 128}
     memory.dry_run(steps, CHANGES, {}, what="a row", **words)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "A step over a row takes 90.00 GiB (96.6 GB) on each of 1 rank, in a backward."
+    assert lines[0] == "A step over a row takes 90.00 GiB (96.6 GB) of one GPU; the peak is in a backward."
     assert lines[1].startswith("It does not fit into 80.00 GiB (85.9 GB), of which 5.0 GiB are left free")
     assert lines[2].startswith("Weights, gradients and optimizer alone take 80.00 GiB (85.9 GB), however")
     assert lines[2].endswith("2 ranks at least, or --offload_param.")

@@ -16,6 +16,7 @@ from typing import Literal
 import pytest
 import torch
 from helpers import alone_on_the_cpu
+from tqdm import tqdm
 
 from common import Refusal, refuse, run
 from common.run import (
@@ -241,8 +242,9 @@ def test_a_run_goes_on_where_it_was_stopped_until_nothing_is_left(tmp_path, caps
     assert speed["real_tokens_per_second"] == pytest.approx(speed["tokens_per_second"] / 2)
     shown = capsys.readouterr().out
     assert "run       TEST, steps 1 to 8 on cpu" in shown and "further   fill_fraction 50.0%" in shown
+    assert "equal" not in shown  # a count that is 0
     assert f"writes    {tmp_path}/whole: metrics.jsonl" in shown and "model     " in shown.split("ledger")[1]
-    assert "memory ledger  model  cpu" in shown
+    assert "memory ledger  demo/model  cpu" in shown
     assert [path.name for path in (tmp_path / "whole").glob("checkpoint-*")] == ["checkpoint-6"]
     parts, handler = tmp_path / "parts", signal.getsignal(signal.SIGTERM)
     assert train(parts, seen, 3, **flags) == {"stopped_at_step": 3}
@@ -308,6 +310,42 @@ def test_sigterm_before_the_first_step_ends_the_process_at_once(tmp_path):
             time.sleep(20)
             os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+
+def test_ctrl_c_saves_as_sigterm_does_and_a_second_one_ends_at_once(tmp_path, monkeypatch, capfd):
+    def interrupted(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        return {}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "check_finite", interrupted)
+        assert train(tmp_path / "saved") == {"stopped_at_step": 1}
+    shown = capfd.readouterr().err
+    assert "stopping after this step, with a checkpoint; Ctrl-C ends at once" in shown
+    assert "stopped: saved checkpoint-1; continue with --resume_from_checkpoint latest" in shown
+    monkeypatch.setattr(sys, "argv", ["script.py", f"--output_dir={tmp_path}/ended"])
+
+    def twice(args):
+        with Run(args, "TEST") as run:
+            run.bar = tqdm(disable=True)
+            interrupted()
+            interrupted()  # torchrun's, at the same moment
+            run.asked_to_stop[0] -= 3
+            interrupted()
+            raise AssertionError("not at once")
+
+    with pytest.raises(SystemExit, match="130"):
+        run.run_script(twice, Arguments)
+    assert capfd.readouterr().err.endswith("\ninterrupted\n")
+
+
+def test_a_resumed_run_says_that_its_steps_have_changed(tmp_path, capsys):
+    train(tmp_path, terminated_at=3)
+    progress = tmp_path / "checkpoint-3/progress.json"
+    progress.write_text(json.dumps(json.loads(progress.read_text()) | {"ranks": 2}))
+    train(tmp_path, resume_from_checkpoint="latest")
+    assert "from checkpoint-3 of 2 ranks: a step is 0.5 times as large" in capsys.readouterr().out
+    assert json.loads(progress.read_text())["ranks"] == 2
 
 
 def test_a_tally_adds_sums_and_keeps_maxima(tmp_path):

@@ -442,9 +442,11 @@ def loss_head(args):
 
 
 def batch_loss(model, batch, args):
-    """The loss to take gradients of, a sum over the batch's scored tokens; and named sums for the metrics."""
-    nll = at_scored(model, batch, loss_head(args))
-    return nll, {"nll": nll}
+    """The loss, a sum over the batch's scored tokens; and further {name: sum}, of which the metrics have the
+    mean over scored tokens.
+    """
+    loss = at_scored(model, batch, loss_head(args))
+    return loss, {}
 
 
 def set_kernels_and_prove(model, rows, args, run):
@@ -501,8 +503,8 @@ def prepare_training(model, args, run):
 def train_step(model, optimizer, batches, args, run, offload=None):
     """One optimizer step over this rank's micro-batches; without a scored token it changes nothing.
 
-    Returns: sums over all ranks: num_scored_tokens, num_tokens (computed), padding among these, and those of
-             `batch_loss`; the norm of the gradient before it was clipped.
+    Returns: counts over all ranks: num_scored_tokens, num_tokens (computed), padding among these; means over
+             the scored tokens: loss, and what else `batch_loss` names; and grad_norm, before clipping.
     Raises:  FloatingPointError, before the update, if loss or gradient are not finite.
     """
     counts = {
@@ -510,42 +512,42 @@ def train_step(model, optimizer, batches, args, run, offload=None):
         "num_tokens": sum(batch["input_ids"].numel() for batch in batches),
         "padding": sum(map(count_padding, batches)),
     }
-    sums = run.sum(counts)
+    counts = run.sum(counts)
     # The mean runs over the scored tokens of the whole step, all micro-batches and all ranks: one batch of 8,
     # 8 batches of 1 and 2 ranks of 4 take the same step.
-    num_items_in_batch = sums["num_scored_tokens"]
+    num_items_in_batch = counts["num_scored_tokens"]
     if not num_items_in_batch:  # wrapped rows of a long prompt: not even AdamW's momentum may move a weight
-        return defaultdict(float), 0.0
+        return dict.fromkeys(counts, 0.0), {"loss": 0.0, "grad_norm": 0.0}
     tally = Tally()
     for batch in batches:
         with offload or nullcontext():
-            loss, metrics = batch_loss(model, run.to_device(batch), args)
+            loss, sums = batch_loss(model, run.to_device(batch), args)
         # FSDP averages gradients over ranks: times world cancels that
         (loss * (run.world / num_items_in_batch)).backward()
-        tally.add(metrics)
+        tally.add({"loss": loss, **sums})
     if offload:
         offload.end_step()
     grad_norm = run.value(clip_gradients(model, args.max_grad_norm))
-    sums |= tally.of_all_ranks(run)
-    check_finite(sums["nll"] / num_items_in_batch, grad_norm)
+    means = {name: total / num_items_in_batch for name, total in tally.of_all_ranks(run).items()}
+    check_finite(means["loss"], grad_norm)
     optimizer.step()
     optimizer.zero_grad()
-    return sums, grad_norm
+    return counts, means | {"grad_norm": grad_norm}
 
 
 @torch.no_grad()
 def evaluate(model, rows, args, run):
-    """Mean negative log-likelihood per scored token over all rows and ranks."""
+    """Means of `batch_loss` per scored token over all rows and ranks."""
     tally = Tally()
     for batch in rows.micro_batches(rows.in_order(), run):
         run.watch("evaluation")
         with nothing_random(model):
-            _, metrics = batch_loss(model, run.to_device(batch), args)
-        tally.add({**metrics, "scored": len(batch["score_ids"])})
+            loss, sums = batch_loss(model, run.to_device(batch), args)
+        tally.add({"loss": loss, **sums, "scored": len(batch["score_ids"])})
     sums = tally.of_all_ranks(run)
-    loss = sums["nll"] / max(sums["scored"], 1)
-    check_finite(loss)
-    return {"eval_loss": loss}
+    scored = max(sums.pop("scored"), 1)
+    check_finite(sums["loss"] / scored)
+    return {f"eval_{name}": total / scored for name, total in sums.items()}
 
 
 def prepare_data(args, pretrained, world):
@@ -591,19 +593,18 @@ def main(args):
 
         for numbers, batches in rows.remaining_steps(run):
             with run.step(optimizer, partial(rows.name, numbers)), meter.step(batches):
-                sums, grad_norm = train_step(model, optimizer, batches, args, run, offload)
-            run.progress["updates"] += sums["num_scored_tokens"] > 0
+                counts, means = train_step(model, optimizer, batches, args, run, offload)
+            run.progress["updates"] += counts["num_scored_tokens"] > 0
             metrics = {
                 "epoch": rows.advance(run.progress, numbers),
-                "loss": sums["nll"] / max(sums["num_scored_tokens"], 1),
-                "grad_norm": grad_norm,
-                "num_tokens": sums["num_tokens"],
-                "num_scored_tokens": sums["num_scored_tokens"],
+                **means,
+                "num_tokens": counts["num_tokens"],
+                "num_scored_tokens": counts["num_scored_tokens"],
             }
             if eval_rows and (run.due(args.eval_steps) or not run.unfinished):
                 metrics |= evaluate(model, eval_rows, args, run)
             run.log(
-                metrics, padding=sums["padding"], counts=not meter.counting, peak_bytes=meter.peak_bytes()
+                metrics, padding=counts["padding"], counts=not meter.counting, peak_bytes=meter.peak_bytes()
             )
             if run.save_when_due(lambda folder: save_training_state(folder, run, model, optimizer)):
                 return {"stopped_at_step": run.progress["step"]}

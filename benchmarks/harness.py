@@ -220,8 +220,7 @@ def sft_way(args, run, model, optimizer, steps):
     offload = sft_packing.prepare_training(model, args, run)[1]
 
     def step(batches):
-        sums, grad_norm = sft_packing.train_step(model, optimizer, batches, args, run, offload)
-        return {"loss": sums["nll"] / sums["num_scored_tokens"], "grad_norm": grad_norm}
+        return sft_packing.train_step(model, optimizer, batches, args, run, offload)[1]
 
     switch = partial(use, model, args, sft_packing.is_flat(args))
     return Way(model, optimizer, step, steps, offload, switch=switch)

@@ -163,7 +163,7 @@ def test_where_leaving_the_group_would_wait_a_failed_rank_speaks_and_ends(
 def test_a_mistake_in_an_edited_script_keeps_its_traceback(flags, tmp_path):
     """The same exception type that a refusal has: only its class tells them apart."""
     source = (ROOT / "sft_packing.py").read_text()
-    line = "    nll = at_scored(model, batch, loss_head(args))\n"
+    line = "    loss = at_scored(model, batch, loss_head(args))\n"
     assert source.count(line) == 1
     (tmp_path / "edited.py").write_text(source.replace(line, line + "    first, second = 1, 2, 3\n"))
     spec = importlib.util.spec_from_file_location("edited", tmp_path / "edited.py")

@@ -98,11 +98,11 @@ def difference(model, sequences, attn_implementation=None, **flags):
     expected = naive(model, pieces)
     model.set_attn_implementation(attn_implementation or ("varlen" if sft_packing.is_flat(args) else "sdpa"))
     batches = list(rows.micro_batches(rows.in_order(), helpers.OneRank()))
-    (sums, _), found = helpers.step_by(sft_packing, model, batches, args)
+    (_, means), found = helpers.step_by(sft_packing, model, batches, args)
     if not found:  # nothing was scored: no gradient, no update
-        assert sums["nll"] == 0 and all(torch.count_nonzero(value) == 0 for value in expected.values())
+        assert means["loss"] == 0 and all(torch.count_nonzero(value) == 0 for value in expected.values())
         return 0.0
-    return worst({"loss": torch.tensor(sums["nll"] / sums["num_scored_tokens"]), **found}, expected)
+    return worst({"loss": torch.tensor(means["loss"]), **found}, expected)
 
 
 def masked_documents(seed, lengths):
@@ -480,6 +480,23 @@ def test_what_is_bad_is_refused(rows, flags, message, base, tmp_path):
 # --- 6. Runs ---
 
 
+def test_an_edited_loss_and_a_further_sum_are_logged_and_evaluated(base, tmp_path, monkeypatch):
+    flags = {**base, "max_steps": 2, "eval_dataset_name": base["dataset_name"]}
+    plain, batch_loss = run(tmp_path / "plain", flags).metrics, sft_packing.batch_loss
+
+    def edited(model, batch, args):
+        loss, _ = batch_loss(model, batch, args)
+        return 2 * loss, {"thirds": loss / 3}
+
+    monkeypatch.setattr(sft_packing, "batch_loss", edited)
+    for edit, line in zip(run(tmp_path / "edited", flags, learning_rate=0.0).metrics, plain):
+        if line["step"] == 1:  # of the same weights
+            assert edit["loss"] == pytest.approx(2 * line["loss"])
+            assert edit["grad_norm"] == pytest.approx(2 * line["grad_norm"])
+        assert edit["thirds"] == pytest.approx(edit["loss"] / 6)
+    assert edit["eval_thirds"] == pytest.approx(edit["eval_loss"] / 6)
+
+
 @pytest.fixture(scope="module")
 def long_prompts(base, tmp_path_factory):
     """A run by one row a step, of which most lie within a prompt: its flags, its folder, what it returned."""
@@ -556,7 +573,7 @@ def test_the_ledgers_host_bytes_are_those_of_the_measured_step(base, tmp_path, m
     assert helpers.bytes_of(done.returned)["on_host"] == math.ceil(30 * 32 * 4 / 512) * 512
     report = done.returned["activation_offloading"]
     assert report["offloaded_bytes"] == 50 * 32 * 4 <= report["peak_host_bytes"]
-    moved = f"{report['offloaded_bytes'] / 2**30:.4f} GiB of a forward to the host, a pretended one"
+    moved = f"{report['offloaded_bytes'] / 2**30:.4f} GiB of a forward to the host, which here is"
     assert moved in capsys.readouterr().out
 
 

@@ -80,11 +80,9 @@ def is_not_finite(header, data):
     data[start : start + 2] = b"\xc0\x7f"  # NaN in bfloat16
 
 
-def code_of_its_own(folder):
+def code_of_its_own(folder, **fields):
     """A model whose folder wants to run Python: that it did would show in a file."""
-    change_config(
-        folder, model_type="mine", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
-    )
+    change_config(folder, **fields)
     (folder / "evil.py").write_text(f"open({str(folder.parent / 'ran')!r}, 'w').close()\n")
 
 
@@ -231,7 +229,21 @@ ALL = [
         "lack 1 of the model's weights",
     ),
     model("a weight that is not finite", partial(change_weights, change=is_not_finite), "finite"),
-    model("a folder with code of its own", code_of_its_own, "cannot be loaded"),
+    model(
+        "a configuration with code of its own",
+        partial(code_of_its_own, model_type="mine", auto_map={"AutoConfig": "evil.C"}),
+        "cannot be loaded",
+    ),
+    model(
+        "a model with code of its own",
+        partial(code_of_its_own, model_type="t5", auto_map={"AutoModelForCausalLM": "evil.M"}),
+        "cannot be loaded",
+    ),
+    model(
+        "attention from the Hub",
+        partial(change_config, _attn_implementation="kernels-community/none"),
+        "would be downloaded and run",
+    ),
     model("pickled weights", pickled, "no model.safetensors"),
     model("a template that opens a file", template("{% include '/etc/passwd' %}"), "template"),
     model("a template that reaches for Python", template("{{ ''.__class__.__mro__ }}"), "template"),

@@ -424,8 +424,8 @@ class Run:
         torch.backends.cuda.enable_cudnn_sdp(False)
         if self.args.offload_param or getattr(self.args, "offload_optimizer", False):
             # AdamW runs on the host, where torchrun gives each rank one thread
-            ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+            ranks_here = min(self.world, torch.cuda.device_count())
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
 
     def __exit__(self, *error):
         if self.bar is not None:

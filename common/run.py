@@ -961,7 +961,7 @@ def describe_end(args):
     if args.model_name_or_path == str(ROOT / "demo/model"):
         script = shown_path(sys.argv[0])
         lines += [
-            ("next", f"python {script} --model_name_or_path .. --dataset_name .. trains a model of yours;"),
-            ("", f"the same with --dry_run says before what it takes; {script} --help lists all flags"),
+            ("next", f"python {script} --model_name_or_path .. --dataset_name .."),
+            ("", "trains a model of yours; --dry_run says what that takes, --help lists all flags"),
         ]
     return lines

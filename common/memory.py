@@ -619,7 +619,7 @@ def dry_run(found, changes, others, *, what, host_flags, length_flag, most):
     rows, fits, cheapest, longest = ledger(counts, moment), None, None, None
     name = Path(args.model_name_or_path).name
     print(format_ledger(f"{name}  dry run  world {args.dry_run_world_size}", rows), flush=True)
-    say("(The rows are not all held at one moment: the peak is less than their sum.)")
+    say("(The peak is no sum of the rows: they are not all held at one moment.)")
     if found.usable is not None:
         fits = counts["peak"] <= found.usable
         if not fits:

@@ -412,7 +412,9 @@ class Run:
                 backend = "cpu:gloo,cuda:nccl"  # the gradients' norm is summed over ranks on the host
             dist.init_process_group(backend, timeout=timeout, **alone)
         self.asked_to_stop = []  # when
-        self.handlers = {number: signal.signal(number, self._on_signal) for number in STOPS}
+        # a shell lets what it runs in the background ignore Ctrl-C: that stays
+        heard = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
+        self.handlers = {number: signal.signal(number, self._on_signal) for number in heard}
         self.watchdog = Watchdog(self.args.collective_timeout_s, self.rank)
         self.disk = disk_errors_refused(self.args.output_dir)
         self.disk.__enter__()

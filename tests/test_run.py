@@ -312,7 +312,22 @@ def test_sigterm_before_the_first_step_ends_the_process_at_once(tmp_path):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
 
 
-def test_ctrl_c_saves_as_sigterm_does_and_a_second_one_ends_at_once(tmp_path, monkeypatch, capfd):
+@pytest.fixture
+def ctrl_c():
+    """It is heard, also where these tests run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_what_is_ignored_stays_so(tmp_path, ctrl_c):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with Run(Arguments(output_dir=str(tmp_path)), "TEST"):
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+def test_ctrl_c_saves_as_sigterm_does_and_a_second_one_ends_at_once(tmp_path, ctrl_c, monkeypatch, capfd):
     def interrupted(*_):
         os.kill(os.getpid(), signal.SIGINT)
         return {}

@@ -135,7 +135,7 @@ def read_pretrained(name, max_length=0, flags="--max_length", dropout=True, conf
             json.loads(generation_config or "{}")  # what is no JSON is refused now, not when it is written
     except (OSError, ValueError) as error:
         wanted = "wanted: a folder with a config.json, or a Hub name"
-        raise Refusal(f"--model_name_or_path {name} cannot be loaded; {wanted}: {reason(error)}") from error
+        raise Refusal(f"--model_name_or_path {name} cannot be loaded; {wanted}: {in_one_line(error)}") from error
     for each in (config, config.get_text_config()):
         if quantised := getattr(each, "quantization_config", None):
             settings = quantised if isinstance(quantised, dict) else quantised.to_dict()
@@ -153,8 +153,8 @@ def read_pretrained(name, max_length=0, flags="--max_length", dropout=True, conf
     return Pretrained(name, config, model_config, tokenizer, generation_config)
 
 
-def reason(error):
-    """An error of transformers in one line; where it advises to run a folder's code, what is the case here."""
+def in_one_line(error):
+    """An error of transformers; where it advises to run a folder's code, what is the case here."""
     if "trust_remote_code" in str(error):
         return "the model wants to run code of its own, which no script here does"
     return " ".join(str(error).split())
@@ -236,7 +236,7 @@ def _from_files(pretrained, dtype):
             output_loading_info=True,
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise Refusal(f"--model_name_or_path {name} cannot be loaded: {reason(error)}") from error
+        raise Refusal(f"--model_name_or_path {name} cannot be loaded: {in_one_line(error)}") from error
     if missing := sorted(found["missing_keys"]):
         raise Refusal(
             f"--model_name_or_path {name}: its files lack {len(missing)} of the model's weights, such as "
@@ -265,7 +265,7 @@ def empty_model(config, **options):
             model = AutoModelForCausalLM.from_config(**options)
     except ValueError as error:
         what = f"--model_name_or_path: transformers has no causal LM of type {config.model_type!r}, or not of"
-        raise Refusal(f"{what} this configuration: {reason(error)}") from error
+        raise Refusal(f"{what} this configuration: {in_one_line(error)}") from error
     model.tie_weights()
     return freeze_others(model)
 

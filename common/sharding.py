@@ -134,8 +134,8 @@ def read_pretrained(name, max_length=0, flags="--max_length", dropout=True, conf
             generation_config = file and Path(file).read_text()
             json.loads(generation_config or "{}")  # what is no JSON is refused now, not when it is written
     except (OSError, ValueError) as error:
-        wanted = "wanted: a folder with a config.json, or a Hub name"
-        raise Refusal(f"--model_name_or_path {name} cannot be loaded; {wanted}: {in_one_line(error)}") from error
+        wanted = f"cannot be loaded; wanted: a folder with a config.json, or a Hub name: {in_one_line(error)}"
+        raise Refusal(f"--model_name_or_path {name} {wanted}") from error
     for each in (config, config.get_text_config()):
         if quantised := getattr(each, "quantization_config", None):
             settings = quantised if isinstance(quantised, dict) else quantised.to_dict()

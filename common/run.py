@@ -576,11 +576,11 @@ class Run:
                 prepare_output_dir(self.args.output_dir, self.progress["step"], keep)
                 steps = f"steps {self.progress['step'] + 1} to {self.total_steps}"
                 origin = f", from {self.checkpoint.name}" if self.checkpoint else ""
-                if (ranks := self.progress.get("ranks", self.world)) != self.world:
+                if (ranks := self.progress.get("world_size", self.world)) != self.world:
                     origin += f" of {ranks} ranks: a step is {self.world / ranks:g} times as large"
                 what = f"{self.name}, {steps} on {self.hardware}{origin}"
                 show_lines([("run", what), *describe_start(self.args, data, self.total_steps)])
-        done, self.progress["ranks"] = self.progress["step"], self.world
+        done, self.progress["world_size"] = self.progress["step"], self.world
         self.bar = tqdm(
             total=self.total_steps,
             initial=done,

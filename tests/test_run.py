@@ -357,10 +357,10 @@ def test_ctrl_c_saves_as_sigterm_does_and_a_second_one_ends_at_once(tmp_path, ct
 def test_a_resumed_run_says_that_its_steps_have_changed(tmp_path, capsys):
     train(tmp_path, terminated_at=3)
     progress = tmp_path / "checkpoint-3/progress.json"
-    progress.write_text(json.dumps(json.loads(progress.read_text()) | {"ranks": 2}))
+    progress.write_text(json.dumps(json.loads(progress.read_text()) | {"world_size": 2}))
     train(tmp_path, resume_from_checkpoint="latest")
     assert "from checkpoint-3 of 2 ranks: a step is 0.5 times as large" in capsys.readouterr().out
-    assert json.loads(progress.read_text())["ranks"] == 2
+    assert json.loads(progress.read_text())["world_size"] == 2
 
 
 def test_a_tally_adds_sums_and_keeps_maxima(tmp_path):
